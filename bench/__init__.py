@@ -1,0 +1,1 @@
+"""Benchmark suites, measuring and reports."""

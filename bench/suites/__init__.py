@@ -1,0 +1,1 @@
+"""Benchmark suites: pytest-benchmark files, one for each subject."""

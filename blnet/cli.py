@@ -1,0 +1,89 @@
+"""The ``blnet`` command: one line for each sub-command, imported only when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+# Command -> (module with configure(parser) and run(args), one line of help).
+COMMANDS = {
+    "bench": ("blnet.bench.command", "measure speed against the plain network and write a report"),
+    "convert": ("blnet.conversion.command", "turn a network or an official checkpoint into ours"),
+    "table": ("blnet.table", "print the paper's recognition table beside our recount"),
+    "kernels": ("blnet.kernels.command", "list, check and compile the kernels"),
+    "doctor": ("blnet.doctor", "say what works on this machine and what to do about the rest"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line that says what was wrong and where to look, and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}; see '{self.prog} --help'\n")
+
+
+def _overview() -> str:
+    rows = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
+    return (
+        "usage: blnet COMMAND [options]\n\nBig-Little networks that are really faster.\n\n"
+        f"commands:\n{rows}\n\noptions:\n"
+        "  --version  print the version and exit\n"
+        "  --debug    show a traceback with an error\n\n"
+        "'blnet COMMAND --help' explains a command.\n"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 the check failed, 2 bad input."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview(), end="")
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(importlib.import_module("importlib.metadata").version("blnet"))
+        return 0
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    name = words[0] if words else ""
+    if name not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        print(f"blnet: error: no command {name!r}; choose one of {known}", file=sys.stderr)
+        return 2
+    return _run(name, words[1:], debug)
+
+
+def _run(name: str, words: Sequence[str], debug: bool) -> int:
+    module_name, description = COMMANDS[name]
+    try:
+        module = importlib.import_module(module_name)
+        parser = Parser(prog=f"blnet {name}", description=f"{description[0].upper()}{description[1:]}.")
+        module.configure(parser)
+        status = module.run(parser.parse_args(words))
+        sys.stdout.flush()
+        return int(status)
+    except KeyboardInterrupt:
+        print(f"blnet {name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has left; what it wanted, it has.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        if debug:
+            raise
+        print(f"blnet {name}: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
