@@ -1,0 +1,252 @@
+"""BigLittleNet: a stem, Big-Little modules, a plain last stage and a classifier."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args, get_type_hints
+
+from torch import Tensor, nn
+
+from blnet.blocks import BasicBlock, BlockFactory, Bottleneck, ResidualBlock
+from blnet.module import (
+    BigLittleModule,
+    check_branching,
+    divide_width,
+    make_module,
+    plain_stage,
+)
+from blnet.stem import BigLittleStem, PlainStem, SmallStem
+
+BlockName = Literal["basic", "bottleneck"]
+StemName = Literal["imagenet", "small"]
+
+
+@dataclass(frozen=True)
+class BigLittleConfig:
+    """Everything that decides a network's shape; written into every checkpoint.
+
+    Attributes:
+        block: "bottleneck" (ResNet-50 and deeper) or "basic" (ResNet-18, -34).
+        depths: blocks L of each stage, as the stages of the plain network have them.
+        widths: channels C of each stage.
+        alpha: how many times narrower each smaller branch is.
+        beta: how many times shorter each smaller branch is.
+        branches: number K of branches; 1 is the plain network.
+        cardinality: groups of a bottleneck's 3x3 convolution at full width.
+        base_width: width of a group in the first stage; 64 where cardinality is 1.
+        se_reduction: reduction of the squeeze-excitation; 0 for none.
+        stem: "imagenet" shrinks the image to a quarter, "small" keeps its size.
+        stem_width: channels after the stem.
+        in_channels: channels of the image.
+        num_classes: classes; 0 leaves the classifier out.
+
+    Raises:
+        ValueError: if a value is of the wrong type or out of range, or the widths, groups or
+            reductions do not come out as whole numbers.
+    """
+
+    block: BlockName = "bottleneck"
+    depths: tuple[int, ...] = (3, 4, 6, 3)
+    widths: tuple[int, ...] = (256, 512, 1024, 2048)
+    alpha: int = 2
+    beta: int = 4
+    branches: int = 2
+    cardinality: int = 1
+    base_width: int = 64
+    se_reduction: int = 0
+    stem: StemName = "imagenet"
+    stem_width: int = 64
+    in_channels: int = 3
+    num_classes: int = 1000
+
+    def __post_init__(self) -> None:
+        check_branching(self.alpha, self.beta, self.branches)
+        _check_choice("block", self.block, get_args(BlockName))
+        _check_choice("stem", self.stem, get_args(StemName))
+        for name in ("depths", "widths"):
+            values = tuple(getattr(self, name))
+            object.__setattr__(self, name, values)
+            for value in values:
+                _check_count(f"each of {name}", value, 1)
+        for name in ("cardinality", "base_width", "stem_width", "in_channels"):
+            _check_count(name, getattr(self, name), 1)
+        for name in ("se_reduction", "num_classes"):
+            _check_count(name, getattr(self, name), 0)
+        if len(self.depths) != len(self.widths) or not self.depths:
+            raise ValueError(
+                f"depths and widths must name the same stages, got {len(self.depths)} depths and "
+                f"{len(self.widths)} widths; give one of each for every stage"
+            )
+        self._check_divisions()
+
+    def _check_divisions(self) -> None:
+        divisions = self.branches - 1
+        narrow = self.alpha**divisions
+        bottleneck = self.block == "bottleneck"
+        for width in self.widths[:-1]:
+            divide_width(width // 4 if bottleneck else width, self.alpha, divisions)
+        if divisions:
+            divide_width(self.stem_width, self.alpha, 1)
+        if self.cardinality > 1 and (not bottleneck or self.cardinality % narrow):
+            raise ValueError(
+                f"cardinality {self.cardinality} needs bottleneck blocks and an alpha that divides "
+                f"it, got block {self.block!r} and alpha {self.alpha} for {self.branches} branches"
+            )
+        narrowest = min(self.widths) // narrow
+        if self.se_reduction > narrowest:
+            raise ValueError(
+                f"se_reduction {self.se_reduction} leaves no channel of the {narrowest} in the "
+                "narrowest branch; choose a smaller reduction"
+            )
+
+    def to_json(self) -> str:
+        """Return the configuration as JSON text; `from_json` gives an equal one back."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> BigLittleConfig:
+        """Return the configuration that `to_json` wrote.
+
+        Raises:
+            ValueError: if the text is not a JSON object, or has a key or value that is not ours.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the configuration is not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"the configuration must be a JSON object, got {type(values).__name__}")
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BigLittleConfig:
+        """Return the configuration with these fields; those left out keep their defaults.
+
+        Raises:
+            ValueError: if a key or a value is not ours.
+        """
+        known = get_type_hints(cls)
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(
+                f"the configuration has no field {', '.join(unknown)}; the fields are "
+                f"{', '.join(known)}"
+            )
+        for name in ("depths", "widths"):
+            if not isinstance(values.get(name, []), list | tuple):
+                raise ValueError(f"{name} must be a list of whole numbers, got {values[name]!r}")
+        return cls(**values)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def block_factory(config: BigLittleConfig) -> BlockFactory:
+    """Return what makes the network's residual blocks.
+
+    The plain network's shortcuts stride in their convolution, a Big-Little network's pool first.
+    """
+    pooled = config.branches > 1
+    if config.block == "basic":
+        return partial(BasicBlock, se_reduction=config.se_reduction, pooled_shortcut=pooled)
+    return partial(
+        Bottleneck,
+        cardinality=config.cardinality,
+        base_width=config.base_width,
+        se_reduction=config.se_reduction,
+        pooled_shortcut=pooled,
+    )
+
+
+def _make_stem(config: BigLittleConfig) -> nn.Module:
+    if config.stem == "small":
+        return SmallStem(config.in_channels, config.stem_width)
+    if config.branches == 1:
+        return PlainStem(config.in_channels, config.stem_width)
+    return BigLittleStem(config.in_channels, config.stem_width, config.alpha)
+
+
+class BigLittleNet(nn.Module):
+    """A ResNet of Big-Little modules.
+
+    All stages but the last are Big-Little modules; each shrinks the map in its fusion block, where
+    the plain network would at the start of the next stage. The last stage is plain.
+
+    Args:
+        config: the network's shape.
+    """
+
+    def __init__(self, config: BigLittleConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or BigLittleConfig()
+        self.stem = _make_stem(self.config)
+        self.stages = nn.Sequential(*self._make_stages())
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.fc: nn.Module = self._make_classifier(self.config.num_classes)
+        self.apply(_initialise)
+
+    def _make_stages(self) -> list[nn.Module]:
+        config, block = self.config, block_factory(self.config)
+        plain = config.branches == 1
+        count = len(config.depths)
+        stages: list[nn.Module] = []
+        in_channels = config.stem_width
+        for index, (length, width) in enumerate(zip(config.depths, config.widths, strict=True)):
+            if plain or index == count - 1:
+                stride = 1 if index == 0 else 2
+                stages.append(plain_stage(block, in_channels, width, length, stride))
+            else:
+                stages.append(
+                    make_module(
+                        block,
+                        in_channels,
+                        width,
+                        length,
+                        alpha=config.alpha,
+                        beta=config.beta,
+                        branches=config.branches,
+                        # The stage before the last keeps its size: the last one strides itself.
+                        stride=2 if index < count - 2 else 1,
+                    )
+                )
+            in_channels = width
+        return stages
+
+    def _make_classifier(self, num_classes: int) -> nn.Module:
+        width = self.config.widths[-1]
+        return nn.Linear(width, num_classes) if num_classes else nn.Identity()
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last stage's map (N, C, H / 32, W / 32) of images (N, in_channels, H, W)."""
+        features: Tensor = self.stages(self.stem(x))
+        return features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (N, num_classes) of images (N, in_channels, H, W)."""
+        logits: Tensor = self.fc(self.flatten(self.pool(self.forward_features(x))))
+        return logits
+
+
+def _initialise(module: nn.Module) -> None:
+    """Kaiming normal (fan-out) for convolutions; each block starts as its shortcut (paper)."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, ResidualBlock):
+        # `apply` visits children first, so this is the last word on the weight.
+        nn.init.zeros_(module.last_norm.weight)
+
+
+__all__ = ["BigLittleConfig", "BigLittleModule", "BigLittleNet", "block_factory"]
