@@ -1,0 +1,215 @@
+"""Reading the published Big-Little checkpoints.
+
+The published format is a torch file with a dict whose 'state_dict' holds the weights; keys may
+carry a leading "module.". Family, depth, alpha, beta, cardinality and base width are read off the
+keys and shapes, never off the file's name.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blnet.module import branch_length
+from blnet.network import BigLittleConfig, BigLittleNet
+
+# Our name of a layer -> the published one; the first pattern that matches the key's head counts.
+_RENAMES = (
+    (r"stem\.conv1\.", "conv1."),
+    (r"stem\.bn1\.", "bn1."),
+    (r"stem\.big\.0\.", "b_conv0."),
+    (r"stem\.big\.1\.", "bn_b0."),
+    (r"stem\.little\.0\.", "l_conv0."),
+    (r"stem\.little\.1\.", "bn_l0."),
+    (r"stem\.little\.3\.", "l_conv1."),
+    (r"stem\.little\.4\.", "bn_l1."),
+    (r"stem\.expand\.0\.", "l_conv2."),
+    (r"stem\.expand\.1\.", "bn_l2."),
+    (r"stem\.fusion\.0\.", "bl_init."),
+    (r"stem\.fusion\.1\.", "bn_bl_init."),
+    (r"stages\.(\d+)\.branches\.0\.", "layer{}.little."),
+    (r"stages\.(\d+)\.branches\.1\.", "layer{}.big."),
+    (r"stages\.(\d+)\.expands\.0\.", "layer{}.little_e."),
+    (r"stages\.(\d+)\.", "layer{}."),
+)
+# Settings of alpha's partner that leave the same network are told apart by the paper's habit.
+_BETAS = (4, 2, 1, *range(3, 65))
+_KEYS_SHOWN = 12
+
+
+def load_official(source: str | os.PathLike[str] | Mapping[str, Any]) -> BigLittleNet:
+    """Return the network of a published checkpoint, with its weights, in evaluation mode.
+
+    Args:
+        source: a path, or what `torch.load` gave: the outer dict or the state dict itself, with or
+            without "module." before the keys. `num_batches_tracked` may be missing, as in files of
+            old PyTorch versions.
+
+    Returns:
+        A float32 network on the CPU that shares no memory with `source`. Where several beta give
+        the same network (3, 4 and more do for 50 layers), its configuration says 4, or else 2.
+
+    Raises:
+        ValueError: if the file is no such checkpoint, or a key is missing or too many (the error
+            lists them), or a shape does not fit.
+        OSError: if the file cannot be read.
+    """
+    weights = _state_dict(source if isinstance(source, Mapping) else _read(source))
+    config = infer_config(weights)
+    with torch.device("meta"):
+        model = BigLittleNet(config)
+    expected = {official_key(key): key for key in model.state_dict()}
+    _check_keys(weights, expected)
+    own = model.state_dict()
+    ready: dict[str, Tensor] = {}
+    for published, key in expected.items():
+        value = weights.get(published)
+        if value is None:
+            value = torch.zeros((), dtype=torch.int64)
+        ready[key] = _fitted(published, value, own[key])
+    model.load_state_dict(ready, assign=True)
+    return model.eval()
+
+
+def official_key(key: str) -> str:
+    """Return the published name of one of our two-branch network's state-dict keys."""
+    for pattern, published in _RENAMES:
+        match = re.match(pattern, key)
+        if match:
+            numbers = (int(group) + 1 for group in match.groups())
+            key = published.format(*numbers) + key[match.end() :]
+            break
+    return key.replace(".se.", ".se_layer.")
+
+
+def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the checkpoint file itself")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, UnicodeDecodeError) as error:
+        reason = str(error).strip().split("\n")[0][:160]
+        raise ValueError(
+            f"{path} is not a torch checkpoint of plain tensors, which is all that is read "
+            f"({reason})"
+        ) from error
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}; a checkpoint holds a dict")
+    return loaded
+
+
+def _state_dict(loaded: Mapping[str, Any]) -> dict[str, Tensor]:
+    inner = loaded.get("state_dict", loaded)
+    if not isinstance(inner, Mapping):
+        raise ValueError(f"'state_dict' must be a dict of tensors, got {type(inner).__name__}")
+    weights = {str(key).removeprefix("module."): value for key, value in inner.items()}
+    wrong = [key for key, value in weights.items() if not isinstance(value, Tensor)]
+    if wrong or not weights:
+        raise ValueError(
+            "the checkpoint must be a dict of tensors, or hold one under 'state_dict'; "
+            + (f"no tensors: {_listed(wrong)}" if wrong else "it is empty")
+        )
+    return weights
+
+
+def infer_config(weights: Mapping[str, Tensor]) -> BigLittleConfig:
+    """Return the shape of the network that a published state dict belongs to.
+
+    Args:
+        weights: the published keys, without "module.".
+
+    Raises:
+        ValueError: if keys that decide the shape are missing, or contradict each other.
+    """
+    shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    decisive = ["conv1.weight", "l_conv0.weight", "fc.weight", "layer1.big.0.conv1.weight"]
+    missing = [key for key in decisive if key not in shapes]
+    if missing:
+        raise ValueError(
+            f"not a published Big-Little checkpoint: {_listed(missing)} is missing; load our own "
+            "files with blnet.load and torchvision's with blnet.convert"
+        )
+    block = "bottleneck" if "layer1.big.0.conv3.weight" in shapes else "basic"
+    last_conv = "conv3" if block == "bottleneck" else "conv2"
+    big_stages = _count(shapes, r"layer(\d+)\.big\.")
+    big = [_count(shapes, rf"layer{s + 1}\.big\.(\d+)\.") for s in range(big_stages)]
+    little = [_count(shapes, rf"layer{s + 1}\.little\.(\d+)\.") for s in range(big_stages)]
+    lengths = [count + 1 for count in big]
+    tail = _count(shapes, rf"layer{big_stages + 1}\.(\d+)\.")
+    heads = [f"layer{s + 1}.big.0" for s in range(big_stages)] + [f"layer{big_stages + 1}.0"]
+    try:
+        widths = tuple(shapes[f"{head}.{last_conv}.weight"][0] for head in heads)
+        inner, group_width = shapes["layer1.big.0.conv2.weight"][:2]
+    except KeyError as error:
+        raise ValueError(f"the checkpoint's key {error} is missing, which decides a width") from None
+    stem = shapes["conv1.weight"]
+    cardinality = inner // group_width if block == "bottleneck" else 1
+    gate = shapes.get("layer1.big.0.se_layer.fc1.weight")
+    return BigLittleConfig(
+        block=block,  # type: ignore[arg-type]
+        depths=(*lengths, tail),
+        widths=widths,
+        alpha=stem[0] // shapes["l_conv0.weight"][0],
+        beta=_infer_beta(lengths, little),
+        cardinality=cardinality,
+        base_width=group_width * 256 // widths[0] if block == "bottleneck" else 64,
+        se_reduction=gate[1] // gate[0] if gate else 0,
+        stem_width=stem[0],
+        in_channels=stem[1],
+        num_classes=shapes["fc.weight"][0],
+    )
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
+    """Return how many different numbers stand in the pattern's group."""
+    matches = (re.match(pattern, key) for key in shapes)
+    return len({match[1] for match in matches if match})
+
+
+def _infer_beta(lengths: list[int], little: list[int]) -> int:
+    for beta in _BETAS:
+        if [branch_length(length, beta, 1) for length in lengths] == little:
+            return beta
+    raise ValueError(
+        f"no beta gives little branches of {little} blocks in stages of {lengths} blocks; the "
+        "checkpoint lacks blocks or is of another network"
+    )
+
+
+def _check_keys(weights: Mapping[str, Tensor], expected: Mapping[str, str]) -> None:
+    missing = [
+        key for key in expected if key not in weights and not key.endswith("num_batches_tracked")
+    ]
+    extra = [key for key in weights if key not in expected]
+    faults = []
+    if missing:
+        faults.append(f"missing keys: {_listed(missing)}")
+    if extra:
+        faults.append(f"extra keys: {_listed(extra)}")
+    if faults:
+        raise ValueError(f"the checkpoint does not fit its own network; {'; '.join(faults)}")
+
+
+def _listed(keys: list[str]) -> str:
+    rest = len(keys) - _KEYS_SHOWN
+    return ", ".join(keys[:_KEYS_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _fitted(key: str, value: Tensor, own: Tensor) -> Tensor:
+    # The gates of squeeze-excitation were published as linear layers and as 1x1 convolutions.
+    if ".se_layer." in key and value.ndim == 2 and own.ndim == 4:
+        value = value[:, :, None, None]
+    if value.shape != own.shape:
+        raise ValueError(
+            f"the checkpoint's {key} has shape {tuple(value.shape)}, the network it describes "
+            f"needs {tuple(own.shape)}"
+        )
+    return value.detach().to(device="cpu", dtype=own.dtype, copy=True)
