@@ -7,10 +7,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from blnet.tracing import run_on_meta
 
 
 @dataclass(frozen=True)
@@ -97,22 +98,12 @@ def profile(model: nn.Module, input_size: Sequence[int] = (1, 3, 224, 224)) -> P
     if not size or not all(isinstance(n, int) and n > 0 for n in size):
         raise ValueError(f"input_size must be positive whole numbers, got {input_size!r}")
     counter = _Counter(model)
-    state = {
-        name: value.detach().to("meta")
-        for name, value in [*model.named_parameters(), *model.named_buffers()]
-    }
-    training = {module: module.training for module in model.modules()}
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
     try:
-        model.eval()
-        with torch.no_grad(), counter:
-            torch.func.functional_call(model, state, (torch.empty(size, dtype=dtype, device="meta"),))
+        with counter:
+            run_on_meta(model, size)
     except (RuntimeError, TypeError, IndexError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"the network does not take an input of size {size}: {reason}") from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     return Profile(size, counter.layers())
 
 

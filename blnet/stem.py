@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 
 from blnet.blocks import conv_norm
 from blnet.kernels import merge
+from blnet.module import divide_width
 
 torch.fx.wrap("merge")
 
@@ -20,8 +23,8 @@ class PlainStem(nn.Sequential):
     """
 
     def __init__(self, in_channels: int = 3, width: int = 64) -> None:
-        conv, norm = conv_norm(in_channels, width, 7, stride=2)
-        super().__init__(conv, norm, nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1))
+        layers = _opening(in_channels, width, 7, stride=2)
+        super().__init__(OrderedDict(**layers, pool=nn.MaxPool2d(3, stride=2, padding=1)))
 
 
 class SmallStem(nn.Sequential):
@@ -33,26 +36,40 @@ class SmallStem(nn.Sequential):
     """
 
     def __init__(self, in_channels: int = 3, width: int = 64) -> None:
-        super().__init__(*conv_norm(in_channels, width, 3), nn.ReLU(inplace=True))
+        super().__init__(OrderedDict(_opening(in_channels, width, 3, stride=1)))
 
 
-class BigLittleStem(nn.Module):
-    """7x7 convolution with stride 2, then a small two-branch module in place of the max pool.
-
-    big = bn(conv3x3/2); little = bn(conv1x1(relu(bn(conv3x3/2(relu(bn(conv3x3))))))) at width
-    / alpha; out = relu(bn(conv1x1(relu(big + little)))). Both branches end at 1/4 of the size.
+class BigLittleStem(nn.Sequential):
+    """7x7 convolution with stride 2, BN, ReLU, then a `BigLittlePool`: 1/4 of the size.
 
     Args:
         in_channels: channels of the image.
         width: channels of the output.
-        alpha: how many times narrower the little branch is.
+        alpha: how many times narrower the pool's little branch is.
     """
 
     def __init__(self, in_channels: int = 3, width: int = 64, alpha: int = 2) -> None:
+        layers = _opening(in_channels, width, 7, stride=2)
+        super().__init__(OrderedDict(**layers, pool=BigLittlePool(width, alpha)))
+
+
+class BigLittlePool(nn.Module):
+    """The two small branches that stand in place of the stem's max pool and halve the map.
+
+    big = bn(conv3x3/2(x)); little = bn(conv1x1(relu(bn(conv3x3/2(relu(bn(conv3x3(x)))))))) at
+    width / alpha; out = relu(bn(conv1x1(relu(big + little)))).
+
+    Args:
+        width: channels of input and output.
+        alpha: how many times narrower the little branch is.
+
+    Raises:
+        ValueError: if alpha does not divide the width.
+    """
+
+    def __init__(self, width: int = 64, alpha: int = 2) -> None:
         super().__init__()
-        narrow = width // alpha
-        self.conv1, self.bn1 = conv_norm(in_channels, width, 7, stride=2)
-        self.relu = nn.ReLU(inplace=True)
+        narrow = divide_width(width, alpha, 1)
         self.big = nn.Sequential(*conv_norm(width, width, 3, stride=2))
         self.little = nn.Sequential(
             *conv_norm(width, narrow, 3),
@@ -64,7 +81,11 @@ class BigLittleStem(nn.Module):
         self.fusion = nn.Sequential(*conv_norm(width, width, 1), nn.ReLU(inplace=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map an image (N, C, H, W) to (N, width, H / 4, W / 4), sizes rounded up."""
-        x = self.relu(self.bn1(self.conv1(x)))
+        """Map (N, width, H, W) to (N, width, H / 2, W / 2), sizes rounded up."""
         out: Tensor = self.fusion(merge(self.big(x), self.expand(self.little(x))))
         return out
+
+
+def _opening(in_channels: int, width: int, kernel: int, stride: int) -> dict[str, nn.Module]:
+    conv, norm = conv_norm(in_channels, width, kernel, stride)
+    return {"conv1": conv, "bn1": norm, "relu": nn.ReLU(inplace=True)}
