@@ -13,7 +13,7 @@ from typing import NoReturn
 COMMANDS = {
     "bench": ("blnet.bench.command", "measure speed against the plain network and write a report"),
     "convert": ("blnet.conversion.command", "turn a network or an official checkpoint into ours"),
-    "table": ("blnet.table", "print the paper's recognition table beside our recount"),
+    "table": ("blnet.vision.table", "print the paper's recognition table beside our recount"),
     "kernels": ("blnet.kernels.command", "list, check and compile the kernels"),
     "doctor": ("blnet.doctor", "say what works on this machine and what to do about the rest"),
 }

@@ -1,0 +1,377 @@
+"""Checkpoints: safetensors weights with what rebuilds the network as JSON in the file's header.
+
+Three kinds of network are told apart. A `BigLittleNet` is rebuilt from its configuration, a
+converted network (`blnet.convert`) from its plan, and any other module is filled by the caller:
+`load(path, model=...)`. Nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from blnet import registry
+from blnet.network import BigLittleConfig, BigLittleNet
+
+FORMAT = "blnet-checkpoint"
+VERSION = 1
+# One header entry holds all of our JSON: the order of several would differ from run to run.
+_ENTRY = "blnet"
+_KEYS_SHOWN = 12
+_PLAN_FIELDS = ("source", "source_options", "alpha", "beta", "branches")
+
+StrPath = str | os.PathLike[str]
+
+
+def save(model: nn.Module, path: StrPath, **extra: Any) -> None:
+    """Write a network's weights, and what rebuilds it, to a safetensors file.
+
+    The file is written aside in the same folder, flushed to the disk and renamed, so that `path`
+    holds the old file or the new one, whole, whatever happens in between. Weights keep their dtype
+    and are stored contiguous; tied weights are stored once.
+
+    Args:
+        model: a `BigLittleNet`, a network made by `blnet.convert`, or any other module, of which
+            only the weights are kept. So it is with a `BigLittleNet` whose layers were exchanged.
+        path: the file to write.
+        extra: anything JSON can hold, for the header (`read_header(path)["extra"]`).
+
+    Raises:
+        ValueError: if a weight has no data or no safetensors form, or `extra` is not JSON.
+        OSError: if the file cannot be written; it says why and what to do.
+    """
+    with written_aside(path) as aside:
+        tensors, ties = _storable(model)
+        header = {"format": FORMAT, "version": VERSION, **_describe(model), "ties": ties}
+        try:
+            text = json.dumps({**header, "extra": extra}, sort_keys=True)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} cannot be written: its header must be JSON ({error}); give plain "
+                "numbers, strings, lists and dicts"
+            ) from error
+        aside.write_bytes(safetensors.torch.save(tensors, {_ENTRY: text}))
+
+
+def load(path: StrPath, model: nn.Module | None = None, *, trust_source: bool = False) -> nn.Module:
+    """Return the network of a file that `save` wrote, on the CPU, in evaluation mode.
+
+    Args:
+        path: the file.
+        model: the network to fill, of the same shape as the saved one; needed where the file holds
+            weights only. It is changed only if everything fits, and takes on the file's dtypes.
+        trust_source: whether a converted network may be rebuilt by importing the module and calling
+            the function that the file names ("package.module:function"). Both run code.
+
+    Raises:
+        ValueError: if the file is not a whole checkpoint of ours, is of a newer version, cannot be
+            rebuilt without `model`, or its keys or shapes do not fit (the error lists them).
+        OSError: if the file cannot be read.
+    """
+    header, weights = _read(path)
+    if model is None:
+        model = _rebuild(path, header, trust_source)
+    _fill(path, model, weights)
+    return model.eval()
+
+
+def read_header(path: StrPath) -> dict[str, Any]:
+    """Return a checkpoint's header: format, version, kind, config or plan, ties and extra.
+
+    Raises:
+        ValueError: if the file is not a whole checkpoint of ours, or is of a newer version.
+        OSError: if the file cannot be read.
+    """
+    with _opened(path) as file:
+        return _parse_header(path, file.metadata())
+
+
+@contextlib.contextmanager
+def written_aside(path: StrPath) -> Iterator[Path]:
+    """Give a file to write in place of `path`, and rename it to `path` once that is done.
+
+    Where the body raises, `path` stays as it was and the file beside it is removed.
+
+    Args:
+        path: the file to make or replace. A link is followed.
+
+    Raises:
+        OSError: if the folder is missing or closed, `path` is no regular file, or the disk refuses.
+    """
+    # Replacing a link, or worse /dev/null, by a file is not what anybody means.
+    target = Path(os.path.realpath(path))
+    _check_target(path, target)
+    aside = target.parent / f".blnet-{os.getpid()}-{secrets.token_hex(4)}.partial"
+    try:
+        # Unlike tempfile's, a file made this way has the permissions that the user's umask gives.
+        os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except OSError as error:
+        raise type(error)(
+            f"{path} cannot be written: no file can be made in folder {target.parent} "
+            f"({error.strerror}); choose a folder that you may write to"
+        ) from error
+    try:
+        yield aside
+        _flush(aside)
+        os.replace(aside, target)
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written ({error.strerror or error}) and is as it was before; "
+            "free some space or choose another folder"
+        ) from error
+    finally:
+        aside.unlink(missing_ok=True)
+    # The rename has happened; a file system that cannot flush folders is no reason to fail now.
+    with contextlib.suppress(OSError):
+        _flush(target.parent)
+
+
+def _check_target(path: StrPath, target: Path) -> None:
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file to write")
+    if target.exists() and not target.is_file():
+        raise OSError(f"{path} is not a regular file; give the name of a file to write")
+    if target.parent.exists() and not target.parent.is_dir():
+        raise NotADirectoryError(
+            f"{path} cannot be written: {target.parent} is not a folder; choose another place"
+        )
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"{path} cannot be written: folder {target.parent} does not exist; create it first"
+        )
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _storable(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the state as tensors that share no memory, and the keys tied to each of those."""
+    tensors: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    storages: set[int] = set()
+    for key, value in model.state_dict().items():
+        _check_storable(key, value)
+        pointer = value.untyped_storage().data_ptr()
+        place = (pointer, value.dtype, value.shape, value.stride(), value.storage_offset())
+        if pointer and place in first:
+            ties[key] = first[place]
+            continue
+        first[place] = key
+        tensor = value.detach().cpu().contiguous()
+        # Two views of one storage that are not the same view are stored as two tensors.
+        pointer = tensor.untyped_storage().data_ptr()
+        tensors[key] = tensor.clone() if pointer in storages else tensor
+        storages.add(pointer)
+    return tensors, ties
+
+
+def _check_storable(key: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{key} is a {type(value).__name__}; a checkpoint holds tensors only, so keep it "
+            "out of the state dict"
+        )
+    if value.is_meta:
+        raise ValueError(f"{key} is on the meta device and has no values; give the network weights")
+    unknown = value.dtype in (torch.complex128, torch.complex32) or value.is_quantized
+    if value.layout != torch.strided or unknown:
+        raise ValueError(
+            f"{key} is a {value.layout} tensor of {value.dtype}, which safetensors cannot hold; "
+            "make it a dense tensor of a common dtype first"
+        )
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    """Return the kind of a network and what rebuilds it."""
+    if type(model) is BigLittleNet:
+        with torch.device("meta"):
+            rebuilt = BigLittleNet(model.config)
+        # A network whose classifier was exchanged, say, is no longer what its configuration says.
+        if _shapes(rebuilt) == _shapes(model):
+            return {"kind": "big-little", "config": dataclasses.asdict(model.config)}
+        return {"kind": "weights"}
+    plan = getattr(model, "plan", None)
+    if isinstance(plan, nn.Module) or not hasattr(plan, "to_dict"):
+        return {"kind": "weights"}
+    return {"kind": "converted", "plan": plan.to_dict()}
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+@contextlib.contextmanager
+def _opened(path: StrPath) -> Iterator[Any]:
+    file = Path(path)
+    if not file.exists():
+        raise FileNotFoundError(f"{path} does not exist; check the path of the checkpoint")
+    if not file.is_file():
+        raise ValueError(f"{path} is not a file; give the checkpoint file itself")
+    try:
+        with safetensors.safe_open(file, framework="pt", device="cpu") as opened:
+            yield opened
+    except safetensors.SafetensorError as error:
+        reason = str(error).split("\n")[0][:160]
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({reason}); it is cut short or of another "
+            "kind: blnet.load_official reads the published .pth files"
+        ) from error
+
+
+def _read(path: StrPath) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    with _opened(path) as file:
+        header = _parse_header(path, file.metadata())
+        # Copies: the tensors of the file are mapped from the disk, unaligned and bound to it.
+        weights = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    for key, name in header["ties"].items():
+        if name not in weights or key in weights:
+            raise ValueError(f"{path} is damaged: its header ties {key} to {name}; save it anew")
+        weights[key] = weights[name].clone()
+    return header, weights
+
+
+def _parse_header(path: StrPath, metadata: dict[str, str] | None) -> dict[str, Any]:
+    foreign = (
+        f"{path} is a safetensors file but no checkpoint that blnet.save wrote; fill a network "
+        "with safetensors.torch.load_model, then save that"
+    )
+    try:
+        header = json.loads((metadata or {})[_ENTRY])
+    except (KeyError, json.JSONDecodeError):
+        raise ValueError(foreign) from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError(foreign)
+    version = header.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise ValueError(
+            f"{path} has format version {version} and this blnet reads up to {VERSION}; "
+            "install a newer blnet"
+        )
+    ties = header.get("ties")
+    whole = isinstance(ties, dict) and all(isinstance(name, str) for name in ties.values())
+    if version != VERSION or not whole or not isinstance(header.get("kind"), str):
+        raise ValueError(f"{path} has a damaged header; save the network anew")
+    return header
+
+
+def _rebuild(path: StrPath, header: dict[str, Any], trust_source: bool) -> nn.Module:
+    kind = header["kind"]
+    if kind == "weights":
+        raise ValueError(
+            f"{path} holds weights only; give the network they belong to: blnet.load(path, model)"
+        )
+    about = header.get({"big-little": "config", "converted": "plan"}.get(kind, ""))
+    if not isinstance(about, dict):
+        raise ValueError(f"{path} has a damaged header of kind {kind!r}; save the network anew")
+    if kind == "converted":
+        return _reconvert(path, about, trust_source)
+    try:
+        with torch.device("meta"):
+            return BigLittleNet(BigLittleConfig.from_dict(about))
+    except ValueError as error:
+        raise ValueError(f"{path} describes no network: {error}") from error
+
+
+def _reconvert(path: StrPath, plan: dict[str, Any], trust_source: bool) -> nn.Module:
+    missing = [name for name in _PLAN_FIELDS if name not in plan]
+    if missing or not isinstance(plan["source_options"], dict):
+        raise ValueError(f"{path} has a damaged plan; save the network anew")
+    source = plan["source"]
+    if not isinstance(source, str):
+        raise ValueError(
+            f"{path} was converted from a network without a name; convert that network again and "
+            "give it: blnet.load(path, model)"
+        )
+    library, colon, _ = source.partition(":")
+    foreign = bool(colon) and library not in ("torchvision", "timm")
+    if foreign and not trust_source:
+        # Else a file of weights could run any function of any module: os:system, say.
+        raise ValueError(
+            f"{path} was converted from {source}, and rebuilding it would import and call that; "
+            "pass trust_source=True if you trust the file, or the converted network as model"
+        )
+    # The file's weights replace those, and nothing may be downloaded that nobody asked for.
+    unread = {"weights", "pretrained", "checkpoint_path"} if not foreign else set()
+    options = {name: value for name, value in plan["source_options"].items() if name not in unread}
+    from blnet.conversion import convert
+
+    try:
+        # The caller's random state must not depend on whether a file was read.
+        with torch.random.fork_rng(devices=[]):
+            built = registry.build(source, **options)
+            settings = {name: plan[name] for name in ("alpha", "beta", "branches")}
+            size = plan.get("input_size") or None
+            converted: nn.Module = convert(built, **settings, input_size=size)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be rebuilt from {source}: {error}") from error
+    return converted
+
+
+def _fill(path: StrPath, model: nn.Module, weights: dict[str, Tensor]) -> None:
+    own: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    _check_fit(path, own, weights)
+    made: dict[int, tuple[str, Tensor]] = {}
+    ready: dict[str, Tensor] = {}
+    for key, old in own.items():
+        value = weights[key]
+        if id(old) in made:
+            # Weights that the network ties stay one parameter.
+            name, ready[key] = made[id(old)]
+            if not torch.equal(_as_bytes(ready[key]), _as_bytes(value)):
+                raise ValueError(f"{path} has different {name} and {key}, which the network ties")
+            continue
+        if isinstance(old, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=old.requires_grad)
+        ready[key] = value
+        made[id(old)] = key, value
+    model.load_state_dict(ready, assign=True)
+    if not any(buffer.is_meta for buffer in model.buffers()):
+        model.cpu()  # buffers that are not part of the state
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """Return the bit pattern, by which NaN equals itself."""
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def _check_fit(path: StrPath, own: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    common = [key for key in own if key in weights]
+    faults = {
+        "missing keys": [key for key in own if key not in weights],
+        "extra keys": [key for key in weights if key not in own],
+        "wrong shapes": [
+            f"{key} {tuple(weights[key].shape)} for {tuple(own[key].shape)}"
+            for key in common
+            if weights[key].shape != own[key].shape
+        ],
+        "wrong dtypes": [
+            f"{key} {weights[key].dtype} for {own[key].dtype}"
+            for key in common
+            if weights[key].is_floating_point() != own[key].is_floating_point()
+        ],
+    }
+    told = [f"{name}: {_listed(keys)}" for name, keys in faults.items() if keys]
+    if told:
+        raise ValueError(f"{path} does not fit the network; {'; '.join(told)}")
+
+
+def _listed(keys: list[str]) -> str:
+    rest = len(keys) - _KEYS_SHOWN
+    return ", ".join(keys[:_KEYS_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

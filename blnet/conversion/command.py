@@ -1,0 +1,163 @@
+"""``blnet convert``: a network by name, or an official checkpoint, into a Big-Little network."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from blnet import registry
+from blnet.checkpoint import save
+from blnet.conversion.converter import convert
+from blnet.official import load_official
+from blnet.profiling import Profile, profile
+
+_EXAMPLES = """examples:
+  blnet convert torchvision:resnet50 --alpha 2 --beta 4
+  blnet convert timm:resnet50d --branches 3 --output bl_resnet50d.safetensors
+  blnet convert mypackage.nets:make --input 1x80x120
+  blnet convert torchvision:resnet50 --weights resnet50.pth --inherit-weights --output bl.safetensors
+  blnet convert --official bL-ResNet-50.pth --output bl_resnet50.safetensors"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.epilog = _EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "network", nargs="?", help="torchvision:NAME, timm:NAME or package.module:function"
+    )
+    parser.add_argument("--official", metavar="FILE", help="a published Big-Little checkpoint")
+    parser.add_argument("--alpha", type=int, default=2, help="little branch: times narrower (2)")
+    parser.add_argument("--beta", type=int, default=4, help="little branch: times shorter (4)")
+    parser.add_argument("--branches", type=int, default=2, help="number of branches (2)")
+    parser.add_argument("--num-classes", type=int, help="classes of the network (its own default)")
+    parser.add_argument("--weights", metavar="FILE", help="trained weights of NETWORK: .pth or ours")
+    parser.add_argument(
+        "--inherit-weights", action="store_true", help="move those weights into the converted one"
+    )
+    parser.add_argument(
+        "--input", type=parse_size, metavar="CxHxW", help="size of a sample input (usual images)"
+    )
+    parser.add_argument("--output", metavar="FILE", help="write the result as .safetensors")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, print the plan and what it costs, and write the result where asked."""
+    if bool(args.network) == bool(args.official):
+        raise ValueError("give either a NETWORK or --official FILE, not both and not neither")
+    output = _checked_output(args.output)
+    if args.official:
+        if output is None:
+            raise ValueError("--official needs --output FILE.safetensors to write the network to")
+        model: nn.Module = load_official(args.official)
+        print(f"{args.official}: {_describe_official(model)}")
+        print(_cost("network", profile(model, (1, *(args.input or _image_size(model))))))
+    else:
+        model = _convert_named(args)
+    if output is not None:
+        save(model, output)
+        print(f"wrote {output}")
+    return 0
+
+
+def parse_size(text: str) -> tuple[int, int, int]:
+    """Return the sizes of text such as 3x224x224.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is not three whole numbers of at least 1.
+    """
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 3x224x224")
+    channels, height, width = map(int, parts)
+    return channels, height, width
+
+
+def _checked_output(name: str | None) -> Path | None:
+    if name is None:
+        return None
+    path = Path(name)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"--output {name} must end with .safetensors, the format that is written")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"--output {name} is no file in an existing folder; create the folder")
+    return path
+
+
+def _convert_named(args: argparse.Namespace) -> nn.Module:
+    if args.inherit_weights and not args.weights:
+        raise ValueError("--inherit-weights needs --weights FILE, the trained weights to move")
+    if args.weights and not args.inherit_weights:
+        raise ValueError("--weights are only used with --inherit-weights; add it or leave both out")
+    options = {} if args.num_classes is None else {"num_classes": args.num_classes}
+    plain = registry.build(args.network, **options)
+    if args.weights:
+        _load_weights(plain, args.weights)
+    size = None if args.input is None else (1, *args.input)
+    model = convert(plain, args.alpha, args.beta, args.branches, args.inherit_weights, size)
+    plan = dataclasses.replace(model.plan, source=args.network, source_options=options)  # type: ignore[type-var]
+    model.plan = plan  # type: ignore[assignment]
+    print(plan)
+    shape = plan.input_size or (1, *(args.input or _image_size(plain)))
+    before, after = profile(plain, shape), profile(model, shape)
+    print(_cost("before", before))
+    print(_cost("after", after))
+    print(f"the plain network does {before.macs / after.macs:.2f} times the MACs")
+    return model
+
+
+def _load_weights(model: nn.Module, name: str) -> None:
+    weights: Any
+    if name.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        weights = load_file(name)
+    else:
+        try:
+            weights = torch.load(name, map_location="cpu", weights_only=True)
+        except Exception as error:
+            if isinstance(error, OSError):
+                raise
+            raise ValueError(f"{name} is not a torch checkpoint of plain tensors") from error
+    if isinstance(weights, Mapping) and isinstance(weights.get("state_dict"), Mapping):
+        weights = weights["state_dict"]
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name} does not fit {type(model).__name__}: {error}") from error
+
+
+def _image_size(model: nn.Module) -> tuple[int, int, int]:
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return (first.in_channels if first else 3), 224, 224
+
+
+def _describe_official(model: nn.Module) -> str:
+    config: Any = model.config
+    kind = "bL-SE" if config.se_reduction else "bL-"
+    family = "ResNeXt" if config.cardinality > 1 else "ResNet"
+    per_block = 3 if config.block == "bottleneck" else 2
+    groups = f" {config.cardinality}x{config.base_width}d" if config.cardinality > 1 else ""
+    depth = _nominal_depth(config.depths, per_block)
+    return (
+        f"{kind}{family}-{depth}{groups}, alpha {config.alpha}, beta {config.beta}, "
+        f"{config.num_classes} classes"
+    )
+
+
+def _nominal_depth(depths: tuple[int, ...], per_block: int) -> int:
+    """Return the network's layers: all convolutions of its blocks, the stem's and the classifier."""
+    return sum(depths) * per_block + 2
+
+
+def _cost(label: str, result: Profile) -> str:
+    size = "x".join(map(str, result.input_size))
+    return (
+        f"{label}: {result.parameters:,} parameters, {result.macs / 1e9:.3f} GMACs at {size}"
+    )
