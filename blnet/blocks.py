@@ -110,7 +110,9 @@ class ResidualBlock(nn.Module):
         pooled_shortcut: see `make_shortcut`.
     """
 
-    def __init__(self, spec: BlockSpec, se_reduction: int = 0, pooled_shortcut: bool = True) -> None:
+    def __init__(
+        self, spec: BlockSpec, se_reduction: int = 0, pooled_shortcut: bool = True
+    ) -> None:
         super().__init__()
         self.relu = nn.ReLU(inplace=True)
         self.se = SqueezeExcitation(spec.out_channels, se_reduction) if se_reduction else None
@@ -138,7 +140,9 @@ class BasicBlock(ResidualBlock):
         pooled_shortcut: see `make_shortcut`.
     """
 
-    def __init__(self, spec: BlockSpec, se_reduction: int = 0, pooled_shortcut: bool = True) -> None:
+    def __init__(
+        self, spec: BlockSpec, se_reduction: int = 0, pooled_shortcut: bool = True
+    ) -> None:
         super().__init__(spec, se_reduction, pooled_shortcut)
         self.conv1, self.bn1 = conv_norm(spec.in_channels, spec.out_channels, 3, spec.stride)
         self.conv2, self.bn2 = conv_norm(spec.out_channels, spec.out_channels, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
@@ -17,6 +18,8 @@ COMMANDS = {
     "kernels": ("blnet.kernels.command", "list, check and compile the kernels"),
     "doctor": ("blnet.doctor", "say what works on this machine and what to do about the rest"),
 }
+# Command -> modules that register the networks it takes by name, where they are installed.
+_NETWORKS = {"convert": ("blnet.vision.models",)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,11 +65,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run(name, words[1:], debug)
 
 
+def _register_networks(command: str) -> None:
+    for module in _NETWORKS.get(command, ()):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+
+
 def _run(name: str, words: Sequence[str], debug: bool) -> int:
     module_name, description = COMMANDS[name]
     try:
         module = importlib.import_module(module_name)
-        parser = Parser(prog=f"blnet {name}", description=f"{description[0].upper()}{description[1:]}.")
+        _register_networks(name)
+        parser = Parser(
+            prog=f"blnet {name}", description=f"{description[0].upper()}{description[1:]}."
+        )
         module.configure(parser)
         status = module.run(parser.parse_args(words))
         sys.stdout.flush()

@@ -30,7 +30,8 @@ def branch_length(length: int, beta: int, divisions: int) -> int:
         beta: how many times shorter each smaller branch is.
         divisions: K-1-i for branch i, 0 for the big branch.
     """
-    return max(1, length // beta**divisions - 1)
+    shortened: int = length // beta**divisions
+    return max(1, shortened - 1)
 
 
 class BigLittleModule(nn.Module):
@@ -74,13 +75,13 @@ class BigLittleModule(nn.Module):
             reversed(self.branches[:-1]), reversed(self.expands), strict=True
         ):
             out = self._merge(out, expand(branch(x)))
-        return out if self.fusion is None else cast(Tensor, self.fusion(out))
+        return out if self.fusion is None else cast("Tensor", self.fusion(out))
 
     def _merge(self, big: Tensor, little: Tensor) -> Tensor:
         if self.activation is None:
             return merge(big, little)
-        upsampled = upsample_nearest(big, little.shape[2:])
-        return cast(Tensor, self.activation(upsampled + little))
+        upsampled = upsample_nearest(big, (little.shape[2], little.shape[3]))
+        return cast("Tensor", self.activation(upsampled + little))
 
 
 def plain_stage(
@@ -198,7 +199,7 @@ def check_branching(alpha: int, beta: int, branches: int) -> None:
 
 def divide_width(width: int, alpha: int, divisions: int) -> int:
     """Return width / alpha**divisions, or raise a ValueError where that is not a whole number."""
-    divisor = alpha**divisions
+    divisor: int = alpha**divisions
     if width % divisor:
         raise ValueError(
             f"alpha {alpha} with {divisions + 1} branches divides a width of {width} channels by "

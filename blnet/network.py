@@ -67,8 +67,10 @@ class BigLittleConfig:
         _check_choice("block", self.block, get_args(BlockName))
         _check_choice("stem", self.stem, get_args(StemName))
         for name in ("depths", "widths"):
-            values = tuple(getattr(self, name))
-            object.__setattr__(self, name, values)
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple):
+                raise ValueError(f"{name} must be a list of whole numbers, got {values!r}")
+            object.__setattr__(self, name, tuple(values))
             for value in values:
                 _check_count(f"each of {name}", value, 1)
         for name in ("cardinality", "base_width", "stem_width", "in_channels"):
@@ -90,6 +92,14 @@ class BigLittleConfig:
             divide_width(width // 4 if bottleneck else width, self.alpha, divisions)
         if divisions:
             divide_width(self.stem_width, self.alpha, 1)
+        # Groups are as wide in every branch; a bottleneck without groups is narrower in the little.
+        least = [*(width // (1 if self.cardinality > 1 else narrow) for width in self.widths[:-1])]
+        for width in [*least, self.widths[-1]] if bottleneck else ():
+            if width // 4 * self.base_width < 64:
+                raise ValueError(
+                    f"base_width {self.base_width} leaves no channel inside a bottleneck of "
+                    f"{width}; choose larger widths or a larger base_width"
+                )
         if self.cardinality > 1 and (not bottleneck or self.cardinality % narrow):
             raise ValueError(
                 f"cardinality {self.cardinality} needs bottleneck blocks and an alpha that divides "
@@ -118,7 +128,9 @@ class BigLittleConfig:
         except json.JSONDecodeError as error:
             raise ValueError(f"the configuration is not JSON: {error}") from None
         if not isinstance(values, dict):
-            raise ValueError(f"the configuration must be a JSON object, got {type(values).__name__}")
+            raise ValueError(
+                f"the configuration must be a JSON object, got {type(values).__name__}"
+            )
         return cls.from_dict(values)
 
     @classmethod
@@ -135,9 +147,6 @@ class BigLittleConfig:
                 f"the configuration has no field {', '.join(unknown)}; the fields are "
                 f"{', '.join(known)}"
             )
-        for name in ("depths", "widths"):
-            if not isinstance(values.get(name, []), list | tuple):
-                raise ValueError(f"{name} must be a list of whole numbers, got {values[name]!r}")
         return cls(**values)
 
 

@@ -40,7 +40,7 @@ _RENAMES = (
     (r"stages\.(\d+)\.", "layer{}."),
 )
 # Settings of alpha's partner that leave the same network are told apart by the paper's habit.
-_BETAS = (4, 2, 1, *range(3, 65))
+_BETAS: tuple[int, ...] = (4, 2, 1, *range(3, 65))
 _KEYS_SHOWN = 12
 
 
@@ -149,7 +149,9 @@ def infer_config(weights: Mapping[str, Tensor]) -> BigLittleConfig:
         widths = tuple(shapes[f"{head}.{last_conv}.weight"][0] for head in heads)
         inner, group_width = shapes["layer1.big.0.conv2.weight"][:2]
     except KeyError as error:
-        raise ValueError(f"the checkpoint's key {error} is missing, which decides a width") from None
+        raise ValueError(
+            f"the checkpoint's key {error} is missing, which decides a width"
+        ) from None
     stem = shapes["conv1.weight"]
     cardinality = inner // group_width if block == "bottleneck" else 1
     gate = shapes.get("layer1.big.0.se_layer.fc1.weight")

@@ -76,8 +76,9 @@ def build(name: str, **options: Any) -> nn.Module:
     if ":" in name:
         return _build_foreign(name, options)
     if name not in _ENTRIES:
-        close = get_close_matches(name, _ENTRIES, n=3) or list(_ENTRIES)
-        raise ValueError(f"no network is named {name!r}; near it are {', '.join(close)}")
+        close = ", ".join(get_close_matches(name, _ENTRIES, n=3) or _ENTRIES)
+        near = f"near it are {close}" if close else "import blnet.vision.models to register some"
+        raise ValueError(f"no network is named {name!r}; {near}")
     entry = _ENTRIES[name]
     unknown = [option for option in options if option not in entry.options]
     if unknown:

@@ -14,6 +14,7 @@ from torch import nn
 from blnet import registry
 from blnet.checkpoint import save
 from blnet.conversion.converter import convert
+from blnet.conversion.plan import ConversionPlan
 from blnet.official import load_official
 from blnet.profiling import Profile, profile
 
@@ -21,7 +22,7 @@ _EXAMPLES = """examples:
   blnet convert torchvision:resnet50 --alpha 2 --beta 4
   blnet convert timm:resnet50d --branches 3 --output bl_resnet50d.safetensors
   blnet convert mypackage.nets:make --input 1x80x120
-  blnet convert torchvision:resnet50 --weights resnet50.pth --inherit-weights --output bl.safetensors
+  blnet convert resnet50 --weights resnet50.pth --inherit-weights --output bl.safetensors
   blnet convert --official bL-ResNet-50.pth --output bl_resnet50.safetensors"""
 
 
@@ -30,14 +31,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "network", nargs="?", help="torchvision:NAME, timm:NAME or package.module:function"
+        "network",
+        nargs="?",
+        help="a name of ours, torchvision:NAME, timm:NAME or package.module:function",
     )
     parser.add_argument("--official", metavar="FILE", help="a published Big-Little checkpoint")
     parser.add_argument("--alpha", type=int, default=2, help="little branch: times narrower (2)")
     parser.add_argument("--beta", type=int, default=4, help="little branch: times shorter (4)")
     parser.add_argument("--branches", type=int, default=2, help="number of branches (2)")
     parser.add_argument("--num-classes", type=int, help="classes of the network (its own default)")
-    parser.add_argument("--weights", metavar="FILE", help="trained weights of NETWORK: .pth or ours")
+    parser.add_argument(
+        "--weights", metavar="FILE", help="trained weights of NETWORK: .pth or ours"
+    )
     parser.add_argument(
         "--inherit-weights", action="store_true", help="move those weights into the converted one"
     )
@@ -101,8 +106,10 @@ def _convert_named(args: argparse.Namespace) -> nn.Module:
         _load_weights(plain, args.weights)
     size = None if args.input is None else (1, *args.input)
     model = convert(plain, args.alpha, args.beta, args.branches, args.inherit_weights, size)
-    plan = dataclasses.replace(model.plan, source=args.network, source_options=options)  # type: ignore[type-var]
-    model.plan = plan  # type: ignore[assignment]
+    found = model.plan
+    assert isinstance(found, ConversionPlan)
+    plan = dataclasses.replace(found, source=args.network, source_options=options)
+    model.plan = plan  # type: ignore[assignment]  # nn.Module is typed to hold modules only
     print(plan)
     shape = plan.input_size or (1, *(args.input or _image_size(plain)))
     before, after = profile(plain, shape), profile(model, shape)
@@ -152,12 +159,10 @@ def _describe_official(model: nn.Module) -> str:
 
 
 def _nominal_depth(depths: tuple[int, ...], per_block: int) -> int:
-    """Return the network's layers: all convolutions of its blocks, the stem's and the classifier."""
+    """Return the network's layers: its blocks' convolutions, the stem's and the classifier."""
     return sum(depths) * per_block + 2
 
 
 def _cost(label: str, result: Profile) -> str:
     size = "x".join(map(str, result.input_size))
-    return (
-        f"{label}: {result.parameters:,} parameters, {result.macs / 1e9:.3f} GMACs at {size}"
-    )
+    return f"{label}: {result.parameters:,} parameters, {result.macs / 1e9:.3f} GMACs at {size}"

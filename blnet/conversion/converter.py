@@ -82,7 +82,7 @@ class _Conversion:
         self.anatomy = anatomy
         self.plan = plan
         parameter = next(model.parameters())
-        self.like = {"device": parameter.device, "dtype": parameter.dtype}
+        self.device, self.dtype = parameter.device, parameter.dtype
 
     @torch.no_grad()
     def run(self) -> ConversionPlan:
@@ -97,7 +97,7 @@ class _Conversion:
         last, last_plan = self._keep_plain(stages[-1])
         for container in dict.fromkeys(stage.container for stage in stages):
             parts = [
-                module.to(**self.like).train(self.model.training)
+                self._alike(module)
                 for stage, module in zip(stages, [*(m for m, _ in made), last], strict=True)
                 if stage.container == container
             ]
@@ -114,6 +114,10 @@ class _Conversion:
             (*(p for _, p in made), last_plan),
             f"{head}, kept",
         )
+
+    def _alike(self, module: nn.Module) -> nn.Module:
+        """Bring a new part to the network's device, dtype and mode."""
+        return module.to(device=self.device, dtype=self.dtype).train(self.model.training)
 
     def _check_widths(self, stage: Stage) -> None:
         convs = layers(stage.blocks[-1].module, nn.Conv2d, "main")
@@ -141,8 +145,7 @@ class _Conversion:
         branches = BigLittlePool(width, self.plan.alpha)
         reset(branches)
         parent, _, name = pool.name.rpartition(".")
-        branches.to(**self.like).train(self.model.training)
-        setattr(self.model.get_submodule(parent), name, branches)
+        setattr(self.model.get_submodule(parent), name, self._alike(branches))
         return f"{names}; {pool.name} becomes two branches of {width} and its 1/{self.plan.alpha}"
 
     def _make_big_little(self, index: int) -> tuple[nn.Module, StagePlan]:
@@ -166,7 +169,7 @@ class _Conversion:
         if index == 0 and is_strided(stage.stride):
             # The first stage's own step comes before its branches, as a pool.
             module.branches = nn.ModuleList(
-                nn.Sequential(nn.AvgPool2d(3, stage.stride, padding=1), *branch)
+                nn.Sequential(nn.AvgPool2d(3, stage.stride, padding=1), *branch.children())
                 for branch in module.branches
             )
             notes.append(f"its own stride {stage.stride} becomes an average pool in each branch")
@@ -194,7 +197,7 @@ class _Conversion:
             if missed and note not in notes:
                 notes.append(note)
         for expand in module.expands:
-            nn.init.zeros_(expand[1].weight)
+            nn.init.zeros_(expand.get_parameter("1.weight"))
         return notes
 
     def _keep_plain(self, stage: Stage) -> tuple[nn.Module, StagePlan]:
@@ -225,7 +228,9 @@ class _Conversion:
     def _pool_shortcut(self, stage: Stage, notes: list[str]) -> None:
         block, name = stage.blocks[0].module, shortcut_name(stage.blocks[0].module)
         old = getattr(block, name) if name else None
-        convs = layers(old, nn.Conv2d) if old is not None else []
+        if old is None:
+            return
+        convs = layers(old, nn.Conv2d)
         if not is_strided(stage.stride) or len(convs) != 1 or convs[0].kernel_size != (1, 1):
             return
         spec = BlockSpec(stage.in_channels, stage.out_channels, stage.stride)
@@ -236,7 +241,7 @@ class _Conversion:
         pooled[1].load_state_dict({"weight": convs[0].weight})
         pooled[2].load_state_dict(norms[0].state_dict())
         assert name is not None
-        setattr(block, name, pooled.to(**self.like).train(self.model.training))
+        setattr(block, name, self._alike(pooled))
         notes.append("its shortcut pools (3x3, average) before its 1x1 convolution")
 
     def _stage_plan(

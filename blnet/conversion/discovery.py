@@ -158,6 +158,7 @@ def _trace(
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None:
         raise ValueError(f"{type(model).__name__} has no Conv2d; {CONVERTIBLE}")
+    sizes: list[tuple[int, ...]]
     sizes = [(1, first.in_channels, side, side) for side in _TRIED_SIZES]
     if input_size is not None:
         sizes = [tuple(input_size)]

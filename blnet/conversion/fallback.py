@@ -82,8 +82,8 @@ def gate_reduction(template: nn.Module) -> int:
     linear = layers(template, nn.Conv2d | nn.Linear, "gate")
     if len(linear) != 2:
         return 0
-    wide, narrow = (linear[0].weight.shape[axis] for axis in (1, 0))
-    return max(1, wide // narrow)
+    narrow, wide = linear[0].weight.shape[:2]
+    return max(1, int(wide) // int(narrow))
 
 
 def _striding(convs: list[nn.Conv2d]) -> int:

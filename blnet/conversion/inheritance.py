@@ -62,14 +62,18 @@ def _copy_layer(old: nn.Module, new: nn.Module) -> bool:
 
 
 def reset(module: nn.Module) -> None:
-    """Give a network fresh weights: Kaiming normal (fan-out) convolutions, the rest as torch does."""
+    """Give a network fresh weights: Kaiming normal convolutions, all else as torch does."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
-        elif callable(getattr(part, "reset_parameters", None)):
-            part.reset_parameters()
+        else:
+            getattr(part, "reset_parameters", _nothing)()
+
+
+def _nothing() -> None:
+    """What a module without parameters of its own resets."""
 
 
 def silence(block: nn.Module) -> None:
@@ -79,8 +83,9 @@ def silence(block: nn.Module) -> None:
     normalisation in front of an activation would stop its gradients for good.
     """
     norm = _closing_norm(block)
-    if norm is not None and norm.weight is not None:
-        nn.init.zeros_(norm.weight)
+    weight = getattr(norm, "weight", None)
+    if weight is not None:
+        nn.init.zeros_(weight)
 
 
 def _closing_norm(block: nn.Module) -> nn.Module | None:

@@ -49,10 +49,14 @@ _STRIDE = {"stride", "strides", "s"}
 _SHORTCUT = {"downsample", "shortcut", "skip", "projection", "skip_connection", "proj"}
 _GROUPS = {"groups", "cardinality", "num_groups"}
 _BASE_WIDTH = {"base_width", "width_per_group"}
+_DILATION = {"dilation", "dilation_rate"}
 _REDUCTION = {"reduction", "se_reduction", "reduction_ratio", "squeeze_factor"}
 _NORM = {"norm_layer", "norm", "norm_cls"}
 _ACTIVATION = {"act_layer", "activation", "act", "activation_layer", "nonlinearity"}
 _ATTENTION = {"attn_layer", "attention_layer", "se_layer"}
+_SHAPE_ROLES = (
+    _INPUT, _OUTPUT, _PLANES, _INNER, _STRIDE, _GROUPS, _BASE_WIDTH, _DILATION, _REDUCTION,
+)  # fmt: skip
 _PLAIN_VALUES = (int, float, str, bool)
 _COMPARED = (nn.Conv2d, nn.Linear, *NORMS, *ACTIVATIONS, nn.AvgPool2d, nn.MaxPool2d)
 
@@ -174,10 +178,9 @@ def _argument(
 ) -> tuple[bool, Any]:
     """Return whether a constructor's parameter is understood, and its value."""
     values = _shape_arguments(template, spec, planes)
-    for role in (_INPUT, _OUTPUT, _PLANES, _INNER, _STRIDE, _GROUPS, _BASE_WIDTH, _REDUCTION):
-        if name in role:
-            key = min(role)
-            return key in values, values.get(key)
+    role = next((role for role in _SHAPE_ROLES if name in role), None)
+    if role is not None:
+        return min(role) in values, values.get(min(role))
     if name in _SHORTCUT:
         return True, shortcut
     return _layer_argument(name, template)
@@ -187,13 +190,14 @@ def _shape_arguments(template: nn.Module, spec: BlockSpec, planes: int) -> Mappi
     stride = spec.stride
     if isinstance(stride, tuple) and stride[0] == stride[1]:
         stride = stride[0]
+    convs = layers(template, nn.Conv2d, "main")
     values: dict[str, Any] = {
         min(_INPUT): spec.in_channels,
         min(_OUTPUT): spec.out_channels,
         min(_PLANES): spec.out_channels // planes,
         min(_STRIDE): stride,
+        min(_DILATION): max(max(conv.dilation) for conv in convs),
     }
-    convs = layers(template, nn.Conv2d, "main")
     inner = convs[0].out_channels
     values[min(_INNER)] = inner // spec.narrow
     groups = max(conv.groups for conv in convs)

@@ -51,7 +51,7 @@ def shortcut_of(block: nn.Module) -> nn.Module | None:
 
 
 def gate_of(block: nn.Module) -> nn.Module | None:
-    """Return the module that scales a block's channels (squeeze-excitation and its kin), or None."""
+    """Return the module that scales a block's channels , such as SE, or None."""
     found = (getattr(block, name, None) for name in GATE_NAMES)
     return next((gate for gate in found if isinstance(gate, nn.Module)), None)
 
@@ -85,11 +85,10 @@ def norm_like(norm: nn.Module | None, channels: int) -> nn.Module:
         return nn.GroupNorm(groups, channels, norm.eps, norm.affine)
     if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm | nn.InstanceNorm2d):
         kind = type(norm)
-        options = (norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         try:
-            return kind(channels, *options)
+            return kind(channels, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)  # type: ignore[arg-type]  # momentum None is a cumulative average
         except TypeError:
-            return nn.BatchNorm2d(channels, *options)
+            return nn.BatchNorm2d(channels, norm.eps, norm.momentum, norm.affine)
     return nn.BatchNorm2d(channels)
 
 

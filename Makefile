@@ -1,0 +1,50 @@
+# Every target creates .venv and keeps it up to date by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# One thread for each of two test processes: small tensors gain nothing from more.
+TEST_ENV := OMP_NUM_THREADS=1
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --timeout 600
+
+.PHONY: help bench test lint format types unit interpreter clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	  { echo "blnet needs Python 3.11 to 3.13; name one with: make PYTHON=python3.12 ..." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	touch $@
+
+bench: $(INSTALLED)  ## measure Big-Little networks against ResNet-50 (ARGS="--full" for more)
+	$(BIN)/blnet bench $(ARGS)
+
+test: lint types unit interpreter  ## lint, check types and run every test
+
+lint: $(INSTALLED)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)  ## let ruff mend and format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Type checkers cannot see through the folder-to-package mapping, so they get the installed layout.
+types: $(INSTALLED)  ## mypy over the layout as installed
+	@rm -rf build/types && mkdir -p build/types/blnet
+	@ln -s $(CURDIR)/blnet/* $(foreach f,kernels vision speech bench,$(CURDIR)/$(f)) build/types/blnet/
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p blnet
+
+unit: $(INSTALLED)  ## the tests that need no Triton interpreter
+	$(PYTEST) tests --ignore tests/interpreter $(ARGS)
+
+interpreter: $(INSTALLED)  ## the kernels on the CPU, in Triton's interpreter
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter $(ARGS)
+
+clean:  ## remove .venv, caches and build products; results stay
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks *.egg-info
+	find blnet kernels vision speech bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

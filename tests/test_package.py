@@ -1,0 +1,147 @@
+"""What a user gets by installing: names, speed of import, a wheel that works by itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import blnet
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_every_public_name_resolves() -> None:
+    for name in blnet.__all__:
+        assert getattr(blnet, name).__name__ == name
+    assert sorted(blnet._HOMES) == sorted(blnet.__all__)
+    assert blnet.__version__[0].isdigit()
+    assert set(blnet.__all__) <= set(dir(blnet))
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        blnet.nothing  # noqa: B018
+
+
+def test_import_is_quick() -> None:
+    def seconds(code: str) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            assert run_python("-c", code).returncode == 0
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert seconds("import blnet") - seconds("pass") < 0.1
+
+
+def test_import_brings_nothing_heavy() -> None:
+    code = (
+        "import sys, blnet, blnet.cli; "
+        "heavy = {'torch', 'triton', 'numpy', 'torchvision', 'timm', 'librosa'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_generic_name_is_installed() -> None:
+    code = (
+        "import importlib.util as u, sys; "
+        "sys.exit(str([n for n in ('kernels', 'bench', 'speech', 'vision', 'tests') "
+        "if u.find_spec(n)] or 0) if any(u.find_spec(n) for n in "
+        "('kernels', 'bench', 'speech', 'vision', 'tests')) else 0)"
+    )
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_and_speed_suites_import_without_the_optional_packages() -> None:
+    # The machines with a GPU that the kernels are tuned on have none of these.
+    code = (
+        "import sys\n"
+        "absent = 'librosa jsonargparse soundfile plotly espeakng_loader timm'.split()\n"
+        "sys.modules.update(dict.fromkeys(absent))\n"
+        "import blnet.kernels, blnet.network, blnet.conversion, blnet.vision, blnet.speech\n"
+        "import blnet.bench.command\n"
+        "from blnet.bench.suites import test_models, test_merge\n"
+    )
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's wheel, built from a copy so that no build folder is left behind."""
+    folder = tmp_path_factory.mktemp("wheel")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if listed.returncode:
+        pytest.skip("not in a git checkout, so what belongs to the project is not known")
+    for name in listed.stdout.split("\n"):
+        if name and (ROOT / name).is_file():
+            target = folder / "source" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
+    subprocess.run([*command, str(folder / "source")], check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_every_module(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    homes = {"kernels": "blnet/kernels", "bench": "blnet/bench", "vision": "blnet/vision",
+             "speech": "blnet/speech", "blnet": "blnet"}  # fmt: skip
+    for folder, home in homes.items():
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".py", ".typed", ".json", ".yaml"}:
+                assert f"{home}/{path.relative_to(ROOT / folder)}" in names
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"blnet"}
+
+
+def test_the_wheel_works_on_its_own(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), wheel],
+        check=True,
+        capture_output=True,
+    )
+    # The wheel first, then what it depends on; -S and no editable install in between.
+    packages = os.pathsep.join([str(target), sysconfig.get_paths()["purelib"]])
+    code = (
+        "import torch, blnet, blnet.vision; "
+        f"assert blnet.__file__.startswith({str(target)!r}), blnet.__file__; "
+        "net = blnet.vision.bl_resnet18(num_classes=3, stem='small'); "
+        "print(net(torch.zeros(2, 3, 16, 16)).shape)"
+    )
+    done = run_python("-S", "-c", code, PYTHONPATH=packages)
+    assert done.returncode == 0, done.stderr
+    assert "[2, 3]" in done.stdout
+    done = run_python("-S", "-m", "blnet.cli", "--version", PYTHONPATH=packages)
+    assert done.stdout.strip() == blnet.__version__
+
+
+def test_the_package_is_found_where_it_is_installed() -> None:
+    for name in ("blnet.kernels", "blnet.vision", "blnet.speech", "blnet.bench.suites"):
+        assert importlib.util.find_spec(name) is not None
