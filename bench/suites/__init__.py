@@ -1,1 +1,1 @@
-"""Benchmark suites: pytest-benchmark files, one for each subject."""
+"""The suites: one pytest file each, with `cases(settings)`, `build(group, settings)` and a test."""

@@ -1,0 +1,230 @@
+"""`blnet bench`: runs suites, prints the table and writes the results."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import fields
+from datetime import datetime
+from pathlib import Path
+
+from blnet.bench.settings import (
+    DEFAULT_BRANCHINGS,
+    DEFAULT_MODELS,
+    DEVICES,
+    DTYPES,
+    Settings,
+    check_writable,
+    resolve,
+)
+
+# Suite -> (its module, one line on it).
+SUITES = {
+    "models": ("blnet.bench.suites.test_models", "whole networks, inference, every rung"),
+    "merge": ("blnet.bench.suites.test_merge", "relu(upsample(big) + little) at the merge sites"),
+}
+NEEDED = ("pytest", "pytest_benchmark", "rich", "sklearn", "torchvision", "PIL")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `blnet bench`."""
+    add_settings(parser)
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="folder for results.json, results.csv and report.md "
+        "(default: results/<date-time>-<device>)",
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print suites, networks and rungs, and measure nothing"
+    )
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what to measure."""
+    parser.add_argument(
+        "suites",
+        nargs="*",
+        metavar="SUITE",
+        help=f"suites to run: {', '.join(SUITES)} (default: all)",
+    )
+    add = parser.add_argument
+    add("--device", choices=DEVICES, default="auto", help="default: auto, a GPU if there is one")
+    add("--dtype", choices=DTYPES, help="precision (default: float32; on a GPU bfloat16)")
+    add(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="images in the throughput batch (default: 8; on a GPU 256); latency is always "
+        "measured at batch 1",
+    )
+    add(
+        "--size",
+        type=int,
+        default=224,
+        metavar="PIXELS",
+        help="height and width of the images, pixels (default: 224)",
+    )
+    add(
+        "--models",
+        nargs="+",
+        default=list(DEFAULT_MODELS),
+        metavar="NAME",
+        help="networks to measure, Big-Little or plain; the plain network of each is added "
+        f"(default: {' '.join(DEFAULT_MODELS)})",
+    )
+    add(
+        "--alpha",
+        nargs="+",
+        type=int,
+        metavar="A",
+        help="width divisors of the little branch, paired with --beta (default: "
+        f"{' '.join(str(a) for a, _ in DEFAULT_BRANCHINGS)})",
+    )
+    add(
+        "--beta",
+        nargs="+",
+        type=int,
+        metavar="B",
+        help="depth divisors of the little branch, paired with --alpha; one value serves all "
+        f"(default: {' '.join(str(b) for _, b in DEFAULT_BRANCHINGS)})",
+    )
+    add(
+        "--baseline",
+        metavar="NAME",
+        help="plain network to compare all with (default: each one's own, bl_resnet50 with "
+        "resnet50)",
+    )
+    add(
+        "--images",
+        metavar="FOLDER",
+        help="pictures to use as input (default: scikit-learn's two photographs)",
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--quick",
+        action="store_true",
+        help="rungs and rounds that fit a few minutes (the default)",
+    )
+    mode.add_argument(
+        "--full",
+        action="store_true",
+        help="every rung, every merge site, more rounds: up to an hour with compiling",
+    )
+    add(
+        "--repeat",
+        type=int,
+        metavar="ROUNDS",
+        help="how often each implementation is timed (default: at batch 1 24 times, else 10; "
+        "--full 60 and 30; on a GPU 50 and --full 100; the merge suite four times as often)",
+    )
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads of PyTorch (default: PyTorch's own choice, one a core)",
+    )
+    add("--seed", type=int, default=0, help="of weights, crops and random inputs (default: 0)")
+
+
+def parse_settings(words: Sequence[str]) -> Settings:
+    """Return the settings that flags of `blnet bench` stand for.
+
+    Raises:
+        ValueError: if a flag is not known or a value is wrong.
+    """
+    parser = argparse.ArgumentParser(prog="blnet bench", exit_on_error=False, add_help=False)
+    add_settings(parser)
+    try:
+        arguments, unknown = parser.parse_known_args(list(words))
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    if unknown:
+        raise ValueError(f"unknown flags: {' '.join(unknown)}")
+    return settings_of(arguments)
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """Return the settings in parsed arguments.
+
+    Raises:
+        ValueError: if a suite is not known, or --alpha and --beta do not pair.
+    """
+    unknown = [name for name in arguments.suites if name not in SUITES]
+    if unknown:
+        raise ValueError(f"no suite {unknown[0]!r}; choose from {', '.join(SUITES)}")
+    names = {field.name for field in fields(Settings)} - {"branchings"}
+    values = {name: value for name, value in vars(arguments).items() if name in names}
+    values["suites"] = tuple(arguments.suites)
+    values["models"] = tuple(arguments.models)
+    return Settings(branchings=_branchings(arguments.alpha, arguments.beta), **values)
+
+
+def _branchings(alphas: list[int] | None, betas: list[int] | None) -> tuple[tuple[int, int], ...]:
+    if alphas is None and betas is None:
+        return DEFAULT_BRANCHINGS
+    alphas = alphas or [2]
+    betas = betas or [4]
+    if len(betas) == 1:
+        betas = betas * len(alphas)
+    if len(alphas) == 1:
+        alphas = alphas * len(betas)
+    if len(alphas) != len(betas):
+        raise ValueError(
+            f"--alpha has {len(alphas)} values and --beta {len(betas)}; give as many of each"
+        )
+    return tuple(zip(alphas, betas, strict=True))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the suites; see `blnet bench --help`. Returns 0, 1 if a check failed, 130 if stopped."""
+    _check_extra()
+    settings = resolve(settings_of(arguments))
+    if arguments.list:
+        print(_listing(settings))
+        return 0
+    from blnet.bench import networks
+    from blnet.bench.progress import Progress
+    from blnet.bench.runner import finish, run_suites, steps
+    from blnet.bench.session import Session
+
+    networks.check(settings)
+    folder = Path(arguments.output or _default_folder(settings))
+    check_writable(folder)
+    with Progress() as progress:
+        session = Session(settings, progress.watch)
+        for note in session.results.notes:
+            progress.say(f"blnet bench: {note}")
+        suites = {name: SUITES[name][0] for name in settings.suites or SUITES}
+        progress.start(steps(suites, settings))
+        run_suites(suites, session)
+    return finish(session.results, folder)
+
+
+def _check_extra() -> None:
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"blnet bench needs {', '.join(missing)}; install with: pip install 'blnet[bench]'"
+        )
+
+
+def _default_folder(settings: Settings) -> Path:
+    return Path("results") / f"{datetime.now():%Y%m%d-%H%M%S}-{settings.device}"
+
+
+def _listing(settings: Settings) -> str:
+    from blnet.bench import networks
+    from blnet.bench.ladder import rungs
+
+    lines = ["suites:"]
+    lines += [f"  {name:<24}{text}" for name, (_, text) in SUITES.items()]
+    lines.append("networks of this run:")
+    lines += [f"  {s.label:<24}compared with {s.baseline}" for s in networks.specs(settings)]
+    quick = {rung.name for rung in rungs(settings.device)}
+    lines.append(f"rungs on {settings.device} (* only with --full):")
+    for rung in rungs(settings.device, full=True):
+        mark = "" if rung.name in quick else " *"
+        lines.append(f"  {rung.name + mark:<24}{rung.description}")
+    return "\n".join(lines)

@@ -1,0 +1,70 @@
+"""Percentiles, and ratios of medians with a bootstrap interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 4000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of two medians.
+
+    Attributes:
+        value: the ratio.
+        low: lower end of its 95 % interval.
+        high: upper end of its 95 % interval.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def scaled(self, factor: float) -> Ratio:
+        """Return the ratio and its interval times an exact factor."""
+        return Ratio(self.value * factor, self.low * factor, self.high * factor)
+
+
+def percentile(samples: Sequence[float], percent: float) -> float:
+    """Return a percentile of samples, linear between neighbours.
+
+    Raises:
+        ValueError: if there are no samples.
+    """
+    if not len(samples):
+        raise ValueError("a percentile needs one sample at least")
+    return float(np.percentile(np.asarray(samples, dtype=np.float64), percent))
+
+
+def median_ratio(above: Sequence[float], below: Sequence[float], seed: int = 0) -> Ratio:
+    """Return median(above) / median(below) with a 95 % percentile bootstrap interval.
+
+    The samples come from interleaved rounds, so a slow second hits both: rounds are resampled, not
+    the two samples each for itself (Efron & Tibshirani, "An Introduction to the Bootstrap", 1993,
+    chapters 8 and 13). Written out because scipy.stats.bootstrap names its seed differently in the
+    releases that we support.
+
+    Args:
+        above: times of the baseline, seconds, one a round.
+        below: times of the implementation, seconds, of the same rounds.
+        seed: of the resampling, so that the same samples give the same interval.
+
+    Raises:
+        ValueError: if the two have no round in common.
+    """
+    rounds = min(len(above), len(below))
+    if rounds == 0:
+        raise ValueError("a ratio needs one round at least that both implementations ran in")
+    top = np.asarray(above[:rounds], dtype=np.float64)
+    bottom = np.asarray(below[:rounds], dtype=np.float64)
+    value = float(np.median(top) / np.median(bottom))
+    picks = np.random.default_rng(seed).integers(rounds, size=(RESAMPLES, rounds))
+    ratios = np.median(top[picks], axis=1) / np.median(bottom[picks], axis=1)
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(ratios, [tail, 100 - tail])
+    return Ratio(value, float(low), float(high))

@@ -1,0 +1,354 @@
+"""The tables of a run: in the terminal, as Markdown, as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from blnet.bench.intervals import Ratio
+from blnet.bench.results import Results, write_json, write_text
+from blnet.bench.summary import BatchRow, MergeRow, ModelRow, merge_rows, model_rows
+
+NOTHING = "-"
+SHOWN_DROPPED = 6  # of the implementations left out; the report has all
+CSV_COLUMNS = (
+    "suite",
+    "group",
+    "family",
+    "implementation",
+    "status",
+    "batch",
+    "network",
+    "alpha",
+    "beta",
+    "pass",
+    "rounds",
+    "p20_ms",
+    "p50_ms",
+    "p90_ms",
+    "images_per_s",
+    "bytes",
+    "error",
+    "peak_memory_bytes",
+    "build_s",
+    "note",
+)
+
+HOW = """\
+Every implementation is built, run once and compared with its reference in higher precision; what
+does not match gets no time. After warming up until their times settle (at most ten calls), the
+implementations of a group (all networks and rungs at one batch) take turns, round by round, and
+every single time is kept in results.json. On a CPU the clock is `time.perf_counter`; on a GPU CUDA
+events around the call, after a 256 MiB buffer has been overwritten, so that the L2 cache is cold.
+Times are medians; p20 and p90 stand beside them. Speed-up is the median of the plain network's
+fastest rung divided by that of the network's own fastest rung, at the same batch and precision;
+its 95 % interval is a bootstrap over rounds (4,000 resamples). Realised speed-up divides that by
+the ratio of MACs: 1 means that all the arithmetic saved became time saved. Peak memory is weights
++ input + the most that was allocated at once during one call of the fastest rung (on a CPU as
+PyTorch's profiler sees its allocator; scratch space inside oneDNN or cuDNN is not in it).
+A rung more than four times slower than the fastest of its network, or one that takes too long to
+build, is dropped with a note. Input: real pictures, cropped and normalised; weights: random, BN
+statistics of the pictures themselves."""
+
+
+def write_all(results: Results, folder: Path) -> None:
+    """Write results.json, results.csv and report.md into a folder, each of them whole."""
+    write_json(folder / "results.json", results)
+    write_text(folder / "results.csv", csv_text(results))
+    write_text(folder / "report.md", markdown(results))
+
+
+# ---------------------------------------------------------------------------- numbers as text
+
+
+def ratio_text(ratio: Ratio | None, interval: bool = True) -> str:
+    """Return "1.36x [1.33, 1.40]", or "-"."""
+    if ratio is None:
+        return NOTHING
+    text = f"{ratio.value:.2f}x"
+    return f"{text} [{ratio.low:.2f}, {ratio.high:.2f}]" if interval else text
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Return seconds as milliseconds with four digits or so, or "-"."""
+    if seconds is None:
+        return NOTHING
+    value = seconds * 1e3
+    return f"{value:.1f}" if value >= 100 else f"{value:.2f}" if value >= 1 else f"{value:.4f}"
+
+
+def _number(value: Any, digits: int = 2) -> str:
+    return NOTHING if value is None else f"{value:.{digits}f}"
+
+
+def _megabytes(value: int | None) -> str:
+    return NOTHING if value is None else f"{value / 1e6:.0f}"
+
+
+# ---------------------------------------------------------------------------- models
+
+
+def model_header(results: Results) -> list[str]:
+    """Return the columns of the models table; the batches are those of the run."""
+    top = _top_batch(results)
+    return [
+        "network",
+        "alpha",
+        "beta",
+        "params, M",
+        "GMACs",
+        "MAC ratio",
+        "latency b1, ms",
+        f"images/s b{top}",
+        "speed-up b1 [95 %]",
+        f"speed-up b{top} [95 %]",
+        f"realised b{top}",
+        f"memory b{top}, MB",
+        f"best rung b1, b{top}",
+    ]
+
+
+def model_cells(results: Results, row: ModelRow) -> list[str]:
+    """Return the cells of a network's row."""
+    network = row.network
+    one, top = row.batches.get(1), row.batches.get(_top_batch(results))
+    rungs = [batch.rung if batch else NOTHING for batch in (one, top)]
+    return [
+        network.name,
+        _number(network.alpha, 0),
+        _number(network.beta, 0),
+        f"{network.parameters / 1e6:.2f}",
+        f"{network.macs / 1e9:.3f}",
+        _number(row.mac_ratio),
+        milliseconds(one.seconds if one else None),
+        f"{top.throughput:.1f}" if top else NOTHING,
+        _speedup(one),
+        _speedup(top),
+        ratio_text(top.realised if top else None, interval=False).removesuffix("x"),
+        _megabytes(top.peak_memory if top else None),
+        "; ".join(dict.fromkeys(rungs)),
+    ]
+
+
+def _speedup(row: BatchRow | None) -> str:
+    return ratio_text(row.speedup if row else None)
+
+
+def _top_batch(results: Results) -> int:
+    return int(results.settings["batch"])
+
+
+def print_tables(results: Results, console: Console) -> None:
+    """Print the table of each suite that ran, and a red line for each failure."""
+    rows = model_rows(results)
+    if rows:
+        cells = [model_cells(results, row) for row in rows]
+        table = _rich_table(_title(results), model_header(results), left=(0, 12))
+        for texts in cells:
+            # An interval goes below its value: the columns of thirteen must fit a terminal.
+            table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in texts))
+        console.print(table)
+        console.print(_reading(rows), soft_wrap=True, markup=False, highlight=False)
+    merges = merge_rows(results)
+    if merges:
+        table = _rich_table(
+            "merge: relu(upsample(big) + little)", merge_header(results), left=(0, 1, 2)
+        )
+        for merge in merges:
+            style = "red" if merge.measurement.failed else ""
+            table.add_row(*map(Text, merge_cells(results, merge)), style=style)
+        console.print(table)
+    dropped = [m for m in results.measurements if m.status in ("dropped", "skipped")]
+    for m in dropped[:SHOWN_DROPPED]:
+        text = f"left out: {m.suite}, {m.group}, {m.family}, {m.implementation}: {m.note}"
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
+    if len(dropped) > SHOWN_DROPPED:
+        console.print(f"and {len(dropped) - SHOWN_DROPPED} more; report.md lists all")
+    for failure in results.failures:
+        line = f"FAILED {failure.suite}, {failure.group}, {failure.family}, "
+        line += f"{failure.implementation}: {failure.note}"
+        console.print(Text(line, style="bold red"), soft_wrap=True)
+
+
+def _rich_table(title: str, header: list[str], left: tuple[int, ...]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, name in enumerate(header):
+        # Words of a header stand below each other, so that the numbers set the width.
+        text = name if number in left else name.replace(" ", "\n").replace("[95\n%]", "[95 %]")
+        table.add_column(
+            Text(text),
+            justify="left" if number in left else "right",
+            vertical="top",
+            overflow="fold",
+            no_wrap=number not in left,
+        )
+    return table
+
+
+def _title(results: Results) -> str:
+    settings, where = results.settings, results.environment
+    on = where["device"] if settings["device"] == "cuda" else f"{where['cpu']}, "
+    if settings["device"] != "cuda":
+        on += f"{where['threads']} threads"
+    return f"{on}, {settings['dtype']}, {settings['size']}x{settings['size']} pixels"
+
+
+def _reading(rows: list[ModelRow]) -> str:
+    """Return a sentence on what the speed-ups are against."""
+    sentences = []
+    for label in dict.fromkeys(row.network.baseline for row in rows):
+        plain = next((row for row in rows if row.network.label == label), None)
+        if plain is None:
+            continue
+        rungs = [f"{b.rung} at batch {batch}" for batch, b in sorted(plain.batches.items())]
+        text = " and ".join(rungs) or "none, so there is no speed-up"
+        sentences.append(f"Speed-ups are over the fastest rung of {label}: {text}.")
+    return " ".join(sentences)
+
+
+# ---------------------------------------------------------------------------- merge
+
+
+def merge_header(results: Results) -> list[str]:
+    """Return the columns of the merge table; a share only where the copy rate was measured."""
+    share = ["of copy rate"] if "copy_bandwidth" in results.ceilings else []
+    over = "speed-up over PyTorch's fastest [95 %]"
+    return ["site", "pass", "implementation", "p50, ms", "GB/s", *share, over, "error"]
+
+
+def merge_cells(results: Results, row: MergeRow) -> list[str]:
+    """Return the cells of a row of the merge table."""
+    m = row.measurement
+    against = "is the fastest" if row.fastest_baseline else ratio_text(row.speedup)
+    return [
+        m.family,
+        m.facts["pass"],
+        m.implementation,
+        milliseconds(m.median) if m.timed else m.status,
+        _number(row.bandwidth / 1e9 if row.bandwidth else None, 1),
+        *(
+            [NOTHING if row.share is None else f"{row.share:.0%}"]
+            if "copy_bandwidth" in results.ceilings
+            else []
+        ),
+        against,
+        f"{m.check.error:.0e}" if m.check else NOTHING,
+    ]
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def csv_text(results: Results) -> str:
+    """Return one line for each measurement."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for m in results.measurements:
+        quantiles = [m.quantile(p) * 1e3 if m.timed else "" for p in (20, 50, 90)]
+        batch = m.facts.get("batch")
+        facts = [m.facts.get(key) for key in ("batch", "network", "alpha", "beta", "pass")]
+        writer.writerow(
+            [
+                *(m.suite, m.group, m.family, m.implementation, m.status),
+                *facts,
+                len(m.samples),
+                *quantiles,
+                batch / m.median if m.timed and batch else "",
+                m.facts.get("bytes"),
+                m.check.error if m.check else "",
+                m.peak_memory,
+                m.build_seconds,
+                m.note,
+            ]
+        )
+    return text.getvalue()
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in [header, *rows]]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    lines.insert(1, "|" + " --- |" * len(header))
+    return lines
+
+
+def markdown(results: Results) -> str:
+    """Return the report as Markdown."""
+    lines = ["# Big-Little Net, measured", ""]
+    if results.interrupted:
+        lines += ["**This run was interrupted: what was measured until then follows.**", ""]
+    lines += [f"{_title(results)}; {results.environment['date']}; {results.seconds:.0f} s.", ""]
+    rows = model_rows(results)
+    if rows:
+        cells = [model_cells(results, row) for row in rows]
+        lines += ["## Models", "", *_table(model_header(results), cells), "", _reading(rows), ""]
+        lines += ["## Every rung", "", *_ladder_table(results), ""]
+    merges = merge_rows(results)
+    if merges:
+        lines += ["## Merge: relu(upsample(big) + little)", ""]
+        cells = [merge_cells(results, row) for row in merges]
+        lines += [*_table(merge_header(results), cells), ""]
+        lines += [*_merge_notes(results), ""]
+    lines += [
+        f"- **Failed**: {f.group}, {f.family}, {f.implementation}: {f.note}"
+        for f in results.failures
+    ]
+    lines += ["", "## How times are taken", "", HOW, "", "## Environment", ""]
+    lines += [*_facts(results.environment), "", "## Settings", "", *_facts(results.settings)]
+    lines += ["", "## Command", "", "```", results.command, "```", ""]
+    lines += [*(f"Note: {note}." for note in results.notes)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _ladder_table(results: Results) -> list[str]:
+    header = ["network", "batch", "rung", "p20 (ms)", "p50 (ms)", "p90 (ms)", "rounds"]
+    header += ["error", "build (s)", "memory (MB)", "note"]
+    rows = []
+    for m in results.of("models"):
+        times = [milliseconds(m.quantile(p)) if m.timed else NOTHING for p in (20, 50, 90)]
+        note = m.note if m.status == "ok" else f"{m.status}: {m.note}".removesuffix(": ")
+        rows.append(
+            [
+                m.family,
+                str(m.facts["batch"]),
+                m.implementation,
+                *times,
+                str(len(m.samples)),
+                f"{m.check.error:.0e}" if m.check else NOTHING,
+                _number(m.build_seconds, 1),
+                _megabytes(m.peak_memory),
+                note,
+            ]
+        )
+    return _table(header, rows)
+
+
+def _merge_notes(results: Results) -> list[str]:
+    notes = dict.fromkeys(
+        f"- {m.implementation}: {m.note}."
+        for m in results.of("merge")
+        if m.note and m.status == "ok"
+    )
+    lines = [*notes, "- GB/s counts each input read once and each output written once."]
+    copy = results.ceilings.get("copy_bandwidth")
+    if copy:
+        lines.append(f"- Copy bandwidth measured in this run: {copy / 1e9:.0f} GB/s.")
+    return lines
+
+
+def _facts(values: dict[str, Any]) -> list[str]:
+    shown = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {item}" for name, item in value.items())
+        if isinstance(value, list | tuple):
+            value = ", ".join(map(str, value))
+        shown.append(f"- {key}: {NOTHING if value in (None, '') else value}")
+    return shown

@@ -1,0 +1,251 @@
+"""What a run found: dataclasses, and writing them so that a file is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from blnet.bench.intervals import percentile
+
+SCHEMA = 1
+
+# ok: measured and right; the only one that has a time to report.
+# wrong: its result differed from the reference. error: it raised. Both fail the run.
+# dropped: too slow to build or to run. skipped: cannot run on this machine.
+Status = Literal["pending", "ok", "wrong", "error", "dropped", "skipped"]
+FAILED: tuple[Status, ...] = ("wrong", "error")
+
+
+@dataclass
+class Check:
+    """How far a result was from the reference.
+
+    Attributes:
+        error: norm(result - reference) / norm(reference); NaN if either holds a NaN.
+        tolerance: largest error that passes.
+        reference: what the reference was.
+    """
+
+    error: float
+    tolerance: float
+    reference: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the tolerance; NaN never is."""
+        return self.error <= self.tolerance
+
+
+@dataclass
+class Measurement:
+    """One implementation in one group.
+
+    Attributes:
+        suite: name of the suite, such as "models".
+        group: what runs interleaved with it, such as "batch 8".
+        family: what computes the same thing, such as "bl_resnet50 a2 b4": its rungs compete.
+        implementation: name, such as "eager, channels-last".
+        description: one sentence on it.
+        facts: what the suite knows of it: batch, network, bytes, ...
+        status: see `Status`.
+        note: why there is no time, or what a reader must know of it.
+        samples: seconds, one a round.
+        check: how far its result was from the reference; None if it never ran.
+        build_seconds: to make it ready, compiling included, the first call too.
+        peak_memory: bytes; see `blnet.bench.memory`. None if not measured.
+    """
+
+    suite: str
+    group: str
+    family: str
+    implementation: str
+    description: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    status: Status = "pending"
+    note: str = ""
+    samples: list[float] = field(default_factory=list)
+    check: Check | None = None
+    build_seconds: float | None = None
+    peak_memory: int | None = None
+
+    @property
+    def timed(self) -> bool:
+        """Whether there is a time to report: it ran, and its result was right."""
+        return self.status == "ok" and bool(self.samples)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it raised, or its result was wrong."""
+        return self.status in FAILED
+
+    def quantile(self, percent: float) -> float:
+        """Return a percentile of its samples, seconds.
+
+        Raises:
+            ValueError: if there is no time to report.
+        """
+        if not self.timed:
+            raise ValueError(f"{self.family}, {self.implementation}: {self.status}, no time")
+        return percentile(self.samples, percent)
+
+    @property
+    def median(self) -> float:
+        """Median time, seconds."""
+        return self.quantile(50)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain values, with the percentiles that a reader wants."""
+        values = asdict(self)
+        values["quantiles"] = (
+            {f"p{p}": self.quantile(p) for p in (20, 50, 90)} if self.timed else None
+        )
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Measurement:
+        """Return the measurement that `as_dict` gave."""
+        known = {key: value for key, value in values.items() if key != "quantiles"}
+        check = known.pop("check")
+        return cls(**known, check=Check(**check) if check else None)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that was measured.
+
+    Attributes:
+        label: what the rows of the table call it: name, and alpha and beta where it has them.
+        name: as the registry knows it.
+        alpha: see the paper; None for a plain network.
+        beta: see the paper; None for a plain network.
+        baseline: label of the plain network it is compared with; its own for a plain network.
+        parameters: elements of its parameters.
+        macs: multiply-adds for one image.
+    """
+
+    label: str
+    name: str
+    alpha: int | None
+    beta: int | None
+    baseline: str
+    parameters: int
+    macs: int
+
+
+@dataclass
+class Results:
+    """Everything that a run found.
+
+    Attributes:
+        environment: `blnet.environment.Environment.as_dict`.
+        settings: `blnet.bench.settings.Settings.as_dict`.
+        command: the command line.
+        networks: the networks of the models suite.
+        measurements: in the order they were declared.
+        ceilings: rates measured in the run, such as "copy_bandwidth" in bytes/s.
+        notes: sentences for the reader about the whole run.
+        seconds: how long it took.
+        interrupted: whether it was stopped before its end.
+        schema: version of this format.
+    """
+
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    command: str = ""
+    networks: list[Network] = field(default_factory=list)
+    measurements: list[Measurement] = field(default_factory=list)
+    ceilings: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    interrupted: bool = False
+    schema: int = SCHEMA
+
+    def of(self, suite: str) -> Iterator[Measurement]:
+        """Return the measurements of one suite."""
+        return (m for m in self.measurements if m.suite == suite)
+
+    @property
+    def failures(self) -> list[Measurement]:
+        """Measurements that raised or whose result was wrong."""
+        return [m for m in self.measurements if m.failed]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, fit for JSON."""
+        values = {key: getattr(self, key) for key in self.__dataclass_fields__}
+        values["networks"] = [asdict(network) for network in self.networks]
+        values["measurements"] = [m.as_dict() for m in self.measurements]
+        return {"schema": self.schema, **values}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Results:
+        """Return the results that `as_dict` gave.
+
+        Raises:
+            ValueError: if they are of another version of the format.
+        """
+        schema = values.get("schema") if isinstance(values, dict) else None
+        if schema != SCHEMA:
+            raise ValueError(
+                f"these results have format version {schema}, this blnet reads {SCHEMA}; "
+                "measure again, or use the blnet that wrote them"
+            )
+        known = {key: values[key] for key in cls.__dataclass_fields__}
+        known["networks"] = [Network(**network) for network in values["networks"]]
+        known["measurements"] = [Measurement.from_dict(m) for m in values["measurements"]]
+        return cls(**known)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it, so that no reader sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        # mkstemp makes files private; a report is as public as its folder.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, results: Results) -> None:
+    """Write results as JSON. NaN (an error that was not a number) becomes null."""
+    write_text(path, json.dumps(_finite(results.as_dict()), indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Results:
+    """Return the results in a file that `write_json` wrote.
+
+    Raises:
+        ValueError: if it is no such file, or of another version.
+        OSError: if it cannot be read.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a results.json: {error}") from None
+    for measurement in values.get("measurements", []) if isinstance(values, dict) else []:
+        check = measurement.get("check")
+        if check and check["error"] is None:
+            check["error"] = float("nan")
+    return Results.from_dict(values)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,114 @@
+"""Runs the suites through pytest, in this process, and finishes a run: files and table."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from blnet.bench.plugin import Bind
+from blnet.bench.results import Results
+from blnet.bench.session import Session
+from blnet.bench.settings import Settings
+
+INTERRUPTED = 130  # as a shell reports a command that Ctrl-C ended
+
+
+def steps(suites: Mapping[str, str], settings: Settings) -> float:
+    """Return how much work the suites are: each case is built once and timed once."""
+    modules = [importlib.import_module(module) for module in suites.values()]
+    return float(sum(2 * len(module.cases(settings)) for module in modules))
+
+
+def run_suites(suites: Mapping[str, str], session: Session) -> None:
+    """Run suites into a session.
+
+    Args:
+        suites: name -> module.
+        session: keeps what is found; `interrupted` in its results tells whether Ctrl-C ended it.
+
+    Raises:
+        RuntimeError: if pytest itself failed; the message ends with what it said.
+    """
+    paths = [_path(module) for module in suites.values()]
+    said = io.StringIO()
+    start = time.monotonic()
+    with _own_pytest(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = pytest.main(_arguments(paths), plugins=[Bind(session)])
+    session.results.seconds = time.monotonic() - start
+    session.results.interrupted = status == pytest.ExitCode.INTERRUPTED
+    fine = (
+        pytest.ExitCode.OK,
+        pytest.ExitCode.TESTS_FAILED,
+        pytest.ExitCode.INTERRUPTED,
+    )
+    # A collection error also counts as interrupted: then there is nothing at all.
+    if status not in fine or (session.results.interrupted and "errors during" in said.getvalue()):
+        raise RuntimeError(f"pytest could not run the suites:\n{said.getvalue()[-4000:]}")
+    _adopt_errors(session, status, said.getvalue())
+
+
+def _path(module: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise RuntimeError(f"{module} is not installed as a file")
+    return Path(spec.origin)
+
+
+def _arguments(paths: list[Path]) -> list[str]:
+    return [
+        *map(str, paths),
+        f"--rootdir={paths[0].parent}",
+        f"--config-file={os.devnull}",  # the settings of the user's project are not ours
+        "--import-mode=importlib",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+    ]
+
+
+@contextlib.contextmanager
+def _own_pytest() -> Iterator[None]:
+    """Keep the settings of the user's own pytest out of the run.
+
+    PYTEST_XDIST_WORKER is set where pytest-xdist runs this as a test, and pytest-benchmark would
+    switch itself off.
+    """
+    names = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTEST_XDIST_WORKER")
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def _adopt_errors(session: Session, status: int, said: str) -> None:
+    """Fail loudly where a test failed outside an implementation, in a suite's own code."""
+    failed = status == pytest.ExitCode.TESTS_FAILED
+    if failed and not session.results.failures:
+        raise RuntimeError(f"a suite failed:\n{said[-4000:]}")
+
+
+def finish(results: Results, folder: Path) -> int:
+    """Write the results, print the table, and return the exit status."""
+    from rich.console import Console
+
+    from blnet.bench.progress import PLAIN_WIDTH
+    from blnet.bench.report import print_tables, write_all
+
+    write_all(results, folder)
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    print_tables(results, console)
+    console.print(f"written: {folder}/results.json, results.csv, report.md", soft_wrap=True)
+    if results.interrupted:
+        print("blnet bench: interrupted; what was measured until then is kept", file=sys.stderr)
+        return INTERRUPTED
+    return 1 if results.failures else 0

@@ -1,0 +1,158 @@
+"""What to measure and how: one dataclass, filled in for the device and checked before a run."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+DEFAULT_MODELS = ("bl_resnet50",)
+DEFAULT_BRANCHINGS = ((2, 4), (4, 4))
+MIN_SIZE = 32  # pixels; a network that shrinks 32 times needs one position at its end
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one run. None and "auto" are filled in by `resolve`.
+
+    Attributes:
+        suites: names of the suites to run; empty for all.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        dtype: "float32", "bfloat16" or "float16"; None for the device's default.
+        batch: images in the throughput batch; None for the device's default (8, on a GPU 256).
+        size: height and width of the images, pixels.
+        models: names of networks, as `blnet.registry` knows them.
+        branchings: (alpha, beta) pairs measured of every Big-Little network.
+        baseline: name of the plain network to compare with; None for each network's own.
+        images: a folder of pictures; None for scikit-learn's two photographs.
+        full: take every rung and more rounds, not only those that fit a few minutes.
+        repeat: rounds of each group; None for as many as the mode asks for.
+        threads: CPU threads of PyTorch; None leaves them as they are.
+        seed: of weights, crops and random inputs.
+    """
+
+    suites: tuple[str, ...] = ()
+    device: str = "auto"
+    dtype: str | None = None
+    batch: int | None = None
+    size: int = 224
+    models: tuple[str, ...] = DEFAULT_MODELS
+    branchings: tuple[tuple[int, int], ...] = DEFAULT_BRANCHINGS
+    baseline: str | None = None
+    images: str | None = None
+    full: bool = False
+    repeat: int | None = None
+    threads: int | None = None
+    seed: int = 0
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the run is on a GPU."""
+        return self.device == "cuda"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The precision measured in."""
+        import torch
+
+        return {
+            "float32": torch.float32,
+            "bfloat16": torch.bfloat16,
+            "float16": torch.float16,
+        }[self.dtype or "float32"]
+
+    @property
+    def throughput_batch(self) -> int:
+        """Images in the throughput batch."""
+        return self.batch or (256 if self.on_gpu else 8)
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Batches measured: 1 for latency, and the throughput batch."""
+        return (1,) if self.throughput_batch == 1 else (1, self.throughput_batch)
+
+    @property
+    def build_seconds(self) -> tuple[float, float]:
+        """Seconds that one build, and all of a suite's that compile, may take.
+
+        A quick run on two CPU cores shall end within minutes, on a slow machine too.
+        """
+        if self.full:
+            return 1800.0, float("inf")
+        return (300.0, 1200.0) if self.on_gpu else (60.0, 150.0)
+
+    def rounds(self, batch: int) -> int:
+        """Return how many rounds a group with this batch is measured for."""
+        if self.repeat is not None:
+            return self.repeat
+        if self.on_gpu:
+            return 100 if self.full else 50
+        if self.full:
+            return 60 if batch == 1 else 30
+        return 24 if batch == 1 else 10
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values, fit for JSON."""
+        return asdict(self)
+
+
+def resolve(settings: Settings) -> Settings:
+    """Return the settings with every default filled in for this machine.
+
+    Raises:
+        ValueError: if a value is out of range, or the device is not there.
+    """
+    import torch
+
+    if settings.device not in DEVICES:
+        raise ValueError(f"--device must be one of {', '.join(DEVICES)}, got {settings.device!r}")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no GPU here; 'blnet doctor' says why")
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = settings.dtype or ("bfloat16" if device == "cuda" else "float32")
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    for flag, value, least in (
+        ("--batch", settings.batch, 1),
+        ("--size", settings.size, MIN_SIZE),
+        ("--repeat", settings.repeat, 2),
+        ("--threads", settings.threads, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{flag} must be at least {least}, got {value}")
+    if not settings.models:
+        raise ValueError("--models needs the name of a network at least")
+    resolved = replace(settings, device=device, dtype=dtype)
+    return replace(resolved, batch=resolved.throughput_batch)
+
+
+def check_writable(folder: Path) -> None:
+    """Check that a folder can be made and written to, and leave nothing behind.
+
+    Raises:
+        ValueError: if it cannot, or holds the results of another run.
+    """
+    if (folder / "results.json").exists():
+        raise ValueError(f"--output {folder} holds a results.json already; name another folder")
+    nearest = folder
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise ValueError(f"--output {folder}: {nearest} is not a folder")
+    try:
+        handle, name = tempfile.mkstemp(dir=nearest)
+    except OSError as error:
+        raise ValueError(
+            f"--output {folder}: {nearest} cannot be written to ({error.strerror})"
+        ) from None
+    os.close(handle)
+    os.unlink(name)

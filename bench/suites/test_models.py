@@ -1,0 +1,121 @@
+"""Models suite: whole networks, inference, every rung of the ladder, batch 1 and throughput batch.
+
+All networks and rungs of a batch are one group, so that each is interleaved with the baseline.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from blnet.bench.ladder import Rung, rungs
+from blnet.bench.measure import Call, Group, Implementation
+from blnet.bench.memory import tensor_bytes
+from blnet.bench.networks import Spec, facts, instance, specs
+from blnet.bench.replay import replay, virtual_clock
+from blnet.bench.results import Measurement
+from blnet.bench.session import Case, Session
+from blnet.bench.settings import Settings
+
+NAME = "models"
+# Largest relative error of the logits against float64 arithmetic on the same (rounded) weights and
+# images. float32 lands near 1e-6 and Winograd or packed weights cost a digit or two; bfloat16 has
+# 8 bits and the errors of 50 layers add up.
+TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+REFERENCE = "the same network in float64, eager"
+REFERENCE_CHUNK = 8  # images at a time: float64 activations of a whole batch may not fit
+
+
+def cases(settings: Settings) -> list[Case]:
+    """Return every network on every rung at every batch."""
+    return [
+        Case(group_name(batch), spec.label, rung.name)
+        for batch in settings.batches
+        for spec in specs(settings)
+        for rung in rungs(settings.device, settings.full)
+    ]
+
+
+def group_name(batch: int) -> str:
+    """Return the name of the group with this batch."""
+    return f"batch {batch}"
+
+
+def build(group: str, session: Session) -> Group:
+    """Return all networks on all rungs at one batch."""
+    settings = session.settings
+    batch = next(b for b in settings.batches if group_name(b) == group)
+    images = session.images(batch)
+    found = specs(settings)
+    if not session.results.networks:
+        session.results.networks += [facts(spec, settings) for spec in found]
+    models = {spec: session.cached(spec, partial(_model, spec, session)) for spec in found}
+    ready = images.to(settings.device, settings.torch_dtype)
+    return Group(
+        suite=NAME,
+        name=group,
+        implementations=[
+            _implementation(spec, models[spec], rung, ready)
+            for spec in found
+            for rung in rungs(settings.device, settings.full)
+        ],
+        references={spec.label: partial(_reference, models[spec], ready) for spec in found},
+        tolerance=TOLERANCES[settings.dtype or "float32"],
+        reference_text=REFERENCE,
+        rounds=settings.rounds(batch),
+        budget=session.budget(NAME),
+    )
+
+
+def _model(spec: Spec, session: Session) -> nn.Module:
+    settings = session.settings
+    model = instance(spec, session.images(settings.throughput_batch), settings)
+    return model.to(settings.device, settings.torch_dtype)
+
+
+def _reference(model: nn.Module, images: Tensor) -> Tensor:
+    exact = copy.deepcopy(model).double()
+    with torch.inference_mode():
+        return torch.cat([exact(chunk.double()) for chunk in images.split(REFERENCE_CHUNK)])
+
+
+def _implementation(spec: Spec, model: nn.Module, rung: Rung, images: Tensor) -> Implementation:
+    layout = torch.channels_last if rung.channels_last else torch.contiguous_format
+
+    def make() -> Call:
+        own = images.contiguous(memory_format=layout)
+        run = rung.build(model, own)
+
+        def call() -> Any:
+            with torch.inference_mode():
+                return run(own)
+
+        return call
+
+    return Implementation(
+        name=rung.name,
+        family=spec.label,
+        build=make,
+        description=rung.description,
+        facts={
+            "network": spec.name,
+            "alpha": spec.alpha,
+            "beta": spec.beta,
+            "baseline": spec.baseline,
+            "batch": len(images),
+        },
+        held_bytes=tensor_bytes(model, images),
+        memory=not rung.own_pool,
+        compiles=rung.compiles,
+    )
+
+
+@pytest.mark.benchmark(timer=virtual_clock)
+def test_models(case: Case, measured: Callable[[Case], Measurement], benchmark: Any) -> None:
+    replay(benchmark, measured(case))

@@ -1,0 +1,137 @@
+"""From measurements to the numbers of the tables: speed-ups, realised speed-ups, bandwidths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from blnet.bench.intervals import Ratio, median_ratio
+from blnet.bench.results import Measurement, Network, Results
+
+
+@dataclass(frozen=True)
+class BatchRow:
+    """A network at one batch, on its fastest rung.
+
+    Attributes:
+        batch: images at once.
+        rung: name of its fastest rung.
+        seconds: median time of a batch.
+        throughput: images/s.
+        baseline_rung: name of the plain network's fastest rung; None if it has no time.
+        speedup: over that rung; None for the plain network and where that has no time.
+        realised: speed-up divided by the ratio of MACs; None where speedup is.
+        peak_memory: bytes; None if not measured.
+    """
+
+    batch: int
+    rung: str
+    seconds: float
+    throughput: float
+    baseline_rung: str | None
+    speedup: Ratio | None
+    realised: Ratio | None
+    peak_memory: int | None
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """A network in the table.
+
+    Attributes:
+        network: what it is and what it costs.
+        mac_ratio: MACs of its plain network divided by its own; None if that was not measured.
+        batches: batch -> its numbers there; a batch where no rung has a time is missing.
+    """
+
+    network: Network
+    mac_ratio: float | None
+    batches: dict[int, BatchRow] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MergeRow:
+    """An implementation of the merge at one site.
+
+    Attributes:
+        measurement: what was measured.
+        bandwidth: counted bytes over the median time, bytes/s; None without a time.
+        share: bandwidth over the copy bandwidth measured in the run; None where that is not known.
+        speedup: over the fastest of PyTorch's own ways; None without a time of both.
+        fastest_baseline: whether it is that fastest way.
+    """
+
+    measurement: Measurement
+    bandwidth: float | None
+    share: float | None
+    speedup: Ratio | None
+    fastest_baseline: bool
+
+
+def fastest(measurements: list[Measurement]) -> Measurement | None:
+    """Return the one with the smallest median; None if none has a time."""
+    return min((m for m in measurements if m.timed), key=lambda m: m.median, default=None)
+
+
+def model_rows(results: Results) -> list[ModelRow]:
+    """Return a row for each network of the models suite, in their order."""
+    measurements = list(results.of("models"))
+    batches = sorted({m.facts["batch"] for m in measurements})
+    macs = {network.label: network.macs for network in results.networks}
+    rows = []
+    for network in results.networks:
+        plain_macs = macs.get(network.baseline)
+        ratio = plain_macs / network.macs if plain_macs else None
+        row = ModelRow(network, ratio)
+        for batch in batches:
+            found = _batch_row(measurements, network, batch, ratio)
+            if found is not None:
+                row.batches[batch] = found
+        rows.append(row)
+    return rows
+
+
+def _batch_row(
+    measurements: list[Measurement], network: Network, batch: int, mac_ratio: float | None
+) -> BatchRow | None:
+    here = [m for m in measurements if m.facts["batch"] == batch]
+    best = fastest([m for m in here if m.family == network.label])
+    if best is None:
+        return None
+    plain = fastest([m for m in here if m.family == network.baseline])
+    speedup = None
+    if plain is not None and network.label != network.baseline:
+        speedup = median_ratio(plain.samples, best.samples)
+    return BatchRow(
+        batch=batch,
+        rung=best.implementation,
+        seconds=best.median,
+        throughput=batch / best.median,
+        baseline_rung=plain.implementation if plain else None,
+        speedup=speedup,
+        realised=speedup.scaled(1 / mac_ratio) if speedup and mac_ratio else None,
+        peak_memory=best.peak_memory,
+    )
+
+
+def merge_rows(results: Results) -> list[MergeRow]:
+    """Return a row for each implementation of the merge suite, in their order."""
+    measurements = list(results.of("merge"))
+    copy = results.ceilings.get("copy_bandwidth")
+    rows = []
+    for measurement in measurements:
+        same = [m for m in measurements if m.group == measurement.group]
+        plain = fastest([m for m in same if m.facts["baseline"]])
+        bandwidth = speedup = None
+        if measurement.timed:
+            bandwidth = measurement.facts["bytes"] / measurement.median
+            speedup = median_ratio(plain.samples, measurement.samples) if plain else None
+        rows.append(
+            MergeRow(
+                measurement,
+                bandwidth,
+                bandwidth / copy if bandwidth and copy else None,
+                speedup,
+                measurement is plain,
+            )
+        )
+    return rows

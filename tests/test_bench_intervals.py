@@ -1,0 +1,50 @@
+"""Percentiles and the bootstrap interval of a ratio."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from blnet.bench.intervals import median_ratio, percentile
+
+
+def test_percentile() -> None:
+    assert percentile([3.0, 1.0, 2.0], 50) == 2.0
+    assert percentile([0.0, 10.0], 20) == 2.0
+    with pytest.raises(ValueError, match="one sample"):
+        percentile([], 50)
+
+
+def test_the_ratio_is_that_of_the_medians_and_repeats() -> None:
+    above, below = [2.0, 4.0, 6.0], [1.0, 2.0, 3.0]
+    ratio = median_ratio(above, below)
+    assert ratio.value == 2.0
+    assert (ratio.low, ratio.high) == (2.0, 2.0)  # paired: every round has the same ratio
+    assert median_ratio(above, below) == ratio
+    assert ratio.scaled(0.5).value == 1.0
+
+
+def test_rounds_that_only_one_ran_do_not_count() -> None:
+    assert median_ratio([1.0, 1.0, 50.0, 50.0, 50.0], [1.0, 1.0]).value == 1.0
+    with pytest.raises(ValueError, match="one round"):
+        median_ratio([], [1.0])
+
+
+def test_the_interval_covers_the_truth() -> None:
+    # 95 % nominal; a percentile bootstrap of medians of 30 rounds lies a little above or below.
+    draw = np.random.default_rng(7)
+    inside = 0
+    for _ in range(120):
+        machine = draw.lognormal(0, 0.1, 30)  # hits both of a round
+        above = 1.5 * machine * draw.lognormal(0, 0.05, 30)
+        below = machine * draw.lognormal(0, 0.05, 30)
+        ratio = median_ratio(above, below)
+        inside += ratio.low <= 1.5 <= ratio.high
+    assert inside / 120 >= 0.88
+
+
+def test_noise_widens_the_interval() -> None:
+    draw = np.random.default_rng(1)
+    quiet = median_ratio(draw.normal(2, 0.01, 20), draw.normal(1, 0.01, 20))
+    noisy = median_ratio(draw.normal(2, 0.2, 20), draw.normal(1, 0.2, 20))
+    assert noisy.high - noisy.low > 3 * (quiet.high - quiet.low)

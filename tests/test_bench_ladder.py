@@ -1,0 +1,133 @@
+"""Every rung computes what the network computes, and the networks of a run are the right ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from blnet.bench import ladder, networks
+from blnet.bench.images import make_batch, sample_pictures
+from blnet.bench.measure import UnavailableError, relative_error
+from blnet.bench.settings import Settings, resolve
+
+EAGER = ("eager", "channels-last", "folded")
+RUNGS = {rung.name: rung for rung in ladder.LADDER}
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return make_batch(sample_pictures(), 2, 64)
+
+
+@pytest.fixture(scope="module", params=["resnet18", "bl_resnet18"])
+def model(request, images) -> nn.Module:
+    settings = resolve(Settings(device="cpu"))
+    name = request.param
+    branching = (2, 4) if name.startswith("bl_") else (None, None)
+    return networks.instance(networks.Spec(name, *branching, "resnet18"), images, settings)
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_a_rung_agrees_with_float64(name, model, images) -> None:
+    import copy
+
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    rung = RUNGS[name]
+    layout = torch.channels_last if rung.channels_last else torch.contiguous_format
+    own = images.contiguous(memory_format=layout)
+    run = rung.build(model, own)
+    with torch.inference_mode():
+        result = run(own)
+        right = copy.deepcopy(model).double()(images.double())
+    assert relative_error(result, right) < 1e-4
+    assert model.state_dict().keys() == before.keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), f"{name} changed {key} of the network it was given"
+
+
+def test_folding_leaves_no_batch_norm(model, images) -> None:
+    folded = ladder.fold_batch_norm(model)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+
+
+@pytest.mark.parametrize("name", ["compile", "compile, frozen"])
+def test_a_compiled_rung_agrees(name) -> None:
+    torch.manual_seed(0)
+    tiny = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()).eval()
+    example = torch.randn(2, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+    try:
+        run = RUNGS[name].build(tiny, example)
+    except UnavailableError as reason:
+        pytest.skip(str(reason))
+    with torch.inference_mode():
+        assert relative_error(run(example), tiny(example)) < 1e-5
+
+
+def test_a_missing_compiler_makes_a_rung_unavailable(monkeypatch) -> None:
+    class InvalidCxxCompiler(RuntimeError):  # noqa: N818 - Inductor's name
+        pass
+
+    def failing(*_, **__):
+        def call(*_):
+            try:
+                raise InvalidCxxCompiler
+            except InvalidCxxCompiler as error:
+                raise RuntimeError("backend failed") from error
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", failing)
+    with pytest.raises(UnavailableError, match=r"install g\+\+"):
+        ladder.compiled(lambda x: x, (torch.ones(1),))
+
+
+def test_quick_is_a_part_of_full_and_graphs_need_a_gpu() -> None:
+    for device in ("cpu", "cuda"):
+        quick = [r.name for r in ladder.rungs(device)]
+        full = [r.name for r in ladder.rungs(device, full=True)]
+        assert set(quick) < set(full)
+        assert quick[0] == "eager"
+    assert not any("graph" in r.name for r in ladder.rungs("cpu", full=True))
+    assert any("graph" in r.name for r in ladder.rungs("cuda"))
+    assert len(RUNGS) == len(ladder.LADDER)
+    assert all(r.compiles == ("compile" in r.name) for r in ladder.LADDER)
+
+
+def test_the_networks_of_a_run() -> None:
+    found = networks.specs(Settings(models=("bl_resnet50", "resnet18")))
+    assert [s.label for s in found] == [
+        "resnet50",
+        "resnet18",
+        "bl_resnet50 a2 b4",
+        "bl_resnet50 a4 b4",
+    ]
+    assert found[-1].baseline == "resnet50"
+    forced = networks.specs(Settings(models=("bl_resnet18",), baseline="resnet34"))
+    assert {s.baseline for s in forced} == {"resnet34"}
+    assert networks.baseline_of("bl_seresnext50_32x4d") == "resnet50"
+    with pytest.raises(ValueError, match="resnet9000"):
+        networks.check(Settings(models=("resnet9000",)))
+
+
+def test_facts_of_a_network() -> None:
+    spec = networks.Spec("resnet18", None, None, "resnet18")
+    facts = networks.facts(spec, resolve(Settings(device="cpu")))
+    # He et al., CVPR 2016, give 1.8e9 multiply-adds; torchvision documents 11,689,512 parameters.
+    assert facts.parameters == 11_689_512
+    assert facts.macs == pytest.approx(1.814e9, rel=1e-3)
+
+
+def test_instances_are_calibrated_and_repeat(images) -> None:
+    settings = resolve(Settings(device="cpu", seed=1))
+    spec = networks.Spec("bl_resnet18", 2, 4, "resnet18")
+    one, two = (networks.instance(spec, images, settings) for _ in range(2))
+    with torch.inference_mode():
+        logits = one(images)
+        assert torch.equal(logits, two(images))
+    assert not one.training
+    assert logits.isfinite().all()
+    norms = [m for m in one.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(norm.momentum == 0.1 for norm in norms)
+    assert not torch.equal(norms[0].running_mean, torch.zeros_like(norms[0].running_mean))

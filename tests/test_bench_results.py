@@ -1,0 +1,204 @@
+"""Results, their files, and the numbers of the tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from blnet.bench import report
+from blnet.bench.results import (
+    Check,
+    Measurement,
+    Network,
+    Results,
+    read_json,
+    write_json,
+    write_text,
+)
+from blnet.bench.settings import Settings, resolve
+from blnet.bench.summary import merge_rows, model_rows
+from blnet.environment import collect
+
+BL = "bl_resnet50 a2 b4"
+
+
+def model(family: str, batch: int, rung: str, times: list[float], **more) -> Measurement:
+    name, *rest = family.split()
+    facts = {"network": name, "batch": batch, "alpha": 2 if rest else None}
+    values = {"status": "ok", "check": Check(1e-6, 1e-3, "float64"), "peak_memory": 250_000_000}
+    return Measurement(
+        "models", f"batch {batch}", family, rung, facts=facts, samples=times, **{**values, **more}
+    )
+
+
+def merge(name: str, times: list[float], baseline: bool, **more) -> Measurement:
+    facts = {"site": "s", "pass": "forward", "batch": 8, "bytes": 10**9, "baseline": baseline}
+    values = {"status": "ok", "check": Check(1e-8, 1e-5, "float64")}
+    return Measurement(
+        "merge", "s, forward", "s", name, facts=facts, samples=times, **{**values, **more}
+    )
+
+
+@pytest.fixture
+def results() -> Results:
+    found = Results(
+        environment=collect("cpu").as_dict(),
+        settings=resolve(Settings(device="cpu")).as_dict(),
+        command="blnet bench",
+        seconds=12.0,
+    )
+    found.networks = [
+        Network("resnet50", "resnet50", None, None, "resnet50", 25_557_032, 4_089_000_000),
+        Network(BL, "bl_resnet50", 2, 4, "resnet50", 26_689_256, 2_044_500_000),
+    ]
+    found.measurements = [
+        model("resnet50", 1, "eager", [0.06, 0.06, 0.06]),
+        model("resnet50", 1, "folded", [0.05, 0.05, 0.05]),
+        model(BL, 1, "eager", [0.04, 0.04, 0.04]),
+        model("resnet50", 8, "eager", [0.4, 0.4, 0.4]),
+        model(
+            "resnet50",
+            8,
+            "folded",
+            [],
+            status="wrong",
+            check=Check(math.nan, 1e-3, "float64"),
+            note="relative error nan",
+        ),
+        model(BL, 8, "eager", [0.25, 0.25, 0.25]),
+        model(BL, 8, "folded", [0.2, 0.2, 0.2]),
+        merge("eager", [0.2, 0.2], True),
+        merge("compile", [0.1, 0.1], True),
+        merge("blnet", [0.05, 0.05], False, note="on a CPU"),
+    ]
+    return found
+
+
+def test_the_speed_up_is_over_the_fastest_rung_with_a_time(results) -> None:
+    plain, ours = model_rows(results)
+    assert plain.batches[1].rung == "folded"
+    assert plain.batches[8].rung == "eager"  # the wrong one does not count
+    assert plain.batches[1].speedup is None
+    assert ours.mac_ratio == 2.0
+    one, eight = ours.batches[1], ours.batches[8]
+    assert (one.speedup.value, one.baseline_rung) == (pytest.approx(1.25), "folded")
+    assert (eight.speedup.value, eight.rung) == (pytest.approx(2.0), "folded")
+    assert eight.realised.value == pytest.approx(1.0)
+    assert eight.throughput == pytest.approx(40.0)
+
+
+def test_a_network_without_times_keeps_its_row(results) -> None:
+    for m in results.measurements:
+        if m.family == "resnet50":
+            m.status = "error"
+    plain, ours = model_rows(results)
+    assert plain.batches == {}
+    assert ours.batches[8].speedup is None
+    assert ours.batches[8].seconds == 0.2
+
+
+def test_merge_rows(results) -> None:
+    rows = {row.measurement.implementation: row for row in merge_rows(results)}
+    assert rows["compile"].fastest_baseline
+    assert rows["blnet"].bandwidth == pytest.approx(20e9)
+    assert rows["blnet"].speedup.value == pytest.approx(2.0)
+    assert rows["blnet"].share is None
+    results.ceilings["copy_bandwidth"] = 40e9
+    rows = {row.measurement.implementation: row for row in merge_rows(results)}
+    assert rows["blnet"].share == pytest.approx(0.5)
+
+
+def test_results_round_trip(results, tmp_path) -> None:
+    path = tmp_path / "deep" / "results.json"
+    write_json(path, results)
+    again = read_json(path)
+    wrong = again.failures[0].check
+    assert math.isnan(wrong.error)  # NaN is not JSON: null there, NaN here
+    assert not wrong.passed
+    wrong.error = results.failures[0].check.error = 0.5
+    assert again.measurements == results.measurements
+    assert again.networks == results.networks
+    assert model_rows(again) == model_rows(results)
+    values = json.loads(path.read_text())
+    assert values["schema"] == 1
+    assert values["measurements"][0]["quantiles"]["p50"] == 0.06
+    assert values["measurements"][0]["samples"] == [0.06] * 3
+    assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+
+
+def test_other_versions_and_other_files_are_refused(results, tmp_path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({**results.as_dict(), "schema": 99, "measurements": []}))
+    with pytest.raises(ValueError, match="version 99"):
+        read_json(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"is not a results\.json"):
+        read_json(path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="version None"):
+        read_json(path)
+
+
+def test_writing_is_all_or_nothing(tmp_path) -> None:
+    path = tmp_path / "report.md"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["report.md"]
+
+
+def test_the_printed_table_has_the_numbers(results) -> None:
+    console = Console(width=150, record=True, file=io.StringIO())
+    report.print_tables(results, console)
+    text = console.export_text()
+    ours = next(line for line in text.splitlines() if "bl_resnet50" in line).split()
+    assert ours[1:8] == ["2", "4", "26.69", "2.045", "2.00", "40.00", "40.0"]
+    assert ours[8:12] == ["1.25x", "2.00x", "1.00", "250"]
+    assert "FAILED models, batch 8, resnet50, folded: relative error nan" in text
+    assert "over the fastest rung of resnet50: folded at batch 1 and eager at batch 8" in text
+    assert "…" not in text
+
+
+def test_failures_are_red(results) -> None:
+    console = Console(width=150, file=io.StringIO(), force_terminal=True, color_system="standard")
+    report.print_tables(results, console)
+    line = next(s for s in console.file.getvalue().splitlines() if "FAILED" in s)
+    assert "\x1b[1;31m" in line
+
+
+def test_markdown_has_every_rung(results) -> None:
+    results.interrupted = True
+    text = report.markdown(results)
+    assert "interrupted" in text
+    assert (
+        "| bl_resnet50 | 2 | 4 | 26.69 | 2.045 | 2.00 | 40.00 | 40.0 | 1.25x [1.25, 1.25] |" in text
+    )
+    assert "| resnet50 | 8 | folded | - | - | - | 0 | nan |" in text
+    assert "wrong: relative error nan" in text
+    assert f"| {BL} | 8 | folded | 200.0 | 200.0 | 200.0 | 3 |" in text
+    assert "| s | forward | blnet | 50.00 | 20.0 | 2.00x [2.00, 2.00] | 1e-08 |" in text
+    assert f"- python: {results.environment['python']}" in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in tables} == {14, 12, 8}
+
+
+def test_csv_has_a_line_for_each_measurement(results) -> None:
+    rows = list(csv.DictReader(io.StringIO(report.csv_text(results))))
+    assert len(rows) == len(results.measurements)
+    last = rows[6]
+    assert (last["family"], last["implementation"], last["rounds"]) == (BL, "folded", "3")
+    assert float(last["p50_ms"]) == pytest.approx(200.0)
+    assert float(last["images_per_s"]) == pytest.approx(40.0)
+    assert (rows[4]["status"], rows[4]["p50_ms"]) == ("wrong", "")
+
+
+def test_an_empty_run_has_a_report(results) -> None:
+    results.measurements, results.networks = [], []
+    assert "# Big-Little Net" in report.markdown(results)
+    report.print_tables(results, Console(file=io.StringIO()))

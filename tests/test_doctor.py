@@ -1,0 +1,53 @@
+"""`blnet doctor`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+
+from blnet import doctor
+from blnet.cli import main
+
+
+def test_it_says_what_works_and_what_to_do(capsys) -> None:
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "backend torch: works" in text
+    for line, after in zip(text.splitlines(), text.splitlines()[1:], strict=False):
+        if "does not work" in line:
+            assert after.startswith("    to get it: ")
+    for word in ("device:", "packages:", "torch 2", "extra vision", "extra speech", "extra bench"):
+        assert word in text
+
+
+def test_json_has_the_same(capsys) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["environment"]["packages"]["torch"]
+    names = {(f["kind"], f["name"]): f for f in found["findings"]}
+    assert names["backend", "torch"]["works"]
+    assert {"triton", "interpret", "torch"} <= {n for kind, n in names if kind == "backend"}
+    assert all(bool(f["advice"]) != f["works"] for f in found["findings"])
+
+
+def test_a_missing_package_is_named(monkeypatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "librosa" else real(name)
+    )
+    finding = next(f for f in doctor.examine() if f.name == "speech")
+    assert not finding.works
+    assert finding.detail == "missing: librosa"
+    assert finding.advice == "pip install 'blnet[speech]'"
+
+
+@pytest.mark.parametrize("variable", ["", "no-such-compiler"])
+def test_a_missing_compiler_is_named(variable, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", variable)
+    finding = next(f for f in doctor.examine() if f.kind == "tool")
+    assert not finding.works
+    assert (variable or "g++") in finding.detail
+    assert "install g++" in finding.advice
