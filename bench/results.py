@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from blnet.bench.intervals import percentile
+from blnet.files import written_aside
 
 SCHEMA = 1
 
@@ -204,18 +203,8 @@ class Results:
 def write_text(path: Path, text: str) -> None:
     """Write a file beside its place and rename it, so that no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-        # mkstemp makes files private; a report is as public as its folder.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8", newline="")
 
 
 def write_json(path: Path, results: Results) -> None:

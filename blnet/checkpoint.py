@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from blnet import registry
+from blnet.files import StrPath, written_aside
 from blnet.network import BigLittleConfig, BigLittleNet
 
 FORMAT = "blnet-checkpoint"
@@ -30,8 +29,6 @@ VERSION = 1
 _ENTRY = "blnet"
 _KEYS_SHOWN = 12
 _PLAN_FIELDS = ("source", "source_options", "alpha", "beta", "branches")
-
-StrPath = str | os.PathLike[str]
 
 
 def save(model: nn.Module, path: StrPath, **extra: Any) -> None:
@@ -97,69 +94,6 @@ def read_header(path: StrPath) -> dict[str, Any]:
         return _parse_header(path, file.metadata())
 
 
-@contextlib.contextmanager
-def written_aside(path: StrPath) -> Iterator[Path]:
-    """Give a file to write in place of `path`, and rename it to `path` once that is done.
-
-    Where the body raises, `path` stays as it was and the file beside it is removed.
-
-    Args:
-        path: the file to make or replace. A link is followed.
-
-    Raises:
-        OSError: if the folder is missing or closed, `path` is no regular file, or the disk refuses.
-    """
-    # Replacing a link, or worse /dev/null, by a file is not what anybody means.
-    target = Path(os.path.realpath(path))
-    _check_target(path, target)
-    aside = target.parent / f".blnet-{os.getpid()}-{secrets.token_hex(4)}.partial"
-    try:
-        # Unlike tempfile's, a file made this way has the permissions that the user's umask gives.
-        os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    except OSError as error:
-        raise type(error)(
-            f"{path} cannot be written: no file can be made in folder {target.parent} "
-            f"({error.strerror}); choose a folder that you may write to"
-        ) from error
-    try:
-        yield aside
-        _flush(aside)
-        os.replace(aside, target)
-    except OSError as error:
-        raise OSError(
-            f"{path} could not be written ({error.strerror or error}) and is as it was before; "
-            "free some space or choose another folder"
-        ) from error
-    finally:
-        aside.unlink(missing_ok=True)
-    # The rename has happened; a file system that cannot flush folders is no reason to fail now.
-    with contextlib.suppress(OSError):
-        _flush(target.parent)
-
-
-def _check_target(path: StrPath, target: Path) -> None:
-    if target.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give the name of a file to write")
-    if target.exists() and not target.is_file():
-        raise OSError(f"{path} is not a regular file; give the name of a file to write")
-    if target.parent.exists() and not target.parent.is_dir():
-        raise NotADirectoryError(
-            f"{path} cannot be written: {target.parent} is not a folder; choose another place"
-        )
-    if not target.parent.is_dir():
-        raise FileNotFoundError(
-            f"{path} cannot be written: folder {target.parent} does not exist; create it first"
-        )
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _storable(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the state as tensors that share no memory, and the keys tied to each of those."""
     tensors: dict[str, Tensor] = {}
@@ -208,9 +142,8 @@ def _describe(model: nn.Module) -> dict[str, Any]:
             return {"kind": "big-little", "config": dataclasses.asdict(model.config)}
         return {"kind": "weights"}
     plan = getattr(model, "plan", None)
-    if isinstance(plan, nn.Module) or not hasattr(plan, "to_dict"):
-        return {"kind": "weights"}
-    return {"kind": "converted", "plan": plan.to_dict()}
+    to_dict = None if isinstance(plan, nn.Module) else getattr(plan, "to_dict", None)
+    return {"kind": "converted", "plan": to_dict()} if to_dict else {"kind": "weights"}
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -90,11 +90,12 @@ class BigLittleConfig:
         bottleneck = self.block == "bottleneck"
         for width in self.widths[:-1]:
             divide_width(width // 4 if bottleneck else width, self.alpha, divisions)
-        if divisions:
+        if divisions and self.stem == "imagenet":
             divide_width(self.stem_width, self.alpha, 1)
         # Groups are as wide in every branch; a bottleneck without groups is narrower in the little.
-        least = [*(width // (1 if self.cardinality > 1 else narrow) for width in self.widths[:-1])]
-        for width in [*least, self.widths[-1]] if bottleneck else ():
+        divisor = 1 if self.cardinality > 1 else narrow
+        least = [*(width // divisor for width in self.widths[:-1]), self.widths[-1]]
+        for width in least if bottleneck else ():
             if width // 4 * self.base_width < 64:
                 raise ValueError(
                     f"base_width {self.base_width} leaves no channel inside a bottleneck of "

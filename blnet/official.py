@@ -8,15 +8,14 @@ keys and shapes, never off the file's name.
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from blnet.files import read_torch_file
 from blnet.module import branch_length
 from blnet.network import BigLittleConfig, BigLittleNet
 
@@ -61,7 +60,7 @@ def load_official(source: str | os.PathLike[str] | Mapping[str, Any]) -> BigLitt
             lists them), or a shape does not fit.
         OSError: if the file cannot be read.
     """
-    weights = _state_dict(source if isinstance(source, Mapping) else _read(source))
+    weights = _state_dict(source if isinstance(source, Mapping) else read_torch_file(source))
     config = infer_config(weights)
     with torch.device("meta"):
         model = BigLittleNet(config)
@@ -87,23 +86,6 @@ def official_key(key: str) -> str:
             key = published.format(*numbers) + key[match.end() :]
             break
     return key.replace(".se.", ".se_layer.")
-
-
-def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the checkpoint file itself")
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, UnicodeDecodeError) as error:
-        reason = str(error).strip().split("\n")[0][:160]
-        raise ValueError(
-            f"{path} is not a torch checkpoint of plain tensors, which is all that is read "
-            f"({reason})"
-        ) from error
-    if not isinstance(loaded, Mapping):
-        raise ValueError(f"{path} holds a {type(loaded).__name__}; a checkpoint holds a dict")
-    return loaded
 
 
 def _state_dict(loaded: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -145,29 +127,38 @@ def infer_config(weights: Mapping[str, Tensor]) -> BigLittleConfig:
     lengths = [count + 1 for count in big]
     tail = _count(shapes, rf"layer{big_stages + 1}\.(\d+)\.")
     heads = [f"layer{s + 1}.big.0" for s in range(big_stages)] + [f"layer{big_stages + 1}.0"]
-    try:
-        widths = tuple(shapes[f"{head}.{last_conv}.weight"][0] for head in heads)
-        inner, group_width = shapes["layer1.big.0.conv2.weight"][:2]
-    except KeyError as error:
-        raise ValueError(
-            f"the checkpoint's key {error} is missing, which decides a width"
-        ) from None
-    stem = shapes["conv1.weight"]
+    widths = tuple(_sizes(shapes, f"{head}.{last_conv}.weight")[0] for head in heads)
+    inner, group_width = _sizes(shapes, "layer1.big.0.conv2.weight")[:2]
+    stem = _sizes(shapes, "conv1.weight")
     cardinality = inner // group_width if block == "bottleneck" else 1
-    gate = shapes.get("layer1.big.0.se_layer.fc1.weight")
+    gate_key = "layer1.big.0.se_layer.fc1.weight"
+    gate = _sizes(shapes, gate_key, ranks=(2, 4)) if gate_key in shapes else ()
     return BigLittleConfig(
         block=block,  # type: ignore[arg-type]
         depths=(*lengths, tail),
         widths=widths,
-        alpha=stem[0] // shapes["l_conv0.weight"][0],
+        alpha=stem[0] // _sizes(shapes, "l_conv0.weight")[0],
         beta=_infer_beta(lengths, little),
         cardinality=cardinality,
         base_width=group_width * 256 // widths[0] if block == "bottleneck" else 64,
         se_reduction=gate[1] // gate[0] if gate else 0,
         stem_width=stem[0],
         in_channels=stem[1],
-        num_classes=shapes["fc.weight"][0],
+        num_classes=_sizes(shapes, "fc.weight", ranks=(2,))[0],
     )
+
+
+def _sizes(
+    shapes: Mapping[str, tuple[int, ...]], key: str, ranks: tuple[int, ...] = (4,)
+) -> tuple[int, ...]:
+    """Return the shape of a weight that decides the network's, checked to be one of a layer."""
+    if key not in shapes:
+        raise ValueError(f"the checkpoint's key {key!r} is missing, which decides a width")
+    if len(shapes[key]) not in ranks or 0 in shapes[key]:
+        raise ValueError(
+            f"the checkpoint's {key} has shape {shapes[key]}, which no layer has; it is damaged"
+        )
+    return shapes[key]
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:

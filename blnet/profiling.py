@@ -101,7 +101,7 @@ def profile(model: nn.Module, input_size: Sequence[int] = (1, 3, 224, 224)) -> P
     try:
         with counter:
             run_on_meta(model, size)
-    except (RuntimeError, TypeError, IndexError) as error:
+    except (RuntimeError, TypeError, IndexError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"the network does not take an input of size {size}: {reason}") from error
     return Profile(size, counter.layers())

@@ -136,7 +136,7 @@ def _timm_builder(model: str) -> Callable[..., nn.Module]:
 def _user_builder(name: str, module_name: str, function: str) -> Callable[..., nn.Module]:
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, ValueError, TypeError) as error:  # "" and ".x" are no module names
         raise ValueError(
             f"{name}: module {module_name!r} cannot be imported ({error}); give "
             "torchvision:NAME, timm:NAME or an importable package.module:function"

@@ -21,7 +21,7 @@ import torch
 
 import blnet.vision.models  # noqa: F401  (registers the networks by name)
 from blnet import registry
-from blnet.checkpoint import written_aside
+from blnet.files import written_aside
 from blnet.profiling import profile
 
 INPUT_SIZE = (1, 3, 224, 224)

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from blnet import registry
 from blnet.checkpoint import save
 from blnet.conversion.converter import convert
 from blnet.conversion.plan import ConversionPlan
+from blnet.files import read_weights
 from blnet.official import load_official
 from blnet.profiling import Profile, profile
 
@@ -109,7 +109,7 @@ def _convert_named(args: argparse.Namespace) -> nn.Module:
     found = model.plan
     assert isinstance(found, ConversionPlan)
     plan = dataclasses.replace(found, source=args.network, source_options=options)
-    model.plan = plan  # type: ignore[assignment]  # nn.Module is typed to hold modules only
+    model.plan = plan
     print(plan)
     shape = plan.input_size or (1, *(args.input or _image_size(plain)))
     before, after = profile(plain, shape), profile(model, shape)
@@ -120,19 +120,8 @@ def _convert_named(args: argparse.Namespace) -> nn.Module:
 
 
 def _load_weights(model: nn.Module, name: str) -> None:
-    weights: Any
-    if name.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        weights = load_file(name)
-    else:
-        try:
-            weights = torch.load(name, map_location="cpu", weights_only=True)
-        except Exception as error:
-            if isinstance(error, OSError):
-                raise
-            raise ValueError(f"{name} is not a torch checkpoint of plain tensors") from error
-    if isinstance(weights, Mapping) and isinstance(weights.get("state_dict"), Mapping):
+    weights = read_weights(name)
+    if isinstance(weights.get("state_dict"), Mapping):
         weights = weights["state_dict"]
     try:
         model.load_state_dict(weights)

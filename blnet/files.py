@@ -1,0 +1,123 @@
+"""Files: written aside and renamed; foreign checkpoints read without running what is in them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+StrPath = str | os.PathLike[str]
+
+
+def read_torch_file(path: StrPath) -> Mapping[str, Any]:
+    """Return the dict that a .pth file holds: tensors and plain values only (weights_only=True).
+
+    Args:
+        path: a file that `torch.save` wrote.
+
+    Raises:
+        ValueError: if it is no such file, or holds anything but a dict of tensors and plain values.
+        OSError: if the file cannot be read.
+    """
+    import torch
+
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the checkpoint file itself")
+    with path.open("rb") as file:
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # the unpickler raises nearly anything on bytes of another kind
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            raise ValueError(
+                f"{path} is not a torch checkpoint of plain tensors, which is all that is read "
+                f"({reason})"
+            ) from error
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}; a checkpoint holds a dict")
+    return loaded
+
+
+def read_weights(path: StrPath) -> Mapping[str, Any]:
+    """Return what a .safetensors file holds, or a .pth file (see `read_torch_file`).
+
+    Raises:
+        ValueError: if the file is not what its ending says.
+        OSError: if the file cannot be read.
+    """
+    if Path(path).suffix != ".safetensors":
+        return read_torch_file(path)
+    import safetensors
+    import safetensors.torch
+
+    try:
+        weights: Mapping[str, Any] = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error})") from error
+    return weights
+
+
+@contextlib.contextmanager
+def written_aside(path: StrPath) -> Iterator[Path]:
+    """Give a file to write in place of `path`, and rename it to `path` once that is done.
+
+    Where the body raises, `path` stays as it was and the file beside it is removed.
+
+    Args:
+        path: the file to make or replace. A link is followed.
+
+    Raises:
+        OSError: if the folder is missing or closed, `path` is no regular file, or the disk refuses.
+    """
+    # Replacing a link, or worse /dev/null, by a file is not what anybody means.
+    target = Path(os.path.realpath(path))
+    _check_target(path, target)
+    aside = target.parent / f".blnet-{os.getpid()}-{secrets.token_hex(4)}.partial"
+    try:
+        # Unlike tempfile's, a file made this way has the permissions that the user's umask gives.
+        os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except OSError as error:
+        raise type(error)(
+            f"{path} cannot be written: no file can be made in folder {target.parent} "
+            f"({error.strerror}); choose a folder that you may write to"
+        ) from error
+    try:
+        yield aside
+        _flush(aside)
+        os.replace(aside, target)
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written ({error.strerror or error}) and is as it was before; "
+            "free some space or choose another folder"
+        ) from error
+    finally:
+        aside.unlink(missing_ok=True)
+    # The rename has happened; a file system that cannot flush folders is no reason to fail now.
+    with contextlib.suppress(OSError):
+        _flush(target.parent)
+
+
+def _check_target(path: StrPath, target: Path) -> None:
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file to write")
+    if target.exists() and not target.is_file():
+        raise OSError(f"{path} is not a regular file; give the name of a file to write")
+    if target.parent.exists() and not target.parent.is_dir():
+        raise NotADirectoryError(
+            f"{path} cannot be written: {target.parent} is not a folder; choose another place"
+        )
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"{path} cannot be written: folder {target.parent} does not exist; create it first"
+        )
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,34 @@
+"""Tests that run the kernels in Triton's interpreter. They need a process of their own.
+
+``@triton.jit`` reads TRITON_INTERPRET when a kernel is defined, so one process either interprets
+kernels (these tests) or compiles them (tests/test_kernels_aot.py). Run them by::
+
+    pytest tests/interpreter
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ALONE = (
+    "the interpreter tests need a process of their own: run 'pytest tests/interpreter' and "
+    "'pytest tests --ignore=tests/interpreter' one after the other"
+)
+
+if "blnet.kernels.triton_shim" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+    raise pytest.UsageError(ALONE)
+os.environ["TRITON_INTERPRET"] = "1"
+# The interpreter works on small arrays, where threads only get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish(session):
+    if any(HERE not in item.path.parents for item in session.items):
+        raise pytest.UsageError(ALONE)
+    from blnet.kernels import available_backends
+
+    if not available_backends()["interpret"].works:
+        raise pytest.UsageError(f"no interpreter: {available_backends()['interpret'].reason}")

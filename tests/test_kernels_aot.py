@@ -1,0 +1,98 @@
+"""Every kernel compiles for every architecture without spilling registers; no GPU needed."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from blnet.kernels import aot
+from blnet.kernels.launch import Launch, specialize
+from blnet.kernels.merge import forward_launch
+from blnet.kernels.triton_shim import tl, triton
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_no_kernel_spills(target):
+    reports = list(aot.compile_all([target]))
+    assert len(reports) == len(aot.specializations()) > 0
+    for report in reports:
+        assert report.spills == 0, f"{report.name} on {target} spills {report.spills}"
+        assert 0 < report.registers <= 255
+        assert report.load_bytes, f"no loads found in {report.name}"
+        # What a network runs on: aligned maps. Loads must be 16 bytes a thread, all of them.
+        if target != "gfx942" and ("channels_last x2" in report.name or "same" in report.name):
+            assert report.load_bytes == (16,), f"{report.name}: loads of {report.load_bytes} bytes"
+        if "unaligned" in report.name:
+            assert 16 not in report.load_bytes  # 37 channels: the declaration must not lie
+
+
+def test_specializations_cover_both_passes_in_every_dtype():
+    names = [item.name for item in aot.specializations()]
+    assert len(set(names)) == len(names)
+    for dtype in ("float32", "float16", "bfloat16"):
+        for part in ("forward", "backward"):
+            assert sum(f"merge {part}" in name and name.endswith(f" {dtype}") for name in names) > 5
+    constants = [item.constants for item in aot.specializations()]
+    for flag in ("WIDE", "SAME"):
+        assert {bool(constant[flag]) for constant in constants} == {False, True}
+    assert {constant["RATIO_H"] for constant in constants} >= {0, 2}
+
+
+def test_specialization_is_what_the_run_time_would_see():
+    launch = forward_launch((32, 55, 55, 64), (28, 28), 2)
+    pointers = dict.fromkeys(("p_big", "p_little", "p_out"), torch.bfloat16)
+    kernel = aot.specializations()[0].kernel
+    item = specialize("x", kernel, launch, pointers)
+    assert item.signature["p_big"] == "*bf16"
+    assert item.signature["height"] == "i32"
+    assert item.signature["WIDE"] == "constexpr"
+    assert {"p_big", "inner", "rows"} <= item.divisible
+    assert "height" not in item.divisible  # 55
+    flat = specialize("x", kernel, forward_launch((8, 4, 4, 1), (2, 2), 2), pointers)
+    assert flat.constants["inner"] == 1
+    assert flat.signature["inner"] == "constexpr"
+
+
+@triton.jit
+def _hoards(p_in, p_out, n, BLOCK: tl.constexpr):
+    # More live values than one warp has registers for.
+    o = tl.arange(0, BLOCK)
+    a = tl.load(p_in + o)
+    b = tl.load(p_in + o + n)
+    for _ in tl.range(0, n):
+        a, b = b + n, a
+    tl.store(p_out + o, a - b)
+
+
+@triton.jit
+def _multiplies(p_in, p_out, n, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    a = tl.load(p_in + o)
+    tl.store(p_out + o, tl.dot(a, a).to(tl.float16))
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_a_spilling_kernel_is_seen(target):
+    plan = Launch((1,), {"n": 47}, {"BLOCK": 16384}, num_warps=1)
+    item = specialize("hoards", _hoards, plan, dict.fromkeys(("p_in", "p_out"), torch.float32))
+    assert aot.compile_one(item, target).spills > 0
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_matrix_instructions_are_seen(target):
+    plan = Launch((1,), {"n": 48}, {"BLOCK": 64})
+    item = specialize("dot", _multiplies, plan, dict.fromkeys(("p_in", "p_out"), torch.float16))
+    assert aot.compile_one(item, target).matrix
+
+
+def test_undeclared_divisibility_would_narrow_the_loads():
+    # The reason why specialisations declare it, and a proof that load_bytes measures something.
+    item = next(i for i in aot.specializations() if i.name == "merge forward same bfloat16")
+    assert aot.compile_one(item, "sm_90").load_bytes == (16,)
+    blind = dataclasses.replace(item, divisible=frozenset())
+    assert max(aot.compile_one(blind, "sm_90").load_bytes) < 16
+
+
+def test_unknown_target():
+    with pytest.raises(ValueError, match=r"no target 'sm_12'; choose from sm_80, sm_90"):
+        list(aot.compile_all(["sm_12"]))

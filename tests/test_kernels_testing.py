@@ -1,0 +1,92 @@
+"""The helpers that judge kernels must themselves tell right from wrong."""
+
+import pytest
+import torch
+
+from blnet.kernels import launch, testing
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_rounding_passes_and_a_wrong_element_does_not(dtype):
+    truth = torch.randn(4, 5, 6, 7, dtype=torch.float64)
+    testing.assert_close(truth.to(dtype), truth)
+    wrong = truth.to(dtype, copy=True)
+    wrong[1, 2, 3, 4] = -wrong[1, 2, 3, 4] + 1
+    with pytest.raises(AssertionError, match=r"out: 1 of 840 .* the first is \(1, 2, 3, 4\)"):
+        testing.assert_close(wrong, truth, what="out")
+
+
+def test_nan_is_wrong_and_shapes_must_agree():
+    truth = torch.randn(2, 3, dtype=torch.float64)
+    poisoned = truth.float()
+    poisoned[0, 0] = float("nan")
+    with pytest.raises(AssertionError, match="1 of 6 elements"):
+        testing.assert_close(poisoned, truth)
+    with pytest.raises(AssertionError, match=r"shape \(2, 2\), expected \(2, 3\)"):
+        testing.assert_close(truth[:, :2], truth)
+
+
+def test_a_small_error_everywhere_is_wrong():
+    truth = torch.randn(1000, dtype=torch.float64)
+    biased = (truth * (1 + 1.2e-2)).bfloat16()  # truncation would look like this
+    with pytest.raises(AssertionError, match="Frobenius"):
+        testing.assert_close(biased, truth)
+
+
+def test_empty_tensors_agree():
+    testing.assert_close(torch.empty(0, 3), torch.empty(0, 3, dtype=torch.float64))
+    assert testing.relative_error(torch.empty(0), torch.empty(0)) == 0
+
+
+def test_no_worse_compares_with_eager():
+    truth = torch.ones(10, dtype=torch.float64)
+    eager, ours = truth + 1e-3, truth + 1.2e-3
+    testing.assert_no_worse(ours, eager, truth)
+    with pytest.raises(AssertionError, match=r"above 1.25 x eager"):
+        testing.assert_no_worse(truth + 1.3e-3, eager, truth)
+    with pytest.raises(AssertionError, match="nan"):
+        testing.assert_no_worse(truth * float("nan"), eager, truth)
+
+
+def test_poison_is_on_only_inside():
+    def allocate():
+        return launch.allocate(torch.empty(0), (2, 3, 4, 5), torch.channels_last)
+
+    with testing.poisoned_outputs():
+        with testing.poisoned_outputs():
+            assert allocate().isnan().all()
+        assert allocate().isnan().all()
+    assert launch._poison is False
+    assert allocate().is_contiguous(memory_format=torch.channels_last)
+
+
+def test_every_shape_has_its_own_reason():
+    reasons = [shape.reason for shape in testing.SHAPES]
+    assert all(reasons)
+    assert len(set(reasons)) == len(reasons)
+    assert len({str(shape) for shape in testing.SHAPES}) == len(reasons)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_inputs(layout, dtype):
+    shape = testing.SHAPES[0]
+    first, again = (
+        testing.merge_inputs(shape, dtype, layout, "cpu", torch.Generator().manual_seed(3))
+        for _ in range(2)
+    )
+    for one, other, size in zip(first, again, (shape.big, shape.little), strict=True):
+        assert torch.equal(one, other)
+        assert (one.dtype, tuple(one.shape)) == (dtype, size)
+    big, little = first
+    last = torch.channels_last
+    assert little.is_contiguous(memory_format=last) == (layout in ("channels_last", "mixed"))
+    assert big.is_contiguous(memory_format=last) == (layout == "channels_last")
+    assert (not little.is_contiguous()) == (layout != "contiguous")
+
+
+def test_unknown_layout():
+    with pytest.raises(ValueError, match=r"no layout 'nhwc'; choose one of 'channels_last'"):
+        testing.merge_inputs(testing.SHAPES[0], layout="nhwc")
