@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 TEST_ENV := OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --timeout 600
 
-.PHONY: help bench test lint format types unit interpreter clean
+.PHONY: help bench test lint format types unit interpreter gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -44,6 +44,28 @@ unit: $(INSTALLED)  ## the tests that need no Triton interpreter
 
 interpreter: $(INSTALLED)  ## the kernels on the CPU, in Triton's interpreter
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter $(ARGS)
+
+# On a machine with a GPU and no network, whose own Python has torch, triton, torchvision, rich,
+# scikit-learn and pytest-benchmark: make gpu GPU_PYTHON=python3 OUT=folder
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+OUT ?= results/gpu
+gpu:  ## everything that needs a GPU: correctness, sanitizer, suites (GPU_PYTHON=, OUT=)
+	@mkdir -p $(OUT)
+	@$(GPU_PYTHON) -c 'import blnet.kernels' 2>/dev/null || \
+	  $(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(GPU_PYTHON) -m blnet.cli doctor --json > $(OUT)/doctor.json
+	@status=0; \
+	run() { name=$$1; limit=$$2; shift 2; echo "== $$name"; \
+	  timeout $$limit "$$@" > $(OUT)/$$name.txt 2>&1 || { echo "$$name failed ($$?)"; status=1; }; \
+	  tail -n 12 $(OUT)/$$name.txt; }; \
+	run check 60 $(GPU_PYTHON) -m blnet.cli kernels check --device cuda; \
+	run tests 120 $(GPU_PYTHON) -m pytest -q tests/test_gpu.py; \
+	if command -v compute-sanitizer >/dev/null; then \
+	  run sanitizer 60 compute-sanitizer --error-exitcode 9 \
+	    $(GPU_PYTHON) -m blnet.cli kernels check --device cuda --dtype bfloat16; \
+	else echo "compute-sanitizer is not installed here: not run"; fi; \
+	run bench 270 $(GPU_PYTHON) -m blnet.cli bench --device cuda --output $(OUT)/bench; \
+	exit $$status
 
 clean:  ## remove .venv, caches and build products; results stay
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks *.egg-info
