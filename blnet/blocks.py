@@ -32,6 +32,7 @@ class BlockSpec:
         narrow: how many times narrower than the stage's full width the block is (alpha to some
             power); grouped convolutions keep the width of a group and have this many times fewer.
         closing_activation: whether the block ends with its activation.
+        position: which of the stage's blocks it stands for, -1 for the fusion block.
     """
 
     in_channels: int
@@ -39,6 +40,7 @@ class BlockSpec:
     stride: Stride = 1
     narrow: int = 1
     closing_activation: bool = True
+    position: int = 0
 
 
 BlockFactory = Callable[[BlockSpec], nn.Module]

@@ -8,7 +8,7 @@ module of the paper (Chen et al., "Big-Little Net", ICLR 2019); K = 1 is a plain
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
@@ -89,7 +89,7 @@ def plain_stage(
 ) -> nn.Sequential:
     """Return a stage of residual blocks, the first of which strides."""
     first = block(BlockSpec(in_channels, out_channels, stride))
-    rest = (block(BlockSpec(out_channels, out_channels)) for _ in range(length - 1))
+    rest = (block(BlockSpec(out_channels, out_channels, position=i)) for i in range(1, length))
     return nn.Sequential(first, *rest)
 
 
@@ -128,10 +128,16 @@ def make_branch(
                     stride=2 if index < strided else 1,
                     narrow=narrow,
                     closing_activation=closing_activation or length == 1 or index < length - 1,
+                    position=index,
                 )
             )
         )
     return nn.Sequential(*layers)
+
+
+def make_expand(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Return a 1x1 convolution and its batch normalisation."""
+    return nn.Sequential(*conv_norm(in_channels, out_channels, 1))
 
 
 def make_module(
@@ -145,6 +151,7 @@ def make_module(
     branches: int = 2,
     stride: Stride = 1,
     activation: nn.Module | None = None,
+    expand: Callable[[int, int], nn.Module] = make_expand,
 ) -> BigLittleModule:
     """Return the Big-Little module that replaces a stage of residual blocks.
 
@@ -158,6 +165,7 @@ def make_module(
         branches: number K of branches; 1 gives the plain stage.
         stride: stride of the fusion block (of the first block where there is one branch).
         activation: see `BigLittleModule`.
+        expand: makes what widens a branch, from its width and the stage's.
 
     Raises:
         ValueError: if alpha, beta, branches or length is below 1, or the narrowest branch would
@@ -185,8 +193,8 @@ def make_module(
             )
         )
         if divisions:
-            expands.append(nn.Sequential(*conv_norm(width, out_channels, 1)))
-    fusion = block(BlockSpec(out_channels, out_channels, stride))
+            expands.append(expand(width, out_channels))
+    fusion = block(BlockSpec(out_channels, out_channels, stride, position=-1))
     return BigLittleModule(made, expands, nn.Sequential(fusion), activation)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from blnet.tracing import run_on_meta
+from blnet.tracing import check_size, meta_twin, run_on_meta
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,14 @@ def profile(model: nn.Module, input_size: Sequence[int] = (1, 3, 224, 224)) -> P
     Raises:
         ValueError: if the network cannot be run on an input of that shape.
     """
-    size = tuple(input_size)
-    if not size or not all(isinstance(n, int) and n > 0 for n in size):
-        raise ValueError(f"input_size must be positive whole numbers, got {input_size!r}")
-    counter = _Counter(model)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    size = check_size(input_size)
+    twin = meta_twin(model)
+    counter = _Counter(twin)
     try:
         with counter:
-            run_on_meta(model, size)
+            run_on_meta(twin, size)
     except (RuntimeError, TypeError, IndexError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"the network does not take an input of size {size}: {reason}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -62,23 +63,34 @@ class BigLittlePool(nn.Module):
     Args:
         width: channels of input and output.
         alpha: how many times narrower the little branch is.
+        norm: makes the normalisations, from their width.
 
     Raises:
         ValueError: if alpha does not divide the width.
     """
 
-    def __init__(self, width: int = 64, alpha: int = 2) -> None:
+    def __init__(
+        self,
+        width: int = 64,
+        alpha: int = 2,
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
         super().__init__()
         narrow = divide_width(width, alpha, 1)
-        self.big = nn.Sequential(*conv_norm(width, width, 3, stride=2))
+
+        def layer(before: int, after: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+            conv, _ = conv_norm(before, after, kernel, stride)
+            return [conv, norm(after)]
+
+        self.big = nn.Sequential(*layer(width, width, 3, stride=2))
         self.little = nn.Sequential(
-            *conv_norm(width, narrow, 3),
+            *layer(width, narrow, 3),
             nn.ReLU(inplace=True),
-            *conv_norm(narrow, narrow, 3, stride=2),
+            *layer(narrow, narrow, 3, stride=2),
             nn.ReLU(inplace=True),
         )
-        self.expand = nn.Sequential(*conv_norm(narrow, width, 1))
-        self.fusion = nn.Sequential(*conv_norm(width, width, 1), nn.ReLU(inplace=True))
+        self.expand = nn.Sequential(*layer(narrow, width, 1))
+        self.fusion = nn.Sequential(*layer(width, width, 1), nn.ReLU(inplace=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, width, H, W) to (N, width, H / 2, W / 2), sizes rounded up."""

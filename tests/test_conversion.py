@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import blnet
 from blnet.conversion import ConversionPlan
-from blnet.conversion.fallback import ChainBlock
 from blnet.module import BigLittleModule
 from blnet.stem import BigLittlePool
 from blnet.vision.models import bl_resnet18, bl_resnet50, bl_resnext50_32x4d
@@ -157,7 +156,11 @@ def test_a_converted_network_computes_what_ours_does(depth: int) -> None:
     weights = {}
     for key, value in converted.state_dict().items():
         old = next((place for place in places if key.startswith(place)), None)
-        weights[key if old is None else places[old] + key[len(old) :]] = value
+        rest = key[len(old or "") :]
+        # A converted stage is a sequence of one module, so that code may loop over it.
+        if old in ("layer1.", "layer2.", "layer3."):
+            rest = rest.removeprefix("0.")
+        weights[(places[old] if old else "") + rest] = value
     own.load_state_dict(weights)
     image = torch.randn(2, 3, 65, 97)
     with torch.no_grad():
@@ -172,28 +175,37 @@ def test_a_converted_network_computes_what_ours_does(depth: int) -> None:
 def test_timm_networks_convert(name: str, branches: int) -> None:
     plain = timm.create_model(name, num_classes=5)
     converted = blnet.convert(plain, 2, 2, branches).eval()
-    assert all("own class" in stage.made_of for stage in converted.plan.stages[:-1])
+    assert not any(stage.notes for stage in converted.plan.stages[:-1])
     assert isinstance(converted.maxpool, BigLittlePool)
     assert blnet.profile(converted).macs < blnet.profile(plain).macs
     assert converted(torch.randn(2, 3, 64, 96)).shape == (2, 5)
 
 
-@pytest.mark.parametrize("name", ["resnext26ts", "resnetrs50", "resnetv2_50"])
-def test_blocks_whose_constructor_tells_too_little_get_ours(name: str) -> None:
-    plain = timm.create_model(name, num_classes=5)
-    converted = blnet.convert(plain, 2, 2).eval()
-    stages = converted.plan.stages[:-1]
-    assert all("constructor was not understood" in stage.made_of for stage in stages)
-    assert converted(torch.randn(1, 3, 64, 64)).shape == (1, 5)
+FAITHFUL = [
+    "resnetv2_50",  # pre-activation, activation inside the normalisation
+    "resnet50_clip",  # activation inside the normalisation, pools in the chain
+    "gcresnet50t",  # another gate
+    "resnet50_gn",  # GroupNorm: the number of groups is the layer's own
+    "resnetaa50",  # strides in a pool of the chain
+    "resnetblur50",
+    "resnetrs50",  # a gate whose reduction the constructor does not take
+    "resnext26ts",  # settings in an object
+]
 
 
-def test_a_fallback_block_keeps_the_gate() -> None:
-    """resnetrs50's squeeze-excitation has a reduction of 4 that its constructor does not take."""
-    converted = blnet.convert(timm.create_model("resnetrs50", num_classes=5), 2, 2)
-    block = converted.layer1.branches[-1][0]
-    assert isinstance(block, ChainBlock)
-    assert block.se is not None
-    assert block.se.fc1.weight.shape[:2] == (64, 256)
+@pytest.mark.parametrize("name", FAITHFUL)
+def test_inherited_blocks_compute_what_they_did(name: str) -> None:
+    """The fusion block of a stage that keeps its size is the old stage's last block, exactly."""
+    plain = randomised(timm.create_model(name, num_classes=5)).eval()
+    converted = blnet.convert(plain, 2, 2, inherit_weights=True).eval()
+    modules = [m for m in converted.modules() if isinstance(m, BigLittleModule)]
+    old = plain.get_submodule(converted.plan.stages[-2].name)[-1]
+    fusion = modules[-1].fusion[0]
+    assert type(fusion) is type(old)
+    x = torch.randn(2, converted.plan.stages[-2].out_channels, 9, 9)
+    with torch.no_grad():
+        assert torch.equal(fusion(x), old(x))
+    assert converted(torch.randn(1, 3, 224, 224)).shape == (1, 5)
 
 
 @pytest.mark.parametrize("stubborn", [False, True])
@@ -205,12 +217,10 @@ def test_a_user_s_own_network_converts(stubborn: bool, branches: int) -> None:
     modules = [m for m in converted.modules() if isinstance(m, BigLittleModule)]
     assert len(modules) == 2
     assert all(isinstance(module.activation, nn.SiLU) for module in modules)
-    kinds = {type(m) for m in modules[0].branches[0]}
-    assert kinds == {ChainBlock if stubborn else OwnBlock}
     little = modules[0].branches[0]
-    norms = [m for m in little.modules() if isinstance(m, nn.GroupNorm)]
-    assert norms
-    assert not [m for m in little.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {type(m) for m in little} == {StubbornBlock if stubborn else OwnBlock}
+    assert [m for m in little.modules() if isinstance(m, nn.GroupNorm)]
+    assert not [m for m in converted.modules() if isinstance(m, nn.BatchNorm2d)]
     assert next(m for m in little.modules() if isinstance(m, nn.Conv2d)).kernel_size == (5, 5)
     for size in ((40, 100), (33, 57)):
         assert converted(torch.randn(2, 1, *size)).shape == (2, 5)
@@ -231,7 +241,7 @@ def test_one_sequence_of_all_blocks_is_cut_into_stages() -> None:
     converted = blnet.convert(FlatNet(), 2, 2, inherit_weights=True)
     assert [stage.length for stage in converted.plan.stages] == [2, 2, 2]
     assert [type(part) for part in converted.blocks] == [
-        BigLittleModule, BigLittleModule, nn.Sequential,
+        BigLittleModule, BigLittleModule, PreActivationBlock, PreActivationBlock,
     ]  # fmt: skip
     assert converted(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
@@ -245,17 +255,17 @@ def test_a_pre_activation_block_is_not_silenced_for_good() -> None:
 
 def test_the_big_branch_ends_without_activation() -> None:
     converted = blnet.convert(torchvision.models.resnet50(), 2, 4).eval()
-    big = randomised(converted.layer2.branches[-1])
+    big = randomised(converted.layer2[0].branches[-1])
     assert big(torch.randn(1, 256, 16, 16)).min() < 0
-    assert converted.layer2.branches[0](torch.randn(1, 256, 16, 16)).min() >= 0
-    single = randomised(blnet.convert(torchvision.models.resnet18(), 2, 2).eval().layer1)
+    assert converted.layer2[0].branches[0](torch.randn(1, 256, 16, 16)).min() >= 0
+    single = randomised(blnet.convert(torchvision.models.resnet18(), 2, 2).eval().layer1[0])
     assert single.branches[-1](torch.randn(1, 64, 16, 16)).min() >= 0
 
 
 def test_dilation_is_kept() -> None:
     plain = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True])
     converted = blnet.convert(plain, 2, 4).eval()
-    assert converted.layer3.branches[0][0].conv2.dilation == (2, 2)
+    assert converted.layer3[0].branches[0][0].conv2.dilation == (2, 2)
     features = nn.Sequential(*list(converted.children())[:-2])
     assert features(torch.zeros(1, 3, 64, 64)).shape[-1] == 8
 
@@ -286,7 +296,7 @@ def test_one_branch_gives_the_plain_network_back() -> None:
 def test_weights_are_inherited_to_their_places() -> None:
     plain = randomised(torchvision.models.resnet50(num_classes=4)).eval()
     converted = blnet.convert(plain, 2, 4, inherit_weights=True)
-    for stage, module in ((plain.layer1, converted.layer1), (plain.layer3, converted.layer3)):
+    for stage, module in ((plain.layer1, converted.layer1[0]), (plain.layer3, converted.layer3[0])):
         big, fusion = module.branches[-1], module.fusion[0]
         for old, new in zip([*stage[:-1], stage[-1]], [*big, fusion], strict=True):
             for layer in ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3"):
@@ -311,7 +321,7 @@ def test_inherited_branches_compute_what_the_stage_did() -> None:
     converted = blnet.convert(plain, 2, 2, inherit_weights=True).eval()
     x = torch.relu(torch.randn(1, 64, 16, 16))
     with torch.no_grad():
-        module = converted.layer1
+        module = converted.layer1[0]
         half = torch.nn.functional.interpolate(module.branches[-1](x), size=(16, 16))
         expand = module.expands[0][1]
         expected = module.fusion(torch.relu(half + expand.bias[None, :, None, None]))
@@ -376,7 +386,7 @@ def test_the_plan_says_what_was_found_and_chosen() -> None:
     text = str(plan)
     for part in (
         "alpha 2, beta 4, 2 branches",
-        "maxpool becomes two branches of 64 and its 1/2",
+        "maxpool becomes two branches of 64 channels and its 1/2",
         "layer2: 4 x Bottleneck, 256 -> 512 channels, stride 2",
         "little 1 x 256 channels at full resolution",
         "big    3 x 512 channels at 1/2 resolution",
@@ -387,18 +397,177 @@ def test_the_plan_says_what_was_found_and_chosen() -> None:
     assert plan.to_dict()["stages"][0]["branches"][0]["width"] == 128
 
 
+class SettingsBlock(OwnBlock):
+    """A block with settings that no layer shows, which behaves differently in training."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int = 1, gain: float = 1
+    ) -> None:
+        super().__init__(in_channels, out_channels, stride)
+        self.gain_ = gain
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != self.conv1.in_channels:
+            raise ValueError("a check that no graph tracer gets through")
+        out = self.norm1(self.conv1(x))
+        out = nn.functional.dropout(self.act(out), 0.5, training=self.training)
+        out = self.drop(self.norm2(self.conv2(out))) * self.gain_
+        return nn.functional.leaky_relu(out + self.shortcut(x), 0.2)
+
+
+def settings_net() -> OwnNet:
+    return OwnNet(lambda a, b, c: SettingsBlock(a, b, c, gain=0.25))
+
+
+def test_settings_and_training_behaviour_are_kept() -> None:
+    converted = blnet.convert(settings_net(), 2, 2, input_size=(1, 1, 32, 32))
+    blocks = [m for m in converted.modules() if isinstance(m, SettingsBlock)]
+    assert len(blocks) == 10
+    assert {block.gain_ for block in blocks} == {0.25}
+    assert {block.drop.p for block in blocks} == {0.3}
+    for part in converted.modules():
+        if isinstance(part, nn.GroupNorm):
+            nn.init.ones_(part.weight)  # blocks start silent, and would hide a difference
+    x = torch.randn(2, 1, 32, 32)
+    assert not torch.equal(converted.train()(x), converted(x))
+    assert torch.equal(converted.eval()(x), converted(x))
+
+
+def test_what_could_not_be_read_is_noted() -> None:
+    plan = blnet.convert(settings_net(), 2, 2, input_size=(1, 1, 32, 32)).plan
+    notes = " ".join(plan.stages[0].notes)
+    assert "its closing activation cannot be read; the merge uses ReLU" in notes
+    assert "the big branch keeps its closing activation" in notes
+
+
+class BareBlock(nn.Module):
+    """No normalisation at all, convolutions with a bias."""
+
+    def __init__(self, width_in: int, width_out: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, stride, 1)
+        self.conv2 = nn.Conv2d(width_out, width_out, 3, 1, 1)
+        self.skip = nn.Conv2d(width_in, width_out, 1, stride) if width_in != width_out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = x if self.skip is None else self.skip(x)
+        return torch.relu(self.conv2(torch.relu(self.conv1(x))) + skip)
+
+
+def test_a_network_without_normalisation_gets_none() -> None:
+    converted = blnet.convert(
+        OwnNet(BareBlock), 2, 2, inherit_weights=True, input_size=(1, 1, 32, 32)
+    )
+    assert not [m for m in converted.modules() if "Norm" in type(m).__name__]
+    assert converted(torch.randn(2, 1, 33, 40)).shape == (2, 5)
+
+
+def test_normalisation_is_that_of_the_network_everywhere() -> None:
+    plain = torchvision.models.resnet18(norm_layer=lambda width: nn.GroupNorm(8, width))
+    converted = blnet.convert(plain, 2, 2)
+    assert not [m for m in converted.modules() if isinstance(m, nn.BatchNorm2d)]
+    frozen = torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d)
+    converted = blnet.convert(frozen, 2, 2)
+    assert not [m for m in converted.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+class LoopingNet(OwnNet):
+    """Loops over an nn.Sequential and asks for its length and items."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Sequential(*part) for part in self.parts)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.entry(x)
+        for part in self.parts:
+            assert len(part) >= 1  # type: ignore[arg-type]
+            x = part[0](x)  # type: ignore[index]
+            for block in part[1:]:  # type: ignore[index]
+                x = block(x)
+        return self.classifier(x.mean((2, 3)))
+
+
+def test_code_that_loops_over_a_stage_still_runs() -> None:
+    converted = blnet.convert(LoopingNet(), 2, 2, input_size=(1, 1, 32, 32))
+    assert converted(torch.randn(2, 1, 32, 32)).shape == (2, 5)
+
+
+def test_changed_maps_between_stages_are_noted() -> None:
+    features = timm.create_model("resnet18", features_only=True)
+    converted = blnet.convert(features, 2, 2)
+    assert "maps taken between stages are smaller" in str(converted.plan)
+    assert blnet.convert(torchvision.models.resnet18(), 2, 2).plan.notes == ()
+
+
+def test_a_stage_that_stands_apart_is_told() -> None:
+    class Apart(OwnNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.extra = OwnBlock(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.extra(self.entry(x))
+            for part in self.parts:
+                for block in part:  # type: ignore[attr-defined]
+                    x = block(x)
+            return x
+
+    with pytest.raises(ValueError, match="extra looks like a residual block but stands in no seq"):
+        blnet.convert(Apart(), 2, 2, input_size=(1, 1, 32, 32))
+
+
+def test_a_shared_block_is_told() -> None:
+    plain = OwnNet()
+    plain.parts[0][2] = plain.parts[0][1]  # type: ignore[index, operator]
+    with pytest.raises(ValueError, match="convertible network is"):
+        blnet.convert(plain, 2, 2, input_size=(1, 1, 32, 32))
+
+
+def test_shared_modules_and_weights_survive() -> None:
+    plain = OwnNet()
+    shared = nn.PReLU()
+    for part in plain.parts:
+        for block in part:  # type: ignore[attr-defined]
+            block.act = shared
+    before = copy.deepcopy(plain.state_dict())
+    converted = blnet.convert(plain, 2, 2, inherit_weights=True, input_size=(1, 1, 32, 32))
+    assert all(torch.equal(before[key], value) for key, value in plain.state_dict().items())
+    assert converted(torch.randn(2, 1, 32, 32)).isfinite().all()
+
+
+def test_a_network_on_meta_stays_there() -> None:
+    with torch.device("meta"):
+        plain = torchvision.models.resnet18()
+    converted = blnet.convert(plain, 2, 4, inherit_weights=True)
+    assert all(p.is_meta for p in converted.parameters())
+
+
+def test_layout_is_kept() -> None:
+    plain = torchvision.models.resnet18().to(memory_format=torch.channels_last)
+    converted = blnet.convert(plain, 2, 4)
+    convs = [m.weight for m in converted.modules() if isinstance(m, nn.Conv2d)]
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in convs)
+
+
 REFUSED = [
     (lambda: torchvision.models.vgg11(), {}, "no stage was recognised in VGG"),
     (lambda: torchvision.models.densenet121(), {}, "no stage was recognised in DenseNet"),
     (lambda: torchvision.models.vit_b_16(), {}, "no stage was recognised in VisionTransformer"),
     (lambda: nn.Linear(3, 4), {}, "Linear has no Conv2d"),
     (lambda: timm.create_model("res2net50_26w_4s"), {}, "Bottle2neck was not recognised"),
+    (lambda: timm.create_model("hrnet_w18_small"), {}, "no single chain"),
     (lambda: bl_resnet18(), {}, "holds Big-Little modules already"),
     (lambda: torchvision.models.resnet18(), {"alpha": 3}, "choose an alpha that divides"),
     (lambda: torchvision.models.resnet18(), {"alpha": 0}, "alpha must be a whole number"),
     (lambda: torchvision.models.resnet18(), {"beta": 1.5}, "beta must be a whole number"),
     (lambda: torchvision.models.resnet18(), {"branches": 0}, "branches must be a whole number"),
-    (lambda: torchvision.models.resnet18(), {"input_size": (1, 4, 8, 8)}, "does not run on an"),
+    (
+        lambda: torchvision.models.resnet18(),
+        {"input_size": (1, 4, 8, 8)},
+        "does not run on one tensor",
+    ),
     (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(OwnBlock(8, 8), OwnBlock(8, 8))),
         {},

@@ -181,8 +181,8 @@ def test_block_gets_the_spec_it_needs():
     assert asked == [
         BlockSpec(8, 16, 1, narrow=4),
         BlockSpec(8, 64, 2),
-        BlockSpec(64, 64, 1, closing_activation=False),
-        BlockSpec(64, 64, (2, 1)),
+        BlockSpec(64, 64, 1, closing_activation=False, position=1),
+        BlockSpec(64, 64, (2, 1), position=-1),
     ]
 
 

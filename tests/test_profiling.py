@@ -186,3 +186,18 @@ def test_table_has_a_line_for_each_layer_and_the_totals():
         f"{counted.activations:,}",
     ]
     assert rows[0].split()[-1] == "1x16x32x32"
+
+
+def test_a_shared_layer_is_left_as_it_is():
+    norm = nn.BatchNorm2d(8)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.Conv2d(8, 8, 3), norm)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    counted = blnet.profile(model, (1, 3, 16, 16))
+    assert counted.parameters == sum(p.numel() for p in model.parameters())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("wrong", ["resnet50", None])
+def test_something_else_than_a_module_is_refused(wrong):
+    with pytest.raises(ValueError, match="model must be a"):
+        blnet.profile(wrong)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,15 @@ from blnet import registry
 from blnet.checkpoint import save
 from blnet.conversion.converter import convert
 from blnet.conversion.plan import ConversionPlan
-from blnet.files import read_weights
+from blnet.files import read_weights, reason
+from blnet.keys import check_dense, misfits, state_dict_of
 from blnet.official import load_official
 from blnet.profiling import Profile, profile
 
+# Flag -> its default and the largest value that means anything.
+_BRANCHING = {"alpha": (2, 65536), "beta": (4, 65536), "branches": (2, 16)}
+_MOST_CLASSES = 1_000_000
+_MOST_PIXELS = 65536  # channels, height or width of a sample input
 _EXAMPLES = """examples:
   blnet convert torchvision:resnet50 --alpha 2 --beta 4
   blnet convert timm:resnet50d --branches 3 --output bl_resnet50d.safetensors
@@ -36,10 +40,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="a name of ours, torchvision:NAME, timm:NAME or package.module:function",
     )
     parser.add_argument("--official", metavar="FILE", help="a published Big-Little checkpoint")
-    parser.add_argument("--alpha", type=int, default=2, help="little branch: times narrower (2)")
-    parser.add_argument("--beta", type=int, default=4, help="little branch: times shorter (4)")
-    parser.add_argument("--branches", type=int, default=2, help="number of branches (2)")
-    parser.add_argument("--num-classes", type=int, help="classes of the network (its own default)")
+    # No defaults here: --official must know what was given.
+    parser.add_argument("--alpha", type=int, help="little branch: times narrower (2)")
+    parser.add_argument("--beta", type=int, help="little branch: times shorter (4)")
+    parser.add_argument("--branches", type=int, help="number of branches (2)")
+    parser.add_argument(
+        "--num-classes",
+        type=parse_classes,
+        metavar="N",
+        help="classes of the network (its own default)",
+    )
     parser.add_argument(
         "--weights", metavar="FILE", help="trained weights of NETWORK: .pth or ours"
     )
@@ -50,16 +60,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--input", type=parse_size, metavar="CxHxW", help="size of a sample input (usual images)"
     )
     parser.add_argument("--output", metavar="FILE", help="write the result as .safetensors")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the file that --output names, if any"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert, print the plan and what it costs, and write the result where asked."""
     if bool(args.network) == bool(args.official):
         raise ValueError("give either a NETWORK or --official FILE, not both and not neither")
-    output = _checked_output(args.output)
+    output = _checked_output(args.output, args.overwrite)
     if args.official:
-        if output is None:
-            raise ValueError("--official needs --output FILE.safetensors to write the network to")
+        _check_official(args)
         model: nn.Module = load_official(args.official)
         print(f"{args.official}: {_describe_official(model)}")
         print(_cost("network", profile(model, (1, *(args.input or _image_size(model))))))
@@ -78,20 +90,68 @@ def parse_size(text: str) -> tuple[int, int, int]:
         argparse.ArgumentTypeError: if it is not three whole numbers of at least 1.
     """
     parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 3x224x224")
-    channels, height, width = map(int, parts)
+    sizes = [_whole(part) for part in parts]
+    if len(parts) != 3 or not all(0 < size <= _MOST_PIXELS for size in sizes):
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is no size; write it as 3x224x224, each number at most {_MOST_PIXELS}"
+        )
+    channels, height, width = sizes
     return channels, height, width
 
 
-def _checked_output(name: str | None) -> Path | None:
+def parse_classes(text: str) -> int:
+    """Return a number of classes.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is no whole number from 1 to a million.
+    """
+    classes = _whole(text)
+    if not 1 <= classes <= _MOST_CLASSES:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is no number of classes; give a whole number from 1 to {_MOST_CLASSES}"
+        )
+    return classes
+
+
+def _whole(text: str) -> int:
+    """Return the number that a few digits are; -1 for any other text."""
+    return int(text) if text.isdecimal() and len(text) < 20 else -1
+
+
+def _check_official(args: argparse.Namespace) -> None:
+    settings = ("alpha", "beta", "branches", "num_classes", "weights", "inherit_weights")
+    given = [name for name in settings if getattr(args, name) not in (None, False)]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"--official takes its settings from the file; leave out {flags}")
+    if args.output is None:
+        raise ValueError("--official needs --output FILE.safetensors to write the network to")
+
+
+def _branching(args: argparse.Namespace) -> tuple[int, int, int]:
+    """Return alpha, beta and branches; what is too small is `convert`'s to say."""
+    values = []
+    for name, (default, most) in _BRANCHING.items():
+        given = getattr(args, name)
+        if given is not None and given > most:
+            raise ValueError(f"--{name} must be at most {most}, got {given}")
+        values.append(default if given is None else given)
+    alpha, beta, branches = values
+    return alpha, beta, branches
+
+
+def _checked_output(name: str | None, overwrite: bool) -> Path | None:
     if name is None:
+        if overwrite:
+            raise ValueError("--overwrite needs --output FILE, the file to replace")
         return None
     path = Path(name)
     if path.suffix != ".safetensors":
         raise ValueError(f"--output {name} must end with .safetensors, the format that is written")
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"--output {name} is no file in an existing folder; create the folder")
+    if path.exists() and not overwrite:
+        raise ValueError(f"--output {name} exists already; add --overwrite to replace it")
     return path
 
 
@@ -100,12 +160,13 @@ def _convert_named(args: argparse.Namespace) -> nn.Module:
         raise ValueError("--inherit-weights needs --weights FILE, the trained weights to move")
     if args.weights and not args.inherit_weights:
         raise ValueError("--weights are only used with --inherit-weights; add it or leave both out")
+    alpha, beta, branches = _branching(args)
     options = {} if args.num_classes is None else {"num_classes": args.num_classes}
     plain = registry.build(args.network, **options)
     if args.weights:
         _load_weights(plain, args.weights)
     size = None if args.input is None else (1, *args.input)
-    model = convert(plain, args.alpha, args.beta, args.branches, args.inherit_weights, size)
+    model = convert(plain, alpha, beta, branches, args.inherit_weights, size)
     found = model.plan
     assert isinstance(found, ConversionPlan)
     plan = dataclasses.replace(found, source=args.network, source_options=options)
@@ -120,13 +181,20 @@ def _convert_named(args: argparse.Namespace) -> nn.Module:
 
 
 def _load_weights(model: nn.Module, name: str) -> None:
-    weights = read_weights(name)
-    if isinstance(weights.get("state_dict"), Mapping):
-        weights = weights["state_dict"]
+    own = model.state_dict()
+    loaded = read_weights(name)
     try:
+        weights = state_dict_of(loaded, own)
+        # Files of old PyTorch versions have no counters; those of a new network will do.
+        old = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
+        weights = {**old, **weights}
+        told = misfits(own, weights)
+        if told:
+            raise ValueError(f"it does not fit {type(model).__name__}; {told}")
+        check_dense(weights)
         model.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{name} does not fit {type(model).__name__}: {error}") from error
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"--weights {name} cannot be used: {reason(error, 4000)}") from error
 
 
 def _image_size(model: nn.Module) -> tuple[int, int, int]:

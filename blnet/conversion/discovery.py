@@ -6,17 +6,18 @@ go into and out of each module tell what is a block, where a stage begins and wh
 
 from __future__ import annotations
 
-import copy
+import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from blnet.conversion.surgery import trace_block
 from blnet.kernels import merge
-from blnet.tracing import evaluating, run_on_meta
+from blnet.tracing import check_size, meta_twin, run_on_meta
 
 CONVERTIBLE = (
     "a convertible network is a stem, two or more stages of residual blocks (each stage in an "
@@ -25,18 +26,27 @@ CONVERTIBLE = (
 )
 # Sizes to try where none is given: ImageNet's first, then those of networks with a fixed head.
 _TRIED_SIZES = (224, 32, 64, 96, 128, 256, 299)
-_ADDS = {operator.add, operator.iadd, torch.add, merge}
+_ADDS = {operator.add, operator.iadd, torch.add, merge, "add", "add_"}
 _RUN_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One run of one module: its path and the shapes of its input and output."""
+    """One run of one module.
+
+    Attributes:
+        name: path of the module.
+        module: the module of the network itself.
+        input_shape: shape of its first input.
+        output_shape: shape of its output.
+        source: number of the call whose output it was given; None where a function made it.
+    """
 
     name: str
     module: nn.Module
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
+    source: int | None
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,7 @@ def find_anatomy(model: nn.Module, input_size: Sequence[int] | None = None) -> A
     if len(stages) < 2:
         found = f"only one stage, {stages[0].name}, was" if stages else "no stage was"
         raise ValueError(f"{found} recognised in {type(model).__name__}; {CONVERTIBLE}")
+    _check_chain(stages, calls)
     inside = [block.module for stage in stages for block in stage.blocks]
     members = {part for block in inside for part in block.modules()}
     leaves = [call for call in calls if not _has_children(call.module)]
@@ -121,31 +132,30 @@ def find_anatomy(model: nn.Module, input_size: Sequence[int] | None = None) -> A
     return Anatomy(size, stem, stages, tuple(after))
 
 
+def _check_chain(stages: tuple[Stage, ...], calls: list[Call]) -> None:
+    """Check that the stages follow one another and that no block between them was missed."""
+    number = {id(call): index for index, call in enumerate(calls)}
+    blocks = [block for stage in stages for block in stage.blocks]
+    for before, after in itertools.pairwise(blocks):
+        if after.source is not None and after.source < number[id(before)]:
+            raise ValueError(
+                f"{after.name} was not recognised as what follows {before.name}: its input was "
+                f"made before that ran, so the stages are no single chain; {CONVERTIBLE}"
+            )
+    inside = {part for block in blocks for part in block.module.modules()}
+    for call in calls[: number[id(blocks[-1])]]:
+        missed = not any(part in inside for part in call.module.modules())
+        if missed and trace_block(call.module) is not None and _is_block(call):
+            raise ValueError(
+                f"{call.name} looks like a residual block but stands in no sequence of blocks; "
+                f"{CONVERTIBLE}"
+            )
+
+
 def has_residual_add(block: nn.Module) -> bool:
     """Return whether a block adds two tensors; also true where its code cannot be traced."""
     graph = trace_block(block)
-    if graph is None:
-        return True
-    return any(
-        (node.op == "call_function" and node.target in _ADDS)
-        or (node.op == "call_method" and node.target in ("add", "add_"))
-        for node in graph.nodes
-    )
-
-
-class _OwnCodeTracer(fx.Tracer):
-    """Traces a module's own forward and takes every module it calls as one node."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def trace_block(block: nn.Module) -> fx.Graph | None:
-    """Return the graph of a block's own forward, or None where its code cannot be traced."""
-    try:
-        return _OwnCodeTracer().trace(block)
-    except Exception:  # a user's forward may raise anything when it is given a proxy
-        return None
+    return graph is None or any(node.target in _ADDS for node in graph.nodes)
 
 
 def _has_children(module: nn.Module) -> bool:
@@ -158,50 +168,43 @@ def _trace(
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None:
         raise ValueError(f"{type(model).__name__} has no Conv2d; {CONVERTIBLE}")
-    sizes: list[tuple[int, ...]]
     sizes = [(1, first.in_channels, side, side) for side in _TRIED_SIZES]
-    if input_size is not None:
-        sizes = [tuple(input_size)]
+    tried = sizes if input_size is None else [check_size(input_size)]
     error: Exception | None = None
-    for size in sizes:
+    for size in tried:
         try:
             return _record_calls(model, size), size
         except _RUN_ERRORS as caught:
             error = error or caught
     reason = str(error).split("\n")[0]
     raise ValueError(
-        f"{type(model).__name__} does not run on an input of size {sizes[0]}: {reason}; give a "
-        "size it takes as input_size=(1, channels, height, width)"
+        f"{type(model).__name__} does not run on one tensor of size {tried[0]}: {reason}; "
+        "a network that takes one tensor can be converted, name its size as "
+        "input_size=(1, channels, height, width)"
     ) from error
 
 
 def _record_calls(model: nn.Module, size: tuple[int, ...]) -> list[Call]:
-    names = {module: name for name, module in model.named_modules()}
+    twin = meta_twin(model)
+    originals = {id(t): m for t, m in zip(twin.modules(), model.modules(), strict=True)}
+    names = {id(module): name for name, module in twin.named_modules()}
     calls: list[Call] = []
+    # Tensors that modules gave, kept alive so that an identity stands for one tensor only.
+    given: dict[int, tuple[Tensor, int]] = {}
 
     def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
-            shapes = tuple(inputs[0].shape), tuple(output.shape)
-            calls.append(Call(names[module], module, *shapes))
+        if not inputs or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
+            return
+        source = given[id(inputs[0])][1] if id(inputs[0]) in given else None
+        shapes = tuple(inputs[0].shape), tuple(output.shape)
+        if id(output) not in given or inputs[0] is not output:
+            given[id(output)] = (output, len(calls))
+        calls.append(Call(names[id(module)], originals[id(module)], *shapes, source))
 
-    handles = [module.register_forward_hook(record) for module in names]
-    try:
-        run_on_meta(model, size)
-    except NotImplementedError:
-        # An operation without a meta kernel: run it for real, on a copy.
-        run_for_real(model, size)
-    finally:
-        for handle in handles:
-            handle.remove()
+    for module in twin.modules():
+        module.register_forward_hook(record)
+    run_on_meta(twin, size)
     return calls
-
-
-def run_for_real(model: nn.Module, size: tuple[int, ...]) -> Any:
-    """Run a network in evaluation mode on zeros, where its own tensors are."""
-    parameter = next(model.parameters())
-    example = torch.zeros(size, dtype=parameter.dtype, device=parameter.device)
-    with evaluating(model), torch.no_grad():
-        return model(example)
 
 
 def _is_block(call: Call) -> bool:
@@ -261,14 +264,3 @@ def _split(container: _Container) -> list[Stage]:
         stages.append(Stage(name, container.name, tuple(group)))
         start = end
     return stages
-
-
-def copy_model(model: nn.Module) -> nn.Module:
-    """Return a deep copy that shares nothing with the original."""
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be copied ({error}); convert a network that "
-            "copy.deepcopy takes"
-        ) from error

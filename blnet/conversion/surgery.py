@@ -1,47 +1,54 @@
-"""Small operations on a user's residual block: its shortcut, its layers, its closing activation."""
+"""Small operations on a user's residual block: its layers, its shortcut, its closing activation."""
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from blnet.blocks import BlockSpec, is_strided
-from blnet.conversion.discovery import trace_block
+from blnet.tracing import meta_twin, run_on_meta
 
 SHORTCUT_NAMES = (
     "downsample", "shortcut", "skip", "skip_connection", "proj", "projection", "identity",
-    "residual_conv", "res_conv", "conv_shortcut", "down",
+    "residual_conv", "res_conv", "conv_shortcut", "down", "bypass",
 )  # fmt: skip
 GATE_NAMES = ("se", "se_layer", "se_module", "attn", "attention", "squeeze_excitation", "ca")
-NORMS = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.GroupNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.LayerNorm,
-)
-ACTIVATIONS = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU,
-    nn.Mish, nn.Hardswish, nn.Softplus, nn.Tanh,
-)  # fmt: skip
+_ACTIVATION_HOMES = ("torch.nn.modules.activation", "timm.layers.activations")
 _ACTIVATION_FUNCTIONS: dict[Any, type[nn.Module]] = {
     F.relu: nn.ReLU, F.relu_: nn.ReLU, torch.relu: nn.ReLU, torch.relu_: nn.ReLU,
     F.relu6: nn.ReLU6, F.leaky_relu: nn.LeakyReLU, F.elu: nn.ELU, F.gelu: nn.GELU,
     F.silu: nn.SiLU, F.mish: nn.Mish, F.hardswish: nn.Hardswish, torch.tanh: nn.Tanh,
-}  # fmt: skip
-_ACTIVATION_METHODS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU, "relu_": nn.ReLU, "tanh": nn.Tanh,
 }  # fmt: skip
 
+Layer = Callable[[int], nn.Module]  # makes a layer for so many channels
+Projection = Callable[[int, int], list[nn.Module]]  # makes the layers from one width to another
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return whether a module normalises, by its class's name: BatchNorm2d, FrozenBatchNorm2d."""
+    mixed = any(isinstance(part, nn.Conv2d | nn.Linear) for part in module.modules())
+    return "norm" in type(module).__name__.lower() and not mixed
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Return whether a module is an activation of torch's or timm's."""
+    return type(module).__module__ in _ACTIVATION_HOMES
+
 
 def shortcut_name(block: nn.Module) -> str | None:
-    """Return the attribute that holds a block's shortcut, or None where it has none."""
-    for name in SHORTCUT_NAMES:
-        if isinstance(getattr(block, name, None), nn.Module):
-            return name
-    return None
+    """Return the attribute for a block's shortcut (None where it has none to put one in).
+
+    An attribute that is None counts: the block's code then asks for it.
+    """
+    named = (name for name in SHORTCUT_NAMES if hasattr(block, name))
+    return next((n for n in named if isinstance(getattr(block, n), nn.Module | None)), None)
 
 
 def shortcut_of(block: nn.Module) -> nn.Module | None:
@@ -51,115 +58,218 @@ def shortcut_of(block: nn.Module) -> nn.Module | None:
 
 
 def gate_of(block: nn.Module) -> nn.Module | None:
-    """Return the module that scales a block's channels , such as SE, or None."""
+    """Return the module that scales a block's channels, such as squeeze-excitation, or None."""
     found = (getattr(block, name, None) for name in GATE_NAMES)
     return next((gate for gate in found if isinstance(gate, nn.Module)), None)
 
 
-def layers(block: nn.Module, kinds: Any, part: str = "all") -> list[Any]:
-    """Return a block's layers of some kinds in order of registration.
-
-    Args:
-        block: the block.
-        kinds: a class or a tuple of classes.
-        part: "main" is the chain of convolutions, without shortcut and gate; "shortcut" and "gate"
-            are those; "all" is all three.
-    """
-    owners = {"shortcut": shortcut_of(block), "gate": gate_of(block)}
-    inside = {name: set(owner.modules()) if owner else set() for name, owner in owners.items()}
-    found = [m for m in block.modules() if isinstance(m, kinds)]
-    if part == "all":
-        return found
-    if part == "main":
-        return [m for m in found if not any(m in members for members in inside.values())]
-    return [m for m in found if m in inside[part]]
+def chain(block: nn.Module) -> dict[str, nn.Module]:
+    """Return a block's leaf layers by name, without those of its shortcut and its gate."""
+    aside = {
+        part
+        for owner in (shortcut_of(block), gate_of(block))
+        if owner is not None
+        for part in owner.modules()
+    }
+    return {
+        name: part
+        for name, part in block.named_modules()
+        if part not in aside and (is_norm(part) or not any(True for _ in part.children()))
+    }
 
 
-def norm_like(norm: nn.Module | None, channels: int) -> nn.Module:
-    """Return a fresh normalisation of the same kind and settings for another width."""
+def convolutions(block: nn.Module) -> list[nn.Conv2d]:
+    """Return the convolutions of a block's chain, in order of registration."""
+    return [layer for layer in chain(block).values() if isinstance(layer, nn.Conv2d)]
+
+
+def last_norm(block: nn.Module) -> nn.Module | None:
+    """Return the last normalisation of a block's chain in order of registration, or None."""
+    norms = [layer for layer in chain(block).values() if is_norm(layer)]
+    return norms[-1] if norms else None
+
+
+def resize_norm(norm: nn.Module, channels: int) -> None:
+    """Give a normalisation another number of channels, in place."""
+    for name in ("num_features", "num_channels"):
+        if hasattr(norm, name):
+            setattr(norm, name, channels)
+    if hasattr(norm, "normalized_shape"):
+        norm.normalized_shape = (channels,)  # type: ignore[assignment]
     if isinstance(norm, nn.GroupNorm):
-        per_group = max(1, norm.num_channels // norm.num_groups)
-        groups = max(1, channels // per_group)
-        while channels % groups:
-            groups -= 1
-        return nn.GroupNorm(groups, channels, norm.eps, norm.affine)
-    if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm | nn.InstanceNorm2d):
-        kind = type(norm)
-        try:
-            return kind(channels, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)  # type: ignore[arg-type]  # momentum None is a cumulative average
-        except TypeError:
-            return nn.BatchNorm2d(channels, norm.eps, norm.momentum, norm.affine)
-    return nn.BatchNorm2d(channels)
+        norm.num_groups = math.gcd(norm.num_groups, channels)
+    for store in (norm._parameters, norm._buffers):
+        for name, value in store.items():
+            if value is not None and value.ndim == 1 and len(value) != channels:
+                fill = 1.0 if name in ("weight", "running_var") else 0.0
+                made: Tensor = value.new_full((channels,), fill)
+                if isinstance(value, nn.Parameter):
+                    made = nn.Parameter(made, value.requires_grad)
+                store[name] = made  # type: ignore[assignment]
 
 
-def pooled_shortcut(spec: BlockSpec, norm: nn.Module | None) -> nn.Sequential | None:
+def norm_like(norm: nn.Module | None) -> Layer | None:
+    """Return what makes fresh normalisations of the same kind, or None where there is none.
+
+    An activation inside the normalisation (timm has such) is left out: what is made stands in
+    front of an add.
+    """
+    if norm is None:
+        return None
+
+    def make(channels: int) -> nn.Module:
+        made = copy.deepcopy(norm)
+        resize_norm(made, channels)
+        if isinstance(getattr(made, "act", None), nn.Module):
+            made.act = nn.Identity()
+        if callable(getattr(made, "reset_parameters", None)):
+            made.reset_parameters()  # type: ignore[operator]
+        return made
+
+    return make
+
+
+def projection(norm: Layer | None, bias: bool) -> Projection:
+    """Return what makes a 1x1 convolution, with a bias or not, and its normalisation if any."""
+
+    def make(in_channels: int, out_channels: int) -> list[nn.Module]:
+        conv = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
+        return [conv] if norm is None else [conv, norm(out_channels)]
+
+    return make
+
+
+def shortcut_projection(block: nn.Module, norm: Layer | None) -> Projection:
+    """Return what makes projections like that of a block's shortcut.
+
+    Where the block's shortcut has no convolution to follow, it is one with `norm`, or with a bias
+    where that is None.
+    """
+    parts = [] if shortcut_of(block) is None else list(shortcut_of(block).modules())  # type: ignore[union-attr]
+    convs = [part for part in parts if isinstance(part, nn.Conv2d)]
+    if not convs:
+        return projection(norm, bias=norm is None)
+    norms = [part for part in parts if is_norm(part)]
+    return projection(norm_like(norms[-1]) if norms else None, convs[-1].bias is not None)
+
+
+def pooled_shortcut(spec: BlockSpec, project: Projection) -> nn.Sequential | None:
     """Return the paper's shortcut: 3x3 average pool where it strides, 1x1 conv where it widens."""
     parts: list[nn.Module] = []
     if is_strided(spec.stride):
         parts.append(nn.AvgPool2d(3, stride=spec.stride, padding=1))
     if spec.in_channels != spec.out_channels:
-        parts.append(nn.Conv2d(spec.in_channels, spec.out_channels, 1, bias=False))
-        parts.append(norm_like(norm, spec.out_channels))
+        parts.extend(project(spec.in_channels, spec.out_channels))
     return nn.Sequential(*parts) if parts else None
 
 
-def closing_activation(block: nn.Module) -> nn.Module | None:
-    """Return the activation that a block ends with, or None where it ends with the add."""
-    found = _closing_node(block)
-    return found[1] if found else None
+class _OwnCodeTracer(fx.Tracer):
+    """Traces a module's own forward and takes every module it calls as one node."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
 
 
-def without_closing_activation(block: nn.Module) -> nn.Module | None:
+def trace_block(block: nn.Module) -> fx.Graph | None:
+    """Return the graph of a block's own forward.
+
+    None where its code cannot be traced, or does something else in training than in evaluation:
+    a graph would keep one of the two for good.
+    """
+    modes, graphs = block.training, []
+    try:
+        for mode in (not modes, modes):
+            block.training = mode  # its own flag alone: what it calls is one node each
+            graphs.append(_OwnCodeTracer().trace(block))
+    except Exception:  # a user's forward may raise anything when it is given a proxy
+        return None
+    finally:
+        block.training = modes
+    texts = [str(graph) for graph in graphs]
+    return graphs[1] if texts[0] == texts[1] else None
+
+
+def execution_order(block: nn.Module, in_channels: int) -> list[str] | None:
+    """Return the names of a block's modules in the order they ran; None where it does not run."""
+    twin = meta_twin(block)
+    order: list[str] = []
+    for name, part in twin.named_modules():
+        part.register_forward_hook(lambda *_, name=name: order.append(name))
+    try:
+        run_on_meta(twin, (2, in_channels, 24, 24))
+    except Exception:  # a user's block may raise anything
+        return None
+    return order
+
+
+def closing_activation(block: nn.Module, in_channels: int) -> tuple[nn.Module | None, bool]:
+    """Return the activation that a block ends with, and whether that is known for sure.
+
+    (None, True) is a block that ends with its add, (None, False) one that cannot be read.
+    """
+    ending = _ending_module(block, in_channels)
+    if ending is not None:
+        return block.get_submodule(ending[0]), True
+    graph = trace_block(block)
+    if graph is None:
+        return None, False
+    found = _closing_node(block, graph)
+    return (found[1] if found else None), True
+
+
+def without_closing_activation(block: nn.Module, in_channels: int) -> nn.Module | None:
     """Return the block with its closing activation left out; its layers keep their names.
 
     Returns:
-        A module that shares the block's layers, or None where no closing activation was found.
+        The block itself with an activation of its own exchanged for an identity, or a module that
+        shares its layers; None where no closing activation was found or it cannot be left out.
     """
-    found = _closing_node(block)
-    if found is None:
+    ending = _ending_module(block, in_channels)
+    if ending is not None and ending[1] == 1:
+        block.set_submodule(ending[0], nn.Identity())
+        return block
+    graph = trace_block(block)
+    found = _closing_node(block, graph) if graph is not None else None
+    if graph is None or found is None:
         return None
     node = found[0]
-    graph = node.graph
-    node.replace_all_uses_with(_first_input(node))
+    node.replace_all_uses_with(node.all_input_nodes[0])
     graph.erase_node(node)
     graph.lint()
     return fx.GraphModule(block, graph, class_name=f"Open{type(block).__name__}")
 
 
-def _first_input(node: fx.Node) -> fx.Node:
-    return node.all_input_nodes[0]
+def _ending_module(block: nn.Module, in_channels: int) -> tuple[str, int] | None:
+    """Return the activation module whose result is the block's, and how often it runs."""
+    twin = meta_twin(block)
+    runs: dict[str, int] = {}
+    last: dict[str, Any] = {}
 
+    def record(name: str, result: Any) -> None:
+        runs[name] = runs.get(name, 0) + 1
+        last[name] = result
 
-def _closing_node(block: nn.Module) -> tuple[fx.Node, nn.Module] | None:
-    graph = trace_block(block)
-    if graph is None:
+    for name, part in twin.named_modules():
+        # An identity or a dropout after the activation, in evaluation, gives what it is given.
+        if is_activation(part) or is_norm(part):
+            part.register_forward_hook(lambda m, i, o, name=name: record(name, o))
+    try:
+        result = run_on_meta(twin, (2, in_channels, 24, 24))
+    except Exception:  # a user's block may raise anything
         return None
+    found = [n for n in last if last[n] is result and is_activation(twin.get_submodule(n))]
+    # An in-place activation returns what it is given: the one that ran last wrote it last.
+    return (found[-1], runs[found[-1]]) if found else None
+
+
+def _closing_node(block: nn.Module, graph: fx.Graph) -> tuple[fx.Node, nn.Module] | None:
     output = next(node for node in graph.nodes if node.op == "output")
-    inputs = output.all_input_nodes
-    if len(inputs) != 1:
+    if len(output.all_input_nodes) != 1:
         return None
-    node, skipped = inputs[0], (nn.Identity, nn.Dropout)
-    # An identity after the activation (timm leaves some) does not change what closes the block.
-    while node.op == "call_module" and isinstance(block.get_submodule(str(node.target)), skipped):
-        node = _first_input(node)
-    activation = _activation_of(block, node)
-    if activation is None or len(node.all_input_nodes) != 1:
-        return None
-    return node, activation
-
-
-def _activation_of(block: nn.Module, node: fx.Node) -> nn.Module | None:
+    node = output.all_input_nodes[0]
     if node.op == "call_module":
         module = block.get_submodule(str(node.target))
-        return module if isinstance(module, ACTIVATIONS) else None
-    if node.op == "call_function" and node.target in _ACTIVATION_FUNCTIONS:
-        return _ACTIVATION_FUNCTIONS[node.target]()
-    if node.op == "call_method" and node.target in _ACTIVATION_METHODS:
-        return _ACTIVATION_METHODS[str(node.target)]()
+        return (node, module) if is_activation(module) else None
+    if node.op in ("call_function", "call_method") and node.target in _ACTIVATION_FUNCTIONS:
+        return node, _ACTIVATION_FUNCTIONS[node.target]()
     return None
-
-
-__all__ = [
-    "closing_activation", "gate_of", "layers", "norm_like", "pooled_shortcut", "shortcut_name",
-    "shortcut_of", "without_closing_activation",
-]  # fmt: skip
