@@ -181,15 +181,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the suites; see `blnet bench --help`. Returns 0, 1 if a check failed, 130 if stopped."""
     _check_extra()
     settings = resolve(settings_of(arguments))
+    from blnet.bench import networks
+
+    networks.check(settings)
     if arguments.list:
         print(_listing(settings))
         return 0
-    from blnet.bench import networks
     from blnet.bench.progress import Progress
     from blnet.bench.runner import finish, run_suites, steps
     from blnet.bench.session import Session
 
-    networks.check(settings)
     folder = Path(arguments.output or _default_folder(settings))
     check_writable(folder)
     with Progress() as progress:

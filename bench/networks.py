@@ -54,9 +54,14 @@ def specs(settings: Settings) -> list[Spec]:
     """Return the networks of a run, the plain ones first: they are what others are held against.
 
     Raises:
-        ValueError: if a name is not known.
+        ValueError: if a name is not known, or the baseline is no plain network.
     """
     registry = known()
+    if settings.baseline and registry.is_big_little(settings.baseline):
+        raise ValueError(
+            f"--baseline {settings.baseline} is a Big-Little network; name a plain one, such as "
+            f"{baseline_of(settings.baseline)}"
+        )
     found: list[Spec] = []
     for name in settings.models:
         if not registry.is_big_little(name):

@@ -34,6 +34,10 @@ CSV_COLUMNS = (
     "p50_ms",
     "p90_ms",
     "images_per_s",
+    "speedup",
+    "speedup_low",
+    "speedup_high",
+    "realised",
     "bytes",
     "error",
     "peak_memory_bytes",
@@ -98,6 +102,8 @@ def _megabytes(value: int | None) -> str:
 def model_header(results: Results) -> list[str]:
     """Return the columns of the models table; the batches are those of the run."""
     top = _top_batch(results)
+    batches = _batches(results)
+    gains = [(f"speed-up b{batch} [95 %]", f"realised b{batch}") for batch in batches]
     return [
         "network",
         "alpha",
@@ -107,11 +113,9 @@ def model_header(results: Results) -> list[str]:
         "MAC ratio",
         "latency b1, ms",
         f"images/s b{top}",
-        "speed-up b1 [95 %]",
-        f"speed-up b{top} [95 %]",
-        f"realised b{top}",
+        *(name for pair in gains for name in pair),
         f"memory b{top}, MB",
-        f"best rung b1, b{top}",
+        "best rung " + ", ".join(f"b{batch}" for batch in batches),
     ]
 
 
@@ -119,7 +123,8 @@ def model_cells(results: Results, row: ModelRow) -> list[str]:
     """Return the cells of a network's row."""
     network = row.network
     one, top = row.batches.get(1), row.batches.get(_top_batch(results))
-    rungs = [batch.rung if batch else NOTHING for batch in (one, top)]
+    measured = [row.batches.get(batch) for batch in _batches(results)]
+    rungs = [batch.rung if batch else NOTHING for batch in measured]
     return [
         network.name,
         _number(network.alpha, 0),
@@ -129,9 +134,7 @@ def model_cells(results: Results, row: ModelRow) -> list[str]:
         _number(row.mac_ratio),
         milliseconds(one.seconds if one else None),
         f"{top.throughput:.1f}" if top else NOTHING,
-        _speedup(one),
-        _speedup(top),
-        ratio_text(top.realised if top else None, interval=False).removesuffix("x"),
+        *(cell for batch in measured for cell in (_speedup(batch), _realised(batch))),
         _megabytes(top.peak_memory if top else None),
         "; ".join(dict.fromkeys(rungs)),
     ]
@@ -141,8 +144,17 @@ def _speedup(row: BatchRow | None) -> str:
     return ratio_text(row.speedup if row else None)
 
 
+def _realised(row: BatchRow | None) -> str:
+    return ratio_text(row.realised if row else None, interval=False).removesuffix("x")
+
+
 def _top_batch(results: Results) -> int:
     return int(results.settings["batch"])
+
+
+def _batches(results: Results) -> list[int]:
+    """Return the batches that the table shows: 1 for latency, and the throughput batch."""
+    return sorted({1, _top_batch(results)})
 
 
 def print_tables(results: Results, console: Console) -> None:
@@ -150,9 +162,10 @@ def print_tables(results: Results, console: Console) -> None:
     rows = model_rows(results)
     if rows:
         cells = [model_cells(results, row) for row in rows]
-        table = _rich_table(_title(results), model_header(results), left=(0, 12))
+        header = model_header(results)
+        table = _rich_table(_title(results), header, left=(0, len(header) - 1), gap=0)
         for texts in cells:
-            # An interval goes below its value: the columns of thirteen must fit a terminal.
+            # An interval goes below its value: fourteen columns must fit a terminal.
             table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in texts))
         console.print(table)
         console.print(_reading(rows), soft_wrap=True, markup=False, highlight=False)
@@ -177,8 +190,9 @@ def print_tables(results: Results, console: Console) -> None:
         console.print(Text(line, style="bold red"), soft_wrap=True)
 
 
-def _rich_table(title: str, header: list[str], left: tuple[int, ...]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def _rich_table(title: str, header: list[str], left: tuple[int, ...], gap: int = 1) -> Table:
+    """Return an empty table; `gap` is the space between columns beside that of the box."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0))
     for number, name in enumerate(header):
         # Words of a header stand below each other, so that the numbers set the width.
         text = name if number in left else name.replace(" ", "\n").replace("[95\n%]", "[95 %]")
@@ -247,7 +261,15 @@ def merge_cells(results: Results, row: MergeRow) -> list[str]:
 
 
 def csv_text(results: Results) -> str:
-    """Return one line for each measurement."""
+    """Return one line for each measurement.
+
+    A network's speed-up and realised speed-up stand in the line of its fastest rung of each batch.
+    """
+    gains: dict[tuple[str, Any, str], BatchRow] = {
+        (row.network.label, batch, found.rung): found
+        for row in model_rows(results)
+        for batch, found in row.batches.items()
+    }
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
@@ -262,6 +284,7 @@ def csv_text(results: Results) -> str:
                 len(m.samples),
                 *quantiles,
                 batch / m.median if m.timed and batch else "",
+                *_csv_gain(gains.get((m.family, batch, m.implementation))),
                 m.facts.get("bytes"),
                 m.check.error if m.check else "",
                 m.peak_memory,
@@ -270,6 +293,13 @@ def csv_text(results: Results) -> str:
             ]
         )
     return text.getvalue()
+
+
+def _csv_gain(row: BatchRow | None) -> list[float | None]:
+    if row is None or row.speedup is None:
+        return [None] * 4
+    realised = row.realised.value if row.realised else None
+    return [row.speedup.value, row.speedup.low, row.speedup.high, realised]
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,8 +42,14 @@ def run_suites(suites: Mapping[str, str], session: Session) -> None:
     paths = [_path(module) for module in suites.values()]
     said = io.StringIO()
     start = time.monotonic()
-    with _own_pytest(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        status = pytest.main(_arguments(paths), plugins=[Bind(session)])
+    # pytest-benchmark makes its folder in the working directory, whether it stores anything or not.
+    with (
+        _own_pytest(),
+        tempfile.TemporaryDirectory(prefix="blnet-bench-") as storage,
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+    ):
+        status = pytest.main(_arguments(paths, Path(storage)), plugins=[Bind(session)])
     session.results.seconds = time.monotonic() - start
     session.results.interrupted = status == pytest.ExitCode.INTERRUPTED
     fine = (
@@ -63,12 +70,13 @@ def _path(module: str) -> Path:
     return Path(spec.origin)
 
 
-def _arguments(paths: list[Path]) -> list[str]:
+def _arguments(paths: list[Path], storage: Path) -> list[str]:
     return [
         *map(str, paths),
         f"--rootdir={paths[0].parent}",
         f"--config-file={os.devnull}",  # the settings of the user's project are not ours
         "--import-mode=importlib",
+        f"--benchmark-storage={storage.as_uri()}",
         "-p",
         "no:cacheprovider",
         "-q",

@@ -16,6 +16,15 @@ DEVICES = ("auto", "cpu", "cuda")
 DEFAULT_MODELS = ("bl_resnet50",)
 DEFAULT_BRANCHINGS = ((2, 4), (4, 4))
 MIN_SIZE = 32  # pixels; a network that shrinks 32 times needs one position at its end
+# Flag -> the smallest and largest value. Above them a run hangs or dies for want of memory.
+BOUNDS = {
+    "--batch": (1, 65536),
+    "--size": (MIN_SIZE, 8192),
+    "--repeat": (2, 1_000_000),
+    "--threads": (1, 1024),
+    "--seed": (0, 2**63 - 1),
+}
+MAX_PIXELS = 2**31  # of the throughput batch: 26 GB of float32 images
 
 
 @dataclass(frozen=True)
@@ -121,18 +130,26 @@ def resolve(settings: Settings) -> Settings:
     dtype = settings.dtype or ("bfloat16" if device == "cuda" else "float32")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    for flag, value, least in (
-        ("--batch", settings.batch, 1),
-        ("--size", settings.size, MIN_SIZE),
-        ("--repeat", settings.repeat, 2),
-        ("--threads", settings.threads, 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{flag} must be at least {least}, got {value}")
+    _check_bounds(settings)
     if not settings.models:
         raise ValueError("--models needs the name of a network at least")
     resolved = replace(settings, device=device, dtype=dtype)
-    return replace(resolved, batch=resolved.throughput_batch)
+    batch, size = resolved.throughput_batch, resolved.size
+    if batch * size**2 > MAX_PIXELS:
+        raise ValueError(
+            f"--batch {batch} at --size {size} is {batch * size**2} pixels, and {MAX_PIXELS} are "
+            "the most; choose a smaller batch or size"
+        )
+    return replace(resolved, batch=batch)
+
+
+def _check_bounds(settings: Settings) -> None:
+    for flag, (least, most) in BOUNDS.items():
+        value = getattr(settings, flag.removeprefix("--"))
+        if value is not None and value < least:
+            raise ValueError(f"{flag} must be at least {least}, got {value}")
+        if value is not None and value > most:
+            raise ValueError(f"{flag} must be at most {most}, got {value}")
 
 
 def check_writable(folder: Path) -> None:

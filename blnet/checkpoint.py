@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from blnet import registry
-from blnet.files import StrPath, written_aside
+from blnet.files import StrPath, reason, written_aside
+from blnet.keys import misfits
 from blnet.network import BigLittleConfig, BigLittleNet
 
 FORMAT = "blnet-checkpoint"
 VERSION = 1
 # One header entry holds all of our JSON: the order of several would differ from run to run.
 _ENTRY = "blnet"
-_KEYS_SHOWN = 12
 _PLAN_FIELDS = ("source", "source_options", "alpha", "beta", "branches")
 
 
@@ -161,10 +161,9 @@ def _opened(path: StrPath) -> Iterator[Any]:
         with safetensors.safe_open(file, framework="pt", device="cpu") as opened:
             yield opened
     except safetensors.SafetensorError as error:
-        reason = str(error).split("\n")[0][:160]
         raise ValueError(
-            f"{path} is not a whole safetensors file ({reason}); it is cut short or of another "
-            "kind: blnet.load_official reads the published .pth files"
+            f"{path} is not a whole safetensors file ({reason(error)}); it is cut short or of "
+            "another kind: blnet.load_official reads the published .pth files"
         ) from error
 
 
@@ -259,7 +258,9 @@ def _reconvert(path: StrPath, plan: dict[str, Any], trust_source: bool) -> nn.Mo
 
 def _fill(path: StrPath, model: nn.Module, weights: dict[str, Tensor]) -> None:
     own: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    _check_fit(path, own, weights)
+    told = misfits(own, weights)
+    if told:
+        raise ValueError(f"{path} does not fit the network; {told}")
     made: dict[int, tuple[str, Tensor]] = {}
     ready: dict[str, Tensor] = {}
     for key, old in own.items():
@@ -282,29 +283,3 @@ def _fill(path: StrPath, model: nn.Module, weights: dict[str, Tensor]) -> None:
 def _as_bytes(tensor: Tensor) -> Tensor:
     """Return the bit pattern, by which NaN equals itself."""
     return tensor.detach().reshape(-1).view(torch.uint8)
-
-
-def _check_fit(path: StrPath, own: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-    common = [key for key in own if key in weights]
-    faults = {
-        "missing keys": [key for key in own if key not in weights],
-        "extra keys": [key for key in weights if key not in own],
-        "wrong shapes": [
-            f"{key} {tuple(weights[key].shape)} for {tuple(own[key].shape)}"
-            for key in common
-            if weights[key].shape != own[key].shape
-        ],
-        "wrong dtypes": [
-            f"{key} {weights[key].dtype} for {own[key].dtype}"
-            for key in common
-            if weights[key].is_floating_point() != own[key].is_floating_point()
-        ],
-    }
-    told = [f"{name}: {_listed(keys)}" for name, keys in faults.items() if keys]
-    if told:
-        raise ValueError(f"{path} does not fit the network; {'; '.join(told)}")
-
-
-def _listed(keys: list[str]) -> str:
-    rest = len(keys) - _KEYS_SHOWN
-    return ", ".join(keys[:_KEYS_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

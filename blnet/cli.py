@@ -20,6 +20,7 @@ COMMANDS = {
 }
 # Command -> modules that register the networks it takes by name, where they are installed.
 _NETWORKS = {"convert": ("blnet.vision.models",)}
+_TEXT_SHOWN = 400  # characters of an error that nobody foresaw
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,8 +47,28 @@ def _one_line(error: BaseException) -> str:
     return text or type(error).__name__
 
 
+def _open_streams() -> None:
+    """Give the process an output to write to where it was started without (``>&-``)."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
+def _discard_unwritable() -> None:
+    """Throw away what cannot be printed, or the interpreter would fail on it again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1 the check failed, 2 bad input."""
+    """Run one command.
+
+    Returns:
+        Its exit status: 0 done, 1 a check failed or the program itself did, 2 bad input.
+    """
+    _open_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(_overview(), end="")
@@ -67,7 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _register_networks(command: str) -> None:
     for module in _NETWORKS.get(command, ()):
-        with contextlib.suppress(ImportError):
+        # A torchvision made for another PyTorch raises a RuntimeError. Names that are missing then
+        # are missed by `blnet.registry`, which says what to install.
+        with contextlib.suppress(ImportError, RuntimeError):
             importlib.import_module(module)
 
 
@@ -88,13 +111,21 @@ def _run(name: str, words: Sequence[str], debug: bool) -> int:
         return 130
     except BrokenPipeError:
         # The reader (head, less) has left; what it wanted, it has.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_unwritable()
         return 0
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
+        _discard_unwritable()
         print(f"blnet {name}: error: {_one_line(error)}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if debug:
+            raise
+        text = f"{type(error).__name__}: {_one_line(error)[:_TEXT_SHOWN]}"
+        advice = "run it with --debug and report the traceback"
+        print(f"blnet {name}: internal error: {text}; {advice}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 StrPath = str | os.PathLike[str]
+_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")  # what colours a terminal
+REASON_LENGTH = 160
+
+
+def reason(error: BaseException, length: int = REASON_LENGTH) -> str:
+    """Return an error's text on one line without colours, cut to a length; else its class."""
+    try:
+        text = str(error)
+    except Exception:  # a class of the user's, whose text fails as well
+        text = ""
+    line = " ".join(_ESCAPE.sub("", text).split())
+    return line[:length] or type(error).__name__
 
 
 def read_torch_file(path: StrPath) -> Mapping[str, Any]:
@@ -31,10 +44,9 @@ def read_torch_file(path: StrPath) -> Mapping[str, Any]:
         try:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # the unpickler raises nearly anything on bytes of another kind
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
             raise ValueError(
                 f"{path} is not a torch checkpoint of plain tensors, which is all that is read "
-                f"({reason})"
+                f"({reason(error)})"
             ) from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}; a checkpoint holds a dict")
@@ -56,7 +68,7 @@ def read_weights(path: StrPath) -> Mapping[str, Any]:
     try:
         weights: Mapping[str, Any] = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error})") from error
+        raise ValueError(f"{path} is not a whole safetensors file ({reason(error)})") from error
     return weights
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from blnet.files import read_torch_file
+from blnet.keys import check_dense, kind, listed, state_dict_of
 from blnet.module import branch_length
 from blnet.network import BigLittleConfig, BigLittleNet
 
@@ -40,7 +41,7 @@ _RENAMES = (
 )
 # Settings of alpha's partner that leave the same network are told apart by the paper's habit.
 _BETAS: tuple[int, ...] = (4, 2, 1, *range(3, 65))
-_KEYS_SHOWN = 12
+_KEYS_SHOWN = 40
 
 
 def load_official(source: str | os.PathLike[str] | Mapping[str, Any]) -> BigLittleNet:
@@ -57,15 +58,21 @@ def load_official(source: str | os.PathLike[str] | Mapping[str, Any]) -> BigLitt
 
     Raises:
         ValueError: if the file is no such checkpoint, or a key is missing or too many (the error
-            lists them), or a shape does not fit.
+            lists them, up to forty of each), or a shape or a dtype does not fit.
         OSError: if the file cannot be read.
     """
-    weights = _state_dict(source if isinstance(source, Mapping) else read_torch_file(source))
+    if not isinstance(source, str | os.PathLike | Mapping):
+        raise ValueError(
+            "load_official takes the path of a published checkpoint or the dict that torch.load "
+            f"gave, got {type(source).__name__}"
+        )
+    weights = state_dict_of(source if isinstance(source, Mapping) else read_torch_file(source))
     config = infer_config(weights)
     with torch.device("meta"):
         model = BigLittleNet(config)
     expected = {official_key(key): key for key in model.state_dict()}
     _check_keys(weights, expected)
+    check_dense(weights)
     own = model.state_dict()
     ready: dict[str, Tensor] = {}
     for published, key in expected.items():
@@ -88,20 +95,6 @@ def official_key(key: str) -> str:
     return key.replace(".se.", ".se_layer.")
 
 
-def _state_dict(loaded: Mapping[str, Any]) -> dict[str, Tensor]:
-    inner = loaded.get("state_dict", loaded)
-    if not isinstance(inner, Mapping):
-        raise ValueError(f"'state_dict' must be a dict of tensors, got {type(inner).__name__}")
-    weights = {str(key).removeprefix("module."): value for key, value in inner.items()}
-    wrong = [key for key, value in weights.items() if not isinstance(value, Tensor)]
-    if wrong or not weights:
-        raise ValueError(
-            "the checkpoint must be a dict of tensors, or hold one under 'state_dict'; "
-            + (f"no tensors: {_listed(wrong)}" if wrong else "it is empty")
-        )
-    return weights
-
-
 def infer_config(weights: Mapping[str, Tensor]) -> BigLittleConfig:
     """Return the shape of the network that a published state dict belongs to.
 
@@ -116,7 +109,7 @@ def infer_config(weights: Mapping[str, Tensor]) -> BigLittleConfig:
     missing = [key for key in decisive if key not in shapes]
     if missing:
         raise ValueError(
-            f"not a published Big-Little checkpoint: {_listed(missing)} is missing; load our own "
+            f"not a published Big-Little checkpoint: {listed(missing)} is missing; load our own "
             "files with blnet.load and torchvision's with blnet.convert"
         )
     block = "bottleneck" if "layer1.big.0.conv3.weight" in shapes else "basic"
@@ -184,16 +177,11 @@ def _check_keys(weights: Mapping[str, Tensor], expected: Mapping[str, str]) -> N
     extra = [key for key in weights if key not in expected]
     faults = []
     if missing:
-        faults.append(f"missing keys: {_listed(missing)}")
+        faults.append(f"missing keys: {listed(missing, _KEYS_SHOWN)}")
     if extra:
-        faults.append(f"extra keys: {_listed(extra)}")
+        faults.append(f"extra keys: {listed(extra, _KEYS_SHOWN)}")
     if faults:
         raise ValueError(f"the checkpoint does not fit its own network; {'; '.join(faults)}")
-
-
-def _listed(keys: list[str]) -> str:
-    rest = len(keys) - _KEYS_SHOWN
-    return ", ".join(keys[:_KEYS_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _fitted(key: str, value: Tensor, own: Tensor) -> Tensor:
@@ -204,5 +192,11 @@ def _fitted(key: str, value: Tensor, own: Tensor) -> Tensor:
         raise ValueError(
             f"the checkpoint's {key} has shape {tuple(value.shape)}, the network it describes "
             f"needs {tuple(own.shape)}"
+        )
+    # A counter may have become a float on its way; weights that are no floats are another thing's.
+    if kind(value) != kind(own) and (own.is_floating_point() or value.is_complex()):
+        raise ValueError(
+            f"the checkpoint's {key} is of {value.dtype}, the network needs {own.dtype}; "
+            "give its weights as floating-point numbers"
         )
     return value.detach().to(device="cpu", dtype=own.dtype, copy=True)

@@ -8,14 +8,19 @@ A name is one of
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
+
+from blnet.files import reason
 
 
 @dataclass(frozen=True)
@@ -70,15 +75,13 @@ def build(name: str, **options: Any) -> nn.Module:
         options: alpha, beta, branches, num_classes, in_channels, stem: what the network takes.
 
     Raises:
-        ValueError: if nothing goes by that name, it takes no such option, or an option's value is
-            out of range.
+        ValueError: if nothing goes by that name, it takes no such option, an option's value is out
+            of range, or code that is not ours raised, whatever that was.
     """
     if ":" in name:
         return _build_foreign(name, options)
     if name not in _ENTRIES:
-        close = ", ".join(get_close_matches(name, _ENTRIES, n=3) or _ENTRIES)
-        near = f"near it are {close}" if close else "import blnet.vision.models to register some"
-        raise ValueError(f"no network is named {name!r}; {near}")
+        raise ValueError(f"no network is named {name!r}; {_what_is_near(name)}")
     entry = _ENTRIES[name]
     unknown = [option for option in options if option not in entry.options]
     if unknown:
@@ -86,7 +89,22 @@ def build(name: str, **options: Any) -> nn.Module:
             f"{name} takes no option {', '.join(unknown)}; its options are "
             f"{', '.join(entry.options)}"
         )
-    return entry.build(**options)
+    try:
+        return entry.build(**options)
+    except ValueError:
+        raise  # of a builder's own, which name what was wrong
+    except Exception as error:  # too large for the memory, mostly
+        raise ValueError(f"{_not_built(name, options)}: {_told(error)}") from error
+
+
+def _what_is_near(name: str) -> str:
+    close = ", ".join(get_close_matches(name, _ENTRIES, n=3) or _ENTRIES)
+    advice = [f"near it are {close}"] if close else []
+    try:
+        importlib.import_module("torchvision")
+    except Exception:  # one made for another PyTorch raises a RuntimeError
+        advice.append("the image networks need torchvision: pip install 'blnet[vision]'")
+    return "; ".join(advice) or "import blnet.vision.models to register some"
 
 
 def _build_foreign(name: str, options: dict[str, Any]) -> nn.Module:
@@ -97,13 +115,29 @@ def _build_foreign(name: str, options: dict[str, Any]) -> nn.Module:
         make = _timm_builder(model)
     else:
         make = _user_builder(name, library, model)
-    try:
+    with _foreign_code(_not_built(name, options)):
         made = make(**options)
-    except TypeError as error:
-        raise ValueError(f"{name} cannot be built with {options}: {error}") from error
     if not isinstance(made, nn.Module):
         raise ValueError(f"{name} must return a torch.nn.Module, it returned {type(made).__name__}")
     return made
+
+
+@contextlib.contextmanager
+def _foreign_code(what: str) -> Iterator[None]:
+    """Turn whatever code that is not ours raises, sys.exit() too, into a ValueError."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{what}: {_told(error)}") from error
+
+
+def _not_built(name: str, options: dict[str, Any]) -> str:
+    return f"{name} cannot be built{f' with {options}' if options else ''}"
+
+
+def _told(error: BaseException) -> str:
+    kind, said = type(error).__name__, reason(error)
+    return kind if said == kind else f"{kind}: {said}"
 
 
 def _need(library: str) -> Any:
@@ -113,6 +147,11 @@ def _need(library: str) -> Any:
         raise ValueError(
             f"{library} is not installed; install it with: pip install 'blnet[vision]'"
         ) from None
+    except Exception as error:  # one made for another PyTorch raises a RuntimeError
+        raise ValueError(
+            f"{library} cannot be imported ({reason(error)}); install one that fits: "
+            "pip install --upgrade 'blnet[vision]'"
+        ) from error
 
 
 def _torchvision_builder(model: str) -> Callable[..., nn.Module]:
@@ -133,15 +172,29 @@ def _timm_builder(model: str) -> Callable[..., nn.Module]:
     return lambda **options: timm.create_model(model, pretrained=False, **options)
 
 
-def _user_builder(name: str, module_name: str, function: str) -> Callable[..., nn.Module]:
+@contextlib.contextmanager
+def _working_folder_importable() -> Iterator[None]:
+    """Let modules of the working folder be imported, as `python -m` does and a script does not."""
+    folder = os.getcwd()
+    sys.path.append(folder)
     try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+def _user_builder(name: str, module_name: str, function: str) -> Callable[..., nn.Module]:
+    # "" and ".x" are no module names, and a module of the user's may do anything when imported.
+    with (
+        _foreign_code(
+            f"{name} is neither torchvision:NAME nor timm:NAME, and module {module_name!r} cannot be "
+            "imported"
+        ),
+        _working_folder_importable(),
+    ):
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError, TypeError) as error:  # "" and ".x" are no module names
-        raise ValueError(
-            f"{name}: module {module_name!r} cannot be imported ({error}); give "
-            "torchvision:NAME, timm:NAME or an importable package.module:function"
-        ) from error
-    made = getattr(module, function, None)
+    with _foreign_code(f"{name}: module {module_name!r} cannot be asked for {function!r}"):
+        made = getattr(module, function, None)
     if not callable(made):
         raise ValueError(f"{name}: module {module_name!r} has no function {function!r}")
     return made  # type: ignore[no-any-return]

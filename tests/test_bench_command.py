@@ -47,6 +47,17 @@ def test_list_measures_nothing(capsys, tmp_path, monkeypatch) -> None:
         (["--size", "8"], "--size must be at least 32, got 8"),
         (["--repeat", "1"], "--repeat must be at least 2"),
         (["--threads", "0"], "--threads must be at least 1"),
+        (["--size", "99999999"], "--size must be at most 8192, got 99999999"),
+        (["--batch", "99999999999"], "--batch must be at most 65536, got 99999999999"),
+        (["--batch", "60000", "--size", "8192"], "choose a smaller batch or size"),
+        (["--repeat", "9999999"], "--repeat must be at most 1000000, got 9999999"),
+        (["--threads", "99999999999"], "--threads must be at most 1024, got 99999999999"),
+        (["--seed", str(2**63)], f"--seed must be at most {2**63 - 1}, got {2**63}"),
+        (["--seed", "-1", "--list"], "--seed must be at least 0, got -1"),
+        (["--list", "--models", "nosuch"], "no network is named 'nosuch'"),
+        (["--list", "--alpha", "7", "--beta", "4"], "7"),
+        (["--baseline", "bl_resnet50"], "name a plain one, such as resnet50"),
+        (["--models", "sys:exit"], "sys:exit cannot be built: SystemExit"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--models", "resnet9000"], "'resnet9000'"),
         (["--models", "bl_resnet50", "--alpha", "7", "--beta", "4"], "7"),
@@ -252,11 +263,13 @@ def test_a_whole_run(tmp_path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "bl_resnet18" in done.stdout
     assert "measuring models, batch 2" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["out"], "a run leaves nothing but its output"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "report.md",
         "results.csv",
         "results.json",
     ]
+    assert "realised b1 |" in (tmp_path / "out" / "report.md").read_text()
     values = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [n["label"] for n in values["networks"]] == ["resnet18", "bl_resnet18 a2 b4"]
     by_status: dict[str, set[str]] = {}

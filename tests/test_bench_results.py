@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -24,6 +25,7 @@ from blnet.bench.settings import Settings, resolve
 from blnet.bench.summary import merge_rows, model_rows
 from blnet.environment import collect
 
+ROOT = Path(__file__).resolve().parents[1]
 BL = "bl_resnet50 a2 b4"
 
 
@@ -88,6 +90,7 @@ def test_the_speed_up_is_over_the_fastest_rung_with_a_time(results) -> None:
     one, eight = ours.batches[1], ours.batches[8]
     assert (one.speedup.value, one.baseline_rung) == (pytest.approx(1.25), "folded")
     assert (eight.speedup.value, eight.rung) == (pytest.approx(2.0), "folded")
+    assert one.realised.value == pytest.approx(0.625)
     assert eight.realised.value == pytest.approx(1.0)
     assert eight.throughput == pytest.approx(40.0)
 
@@ -159,10 +162,36 @@ def test_the_printed_table_has_the_numbers(results) -> None:
     text = console.export_text()
     ours = next(line for line in text.splitlines() if "bl_resnet50" in line).split()
     assert ours[1:8] == ["2", "4", "26.69", "2.045", "2.00", "40.00", "40.0"]
-    assert ours[8:12] == ["1.25x", "2.00x", "1.00", "250"]
+    assert ours[8:13] == ["1.25x", "0.62", "2.00x", "1.00", "250"]
     assert "FAILED models, batch 8, resnet50, folded: relative error nan" in text
     assert "over the fastest rung of resnet50: folded at batch 1 and eager at batch 8" in text
     assert "…" not in text
+
+
+def test_the_printed_table_fits_132_columns(results) -> None:
+    for m in results.measurements:
+        m.implementation = "compile, frozen" if m.implementation == "folded" else m.implementation
+    console = Console(width=132, record=True, file=io.StringIO())
+    report.print_tables(results, console)
+    table = console.export_text().partition("Speed-ups are")[0]
+    assert " bl_resnet50 " in table, "a name was folded"
+    assert "[1.25, 1.25]" in table
+    assert max(map(len, table.splitlines())) <= 132
+
+
+def test_a_run_at_batch_1_has_each_column_once(results) -> None:
+    results.settings["batch"] = 1
+    header = report.model_header(results)
+    assert len(set(header)) == len(header)
+    assert all(len(report.model_cells(results, r)) == len(header) for r in model_rows(results))
+
+
+def test_committed_results_can_be_read() -> None:
+    files = list((ROOT / "bench" / "results").glob("*/results.json"))
+    assert files
+    for path in files:
+        text = report.markdown(read_json(path))
+        assert "| realised b1 |" in text
 
 
 def test_failures_are_red(results) -> None:
@@ -177,7 +206,8 @@ def test_markdown_has_every_rung(results) -> None:
     text = report.markdown(results)
     assert "interrupted" in text
     assert (
-        "| bl_resnet50 | 2 | 4 | 26.69 | 2.045 | 2.00 | 40.00 | 40.0 | 1.25x [1.25, 1.25] |" in text
+        "| bl_resnet50 | 2 | 4 | 26.69 | 2.045 | 2.00 | 40.00 | 40.0 | 1.25x [1.25, 1.25] | 0.62 | "
+        "2.00x [2.00, 2.00] | 1.00 | 250 |" in text
     )
     assert "| resnet50 | 8 | folded | - | - | - | 0 | nan |" in text
     assert "wrong: relative error nan" in text
@@ -185,7 +215,7 @@ def test_markdown_has_every_rung(results) -> None:
     assert "| s | forward | blnet | 50.00 | 20.0 | 2.00x [2.00, 2.00] | 1e-08 |" in text
     assert f"- python: {results.environment['python']}" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in tables} == {14, 12, 8}
+    assert {line.count("|") for line in tables} == {15, 12, 8}
 
 
 def test_csv_has_a_line_for_each_measurement(results) -> None:
@@ -195,6 +225,10 @@ def test_csv_has_a_line_for_each_measurement(results) -> None:
     assert (last["family"], last["implementation"], last["rounds"]) == (BL, "folded", "3")
     assert float(last["p50_ms"]) == pytest.approx(200.0)
     assert float(last["images_per_s"]) == pytest.approx(40.0)
+    assert (float(last["speedup"]), float(last["realised"])) == pytest.approx((2.0, 1.0))
+    assert float(rows[2]["realised"]) == pytest.approx(0.625)
+    assert float(last["speedup_low"]) <= float(last["speedup"]) <= float(last["speedup_high"])
+    assert [row["speedup"] for row in (rows[0], rows[1], rows[5], rows[7])] == [""] * 4
     assert (rows[4]["status"], rows[4]["p50_ms"]) == ("wrong", "")
 
 

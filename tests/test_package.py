@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 import time
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,30 @@ def test_the_wheel_holds_every_module(wheel: Path) -> None:
     assert {name.split("/")[0].split("-")[0] for name in names} == {"blnet"}
 
 
+def metadata(wheel: Path, name: str) -> str:
+    archive = zipfile.ZipFile(wheel)
+    (path,) = (entry for entry in archive.namelist() if entry.endswith(f".dist-info/{name}"))
+    return archive.read(path).decode()
+
+
+def test_the_wheel_declares_what_it_needs(wheel: Path) -> None:
+    found = Parser().parsestr(metadata(wheel, "METADATA"))
+    extras = {"vision", "speech", "bench", "dev", "all"}
+    assert set(found.get_all("Provides-Extra")) == extras
+    needs: dict[str, set[str]] = {name: set() for name in ("", *extras)}
+    for line in found.get_all("Requires-Dist"):
+        need, _, marker = line.partition(";")
+        extra = marker.partition("extra == ")[2].strip(" \"'")
+        needs[extra].add(re.split(r"[<>=!~ ]", need.strip())[0])
+    assert needs[""] == {"torch", "numpy", "safetensors"}
+    assert needs["vision"] >= {"torchvision", "timm", "pillow"}
+    assert needs["speech"] >= {"torchaudio", "librosa", "soundfile", "espeakng-loader"}
+    assert needs["bench"] >= {"blnet[vision]", "pytest", "pytest-benchmark", "rich"}
+    assert needs["dev"] >= {"pytest", "ruff", "mypy", "hypothesis"}
+    assert {"vision", "speech", "bench"} <= set(re.findall(r"\w+", " ".join(needs["all"])))
+    assert "blnet = blnet.cli:main" in metadata(wheel, "entry_points.txt")
+
+
 def test_the_wheel_works_on_its_own(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
     subprocess.run(
@@ -140,6 +166,10 @@ def test_the_wheel_works_on_its_own(wheel: Path, tmp_path: Path) -> None:
     assert "[2, 3]" in done.stdout
     done = run_python("-S", "-m", "blnet.cli", "--version", PYTHONPATH=packages)
     assert done.stdout.strip() == blnet.__version__
+    script = target / "bin" / "blnet"
+    assert os.access(script, os.X_OK)
+    done = run_python("-S", str(script), "--version", PYTHONPATH=packages)
+    assert (done.returncode, done.stdout.strip()) == (0, blnet.__version__), done.stderr
 
 
 def test_the_package_is_found_where_it_is_installed() -> None:

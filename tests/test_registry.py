@@ -17,6 +17,17 @@ def build_on_meta(name, **options):
         return registry.build(name, **options)
 
 
+def fails(error=None):
+    raise error or RuntimeError("boom\n\x1b[1mand more\x1b[0m")
+
+
+class SilentError(Exception):
+    """An error whose text cannot be had."""
+
+    def __str__(self):
+        raise KeyError("no text")
+
+
 @pytest.fixture
 def own_module(monkeypatch):
     """Put a user's module with a few functions in place of an import."""
@@ -24,6 +35,7 @@ def own_module(monkeypatch):
     module.tiny = lambda width=4: nn.Linear(width, 2)
     module.not_a_module = lambda: 3
     module.constant = 7
+    module.fails = fails
     monkeypatch.setitem(sys.modules, "my_networks", module)
     return module
 
@@ -120,6 +132,10 @@ def test_user_function(own_module):
         ("my_networks:constant", {}, "module 'my_networks' has no function 'constant'"),
         ("my_networks:", {}, "module 'my_networks' has no function ''"),
         ("my_networks:not_a_module", {}, "must return a torch.nn.Module, it returned int"),
+        ("my_networks:fails", {}, "my_networks:fails cannot be built: RuntimeError: boom and more"),
+        ("my_networks:fails", {"error": KeyError("a")}, "built with .*: KeyError: 'a'"),
+        ("my_networks:fails", {"error": SystemExit()}, "built with .*: SystemExit"),
+        ("my_networks:fails", {"error": SilentError()}, "built with .*: SilentError"),
         ("no_such_package.models:net", {}, "'no_such_package.models' cannot be imported"),
         (":resnet18", {}, "cannot be imported"),
         (".models:resnet18", {}, "cannot be imported"),
@@ -131,9 +147,38 @@ def test_bad_foreign_names(own_module, name, options, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_registered_builder_that_fails(empty_slot):
+    registry.register("mine", fails, big_little=False)
+    with pytest.raises(ValueError, match="mine cannot be built: RuntimeError: boom and more"):
+        registry.build("mine")
+    with pytest.raises(KeyboardInterrupt):
+        registry.build("mine", error=KeyboardInterrupt())
+
+
+def test_a_torchvision_made_for_another_pytorch(monkeypatch):
+    def broken(name):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(registry.importlib, "import_module", broken)
+    with pytest.raises(ValueError, match=r"cannot be imported \(operator .*pip install --upgrade"):
+        registry.build("torchvision:resnet18")
+    with pytest.raises(ValueError, match="need torchvision: pip install"):
+        registry.build("xyz")
+
+
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
 def test_missing_library_says_what_to_install(monkeypatch, library):
     missing = "torchvision.models" if library == "torchvision" else "timm"
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ValueError, match=r"is not installed; .*pip install 'blnet\[vision\]'"):
         registry.build(f"{library}:resnet18")
+
+
+def test_a_module_of_the_working_folder_is_found(tmp_path, monkeypatch):
+    (tmp_path / "my_own_nets.py").write_text(
+        "from torch import nn\ndef make():\n    return nn.Linear(3, 4)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    assert registry.build("my_own_nets:make").out_features == 4
+    assert sys.path == before
