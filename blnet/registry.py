@@ -185,13 +185,8 @@ def _working_folder_importable() -> Iterator[None]:
 
 def _user_builder(name: str, module_name: str, function: str) -> Callable[..., nn.Module]:
     # "" and ".x" are no module names, and a module of the user's may do anything when imported.
-    with (
-        _foreign_code(
-            f"{name} is neither torchvision:NAME nor timm:NAME, and module {module_name!r} cannot be "
-            "imported"
-        ),
-        _working_folder_importable(),
-    ):
+    unknown = f"{name} is neither torchvision:NAME nor timm:NAME, and module {module_name!r}"
+    with _foreign_code(f"{unknown} cannot be imported"), _working_folder_importable():
         module = importlib.import_module(module_name)
     with _foreign_code(f"{name}: module {module_name!r} cannot be asked for {function!r}"):
         made = getattr(module, function, None)
