@@ -18,6 +18,12 @@ COMMANDS = {
     "kernels": ("blnet.kernels.command", "list, check and compile the kernels"),
     "doctor": ("blnet.doctor", "say what works on this machine and what to do about the rest"),
 }
+# Optional package -> the extra that installs it.
+_EXTRAS = {
+    **dict.fromkeys(("torchvision", "timm", "PIL"), "vision"),
+    **dict.fromkeys(("torchaudio", "librosa", "soundfile", "espeakng_loader"), "speech"),
+    **dict.fromkeys(("pytest", "pytest_benchmark", "rich", "sklearn"), "bench"),
+}
 # Command -> modules that register the networks it takes by name, where they are installed.
 _NETWORKS = {"convert": ("blnet.vision.models",)}
 _TEXT_SHOWN = 400  # characters of an error that nobody foresaw
@@ -43,6 +49,9 @@ def _overview() -> str:
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
+        extra = _EXTRAS[error.name]
+        return f"{error.name} is not installed; install it with: pip install 'blnet[{extra}]'"
     text = " ".join(str(error).split())
     return text or type(error).__name__
 

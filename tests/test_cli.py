@@ -284,3 +284,14 @@ def test_an_interrupt_has_its_own_status(
     monkeypatch.setattr("blnet.vision.table.run", interrupt)
     assert main(["table"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_told_with_what_installs_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(_: object) -> int:
+        raise ModuleNotFoundError("No module named 'torchvision'", name="torchvision")
+
+    monkeypatch.setattr("blnet.vision.table.run", missing)
+    assert main(["table"]) == 2
+    assert "install it with: pip install 'blnet[vision]'" in capsys.readouterr().err
