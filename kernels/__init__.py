@@ -1,11 +1,14 @@
 """Big-Little Net's ops: Triton kernels, their plain PyTorch references, and the dispatch.
 
-    from blnet.kernels import merge, use_backend
+    from blnet.kernels import expand_merge, expand_merge_train, merge, use_backend
     y = merge(big, little)                      # relu(upsample_nearest(big) + little)
+    y = expand_merge(x, weight, scale, shift, big)      # little = scale conv1x1(x, weight) + shift
+    y = expand_merge_train(x, weight, gamma, beta, big=big)     # the same with BN on the batch
 
 Here ``merge`` is the function; the module of the same name is reached by
-``from blnet.kernels.merge import ...``. ``blnet.kernels.testing`` (tolerances, shape tables, NaN
-poisoning) and ``blnet.kernels.aot`` (compilation without a GPU) are imported when asked for.
+``from blnet.kernels.merge import ...``, and so for every op. ``blnet.kernels.testing`` (tolerances,
+shape tables, NaN poisoning) and ``blnet.kernels.aot`` (compilation without a GPU) are imported when
+asked for.
 """
 
 from blnet.kernels import reference
@@ -16,14 +19,22 @@ from blnet.kernels.backend import (
     forced_backend,
     use_backend,
 )
+from blnet.kernels.expand_merge import expand_merge
+from blnet.kernels.expand_merge_train import expand_merge_train
 from blnet.kernels.merge import merge
+from blnet.kernels.moments import estimate_center, mean_and_covariance, moments
 
 __all__ = [
     "BACKENDS",
     "BackendStatus",
     "available_backends",
+    "estimate_center",
+    "expand_merge",
+    "expand_merge_train",
     "forced_backend",
+    "mean_and_covariance",
     "merge",
+    "moments",
     "reference",
     "use_backend",
 ]

@@ -164,6 +164,9 @@ def _nvidia(assembly: dict[str, Any]) -> dict[str, Any]:
         int(count or 1) * int(bits) // 8
         for count, bits in re.findall(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.[bsuf](\d+)\b", ptx)
     ]
+    # Pipelined loops copy straight to shared memory.
+    copies = r"\bcp\.async\.c[ag]\.shared\.global\s*\[[^\]]*\],\s*\[[^\]]*\],\s*(\w+)"
+    widths += [int(size, 0) for size in re.findall(copies, ptx)]
     return {
         "registers": usage["REG"],
         "spills": usage["STACK"] + usage["LOCAL"],

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from blnet.kernels import reference, testing
+from blnet.kernels.expand_merge import expand_merge
+from blnet.kernels.expand_merge import specializations as of_expand_merge
+from blnet.kernels.expand_merge_input import specializations as of_input
+from blnet.kernels.expand_merge_reduce import specializations as of_reduce
+from blnet.kernels.expand_merge_train import expand_merge_train
 from blnet.kernels.launch import Specialization
-from blnet.kernels.merge import merge, specializations
+from blnet.kernels.merge import merge
+from blnet.kernels.merge import specializations as of_merge
+from blnet.kernels.moments import moments
+from blnet.kernels.moments import specializations as of_moments
+
+Tensors = tuple[torch.Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -20,21 +31,40 @@ class Op:
         name: its name, also of its module, its reference and its tests.
         computes: the equation.
         used_for: where a network uses it.
-        function: the public function.
+        function: the public function, or a wrapper that takes tensors alone.
         reference: the same in plain PyTorch.
         inputs: builds its inputs: (shape, dtype, layout, device, generator).
         shapes: what the correctness matrix runs.
         specializations: lists what to compile ahead of time.
+        differentiable: whether its kernels have a backward pass.
     """
 
     name: str
     computes: str
     used_for: str
-    function: Callable[..., torch.Tensor]
-    reference: Callable[..., torch.Tensor]
-    inputs: Callable[..., tuple[torch.Tensor, ...]]
-    shapes: tuple[testing.Shape, ...]
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    inputs: Callable[..., Tensors]
+    shapes: tuple[Any, ...]
     specializations: Callable[[], list[Specialization]]
+    differentiable: bool = True
+
+
+def _with_running_statistics(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    """Return the output and, after a batch of full weight, the running mean and variance."""
+
+    def run(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        gamma: torch.Tensor,
+        beta: torch.Tensor,
+        big: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        mean, variance = torch.zeros_like(gamma), torch.ones_like(gamma)
+        mean, variance = mean.detach(), variance.detach()
+        return function(x, weight, gamma, beta, mean, variance, 1.0, big=big), mean, variance
+
+    return run
 
 
 OPS = (
@@ -46,6 +76,37 @@ OPS = (
         reference=reference.merge,
         inputs=testing.merge_inputs,
         shapes=testing.SHAPES,
-        specializations=specializations,
+        specializations=of_merge,
+    ),
+    Op(
+        name="moments",
+        computes="column sums and Gram matrix of x - shift",
+        used_for="the batch statistics of expand_merge_train",
+        function=moments,
+        reference=reference.moments,
+        inputs=testing.moments_inputs,
+        shapes=testing.EXPAND_SHAPES,
+        specializations=of_moments,
+        differentiable=False,
+    ),
+    Op(
+        name="expand_merge",
+        computes="relu(upsample_nearest(big) + scale conv1x1(x) + shift)",
+        used_for="the little branch's end, the end of every bottleneck, in inference",
+        function=expand_merge,
+        reference=reference.expand_merge,
+        inputs=testing.expand_merge_inputs,
+        shapes=testing.EXPAND_SHAPES,
+        specializations=lambda: of_expand_merge() + of_reduce() + of_input(),
+    ),
+    Op(
+        name="expand_merge_train",
+        computes="relu(upsample_nearest(big) + BN(conv1x1(x))) with batch statistics",
+        used_for="the same in training",
+        function=_with_running_statistics(expand_merge_train),
+        reference=_with_running_statistics(reference.expand_merge_train),
+        inputs=testing.expand_merge_inputs,
+        shapes=testing.EXPAND_SHAPES,
+        specializations=list,  # its kernels are those of expand_merge and of moments
     ),
 )

@@ -85,7 +85,7 @@ def _check(args: argparse.Namespace) -> int:
     print(f"checking backend {backend!r} on device {str(device)!r}, PyTorch {torch.__version__}")
     if backend == "torch":
         print("no kernel runs here; set TRITON_INTERPRET=1 to interpret the kernels on the CPU")
-    header = f"{'op':<8} {'dtype':<9} {'layout':<14} {'max error':>10} {'relative':>10} "
+    header = f"{'op':<18} {'dtype':<9} {'layout':<14} {'max error':>10} {'relative':>10} "
     print(f"{header}{'eager':>10}  result  shape (why)")
     total = failed = 0
     for row in check.check_all(str(device), [_DTYPES[name] for name in args.dtype or _DTYPES]):
@@ -93,7 +93,7 @@ def _check(args: argparse.Namespace) -> int:
         failed += bool(row.failure)
         dtype = str(row.dtype).removeprefix("torch.")
         print(
-            f"{row.op:<8} {dtype:<9} {row.layout:<14} {_number(row.max_error):>10} "
+            f"{row.op:<18} {dtype:<9} {row.layout:<14} {_number(row.max_error):>10} "
             f"{_number(row.error):>10} {_number(row.eager_error):>10}  "
             f"{'FAILED' if row.failure else 'ok':<6}  {row.shape} ({row.shape.reason})",
             flush=True,

@@ -16,6 +16,8 @@ import torch
 
 INT32_LIMIT = 2**31
 _LARGEST_TILE = 2**16  # elements
+# Whole-number ratios up to this are compiled in: index arithmetic by constants, unrolled windows.
+LARGEST_CONSTANT_RATIO = 4
 
 # True while blnet.kernels.testing.poisoned_outputs is active.
 _poison = False
@@ -81,6 +83,14 @@ def ceil_divide(numerator: int, denominator: int) -> int:
 def next_power_of_2(number: int) -> int:
     """Return the smallest power of two that is at least ``number`` (at least 1)."""
     return 1 << max(int(number) - 1, 0).bit_length()
+
+
+def whole_ratio(size: int, size_big: int) -> int:
+    """Return size / size_big where it is a small whole number and known while tracing, else 0."""
+    for ratio in range(1, LARGEST_CONSTANT_RATIO + 1):
+        if known(size == ratio * size_big):
+            return ratio
+    return 0
 
 
 def inner_block(inner: int, largest: int = 256, smallest: int = 16) -> int:

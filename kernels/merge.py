@@ -47,6 +47,7 @@ from blnet.kernels.launch import (
     known,
     memory_format_of,
     specialize,
+    whole_ratio,
 )
 from blnet.kernels.registration import (
     define_op,
@@ -66,19 +67,9 @@ from blnet.kernels.triton_shim import tl, triton
 
 FORWARD_TILE_BYTES = 8192
 BACKWARD_TILE_BYTES = 2048
-# Whole-number ratios up to this are compiled in: index arithmetic by constants, unrolled windows.
-LARGEST_CONSTANT_RATIO = 4
 
 Shape = tuple[int, int, int, int]  # (outer, H, W, inner), see the top of the file
 Size = tuple[int, int]  # (H_big, W_big)
-
-
-def _ratio(size: int, size_big: int) -> int:
-    """Return size / size_big where it is a small whole number and known while tracing, else 0."""
-    for ratio in range(1, LARGEST_CONSTANT_RATIO + 1):
-        if known(size == ratio * size_big):
-            return ratio
-    return 0
 
 
 def _plan(shape: Shape, size_big: Size, over_big: bool, tile: int, **constants: bool) -> Launch:
@@ -91,7 +82,7 @@ def _plan(shape: Shape, size_big: Size, over_big: bool, tile: int, **constants: 
     if constants["SAME"]:  # no pixels, no channels: one long row of elements
         outer, height, width, inner, height_big, width_big = elements[0], 1, 1, 1, 1, 1
     rows = outer * height_big * width_big if over_big else outer * height * width
-    ratios = _ratio(height, height_big), _ratio(width, width_big)
+    ratios = whole_ratio(height, height_big), whole_ratio(width, width_big)
     block_inner = inner_block(inner)
     block_rows = max(tile // block_inner, 1)
     return Launch(

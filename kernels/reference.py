@@ -88,3 +88,126 @@ def merge(big: torch.Tensor, little: torch.Tensor) -> torch.Tensor:
     # the result.
     fresh = upsampled is not big and upsampled.stride() == little.stride()
     return (upsampled.add_(little) if fresh else little + upsampled).relu_()
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """View a map as rows x channels: shape (N H W, K), one row a pixel.
+
+    Args:
+        x: shape (N, K, H, W).
+    """
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def moments(
+    x: torch.Tensor, shift: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the column sums and the Gram matrix of z = x - shift over all pixels.
+
+    Args:
+        x: shape (N, K, H, W).
+        shift: shape (K,); None for 0.
+
+    Returns:
+        sums of shape (K,) and gram = z^T z of shape (K, K), in float64 for float64 and else in
+        float32.
+    """
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    z = rows_of(x).to(wide)
+    if shift is not None:
+        z = z - shift.to(wide)
+    return z.sum(0), z.mT @ z
+
+
+def conv1x1(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Compute the 1x1 convolution of a map.
+
+    Args:
+        x: shape (N, K, H, W).
+        weight: shape (C, K, 1, 1) or (C, K).
+
+    Returns:
+        Shape (N, C, H, W).
+    """
+    return F.conv2d(x, weight.reshape(weight.shape[0], weight.shape[1], 1, 1))
+
+
+def epilogue(y: torch.Tensor, big: torch.Tensor | None, relu: bool) -> torch.Tensor:
+    """Add the upsampled big and apply ReLU, each where it is wanted; y is fresh."""
+    if big is None:
+        return F.relu(y) if relu else y
+    if big.dtype != y.dtype:  # under autocast
+        dtype = torch.promote_types(big.dtype, y.dtype)
+        big, y = big.to(dtype), y.to(dtype)
+    if relu:
+        return merge(big, y)
+    return y + upsample_nearest(big, (y.shape[2], y.shape[3]))
+
+
+def expand_merge(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    big: torch.Tensor | None = None,
+    relu: bool = True,
+) -> torch.Tensor:
+    """Compute relu(upsample_nearest(big) + scale conv1x1(x, weight) + shift).
+
+    Args:
+        x: shape (N, K, H, W).
+        weight: shape (C, K, 1, 1) or (C, K).
+        scale: shape (C,); None for 1.
+        shift: shape (C,); None for 0.
+        big: shape (N, C, H_big, W_big), or None for 0.
+        relu: False leaves the closing ReLU out.
+
+    Returns:
+        Shape (N, C, H, W).
+    """
+    if scale is None and (shift is None or shift.dtype == weight.dtype):
+        weight = weight.reshape(weight.shape[0], weight.shape[1], 1, 1)
+        return epilogue(F.conv2d(x, weight, shift), big, relu)
+    y = conv1x1(x, weight)
+    # BatchNorm with mean 0, variance 0 and eps 1 is this very scale and shift, in one pass over y.
+    given = shift if scale is None else scale
+    assert given is not None
+    zeros = torch.zeros_like(given)
+    return epilogue(F.batch_norm(y, zeros, zeros, scale, shift, False, 0.0, 1.0), big, relu)
+
+
+def expand_merge_train(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    gamma: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    big: torch.Tensor | None = None,
+    relu: bool = True,
+) -> torch.Tensor:
+    """Compute relu(upsample_nearest(big) + BN(conv1x1(x, weight))) with the batch's statistics.
+
+    Args:
+        x: shape (N, K, H, W).
+        weight: shape (C, K, 1, 1) or (C, K).
+        gamma: BN's weight, shape (C,); None for 1.
+        beta: BN's bias, shape (C,); None for 0.
+        running_mean: shape (C,), updated in place; None keeps no running statistics.
+        running_var: shape (C,), updated in place with the unbiased variance.
+        momentum: weight of the batch in the running statistics.
+        eps: added to the variance.
+        big: shape (N, C, H_big, W_big), or None for 0.
+        relu: False leaves the closing ReLU out.
+
+    Returns:
+        Shape (N, C, H, W).
+
+    Raises:
+        ValueError: if a channel has one value only, as torch.nn.BatchNorm2d does.
+    """
+    y = conv1x1(x, weight)
+    y = F.batch_norm(y, running_mean, running_var, gamma, beta, True, momentum, eps)
+    return epilogue(y, big, relu)

@@ -128,3 +128,15 @@ def promote_under_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def cast_under_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cast floating-point tensors to autocast's dtype, if it is on: what torch.conv2d does.
+
+    As there, float64 is left alone.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype is torch.float64 else t.to(dtype) for t in tensors)

@@ -76,11 +76,12 @@ def _round_bfloat16(values: Any) -> Any:
 
 
 def _correct_interpreter() -> None:
-    """Mend two faults of Triton 3.6's interpreter; the compiler has neither.
+    """Mend three faults of Triton 3.6's interpreter; the compiler has none of them.
 
     It truncates float32 to bfloat16 instead of rounding to the nearest as a GPU and PyTorch do,
-    which doubles the error of every result. And a loop over a run-time bound calls ``int`` on an
-    array of one element, which NumPy 2.4 refuses.
+    which doubles the error of every result. A loop over a run-time bound calls ``int`` on an
+    array of one element, which NumPy 2.4 refuses. And a matrix product of bfloat16 multiplies
+    the bits as integers.
     """
     import numpy as np
     from triton.runtime import interpreter
@@ -99,7 +100,17 @@ def _correct_interpreter() -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def widened(x: Any) -> Any:
+        if x.dtype.scalar == tl.bfloat16:
+            return convert(x.data, tl.bfloat16, tl.float32, None).view(np.float32)
+        return x.data.astype(np.float32)
+
+    def dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
+        # Products of 16-bit floats are exact in float32, in which a GPU sums them too.
+        return interpreter.TensorHandle(widened(a) @ widened(b) + d.data, d.dtype.scalar)
+
     interpreter._convert_float, interpreter._patch_lang_tensor = convert, patch
+    interpreter.InterpreterBuilder.create_dot = dot
 
 
 if INTERPRETED:

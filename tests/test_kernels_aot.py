@@ -10,11 +10,28 @@ from blnet.kernels.launch import Launch, specialize
 from blnet.kernels.merge import forward_launch
 from blnet.kernels.triton_shim import tl, triton
 
+# For sm_90 everything that is shipped; elsewhere, to save time, no float16 (the code is bfloat16's)
+# and of expand_merge a typical size and those that take most registers. `blnet kernels compile`
+# builds all of it for every target.
+ELSEWHERE = ("stage 1 K=128", "wide K=128 C=256 odd", "unaligned K=37", "K=128 ")
+
+
+def chosen_for(target):
+    everything = aot.specializations()
+    if target == "sm_90":
+        return everything
+    return [
+        item
+        for item in everything
+        if not item.name.endswith(" float16")
+        and (item.name.startswith("merge ") or any(part in item.name for part in ELSEWHERE))
+    ]
+
 
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_no_kernel_spills(target):
-    reports = list(aot.compile_all([target]))
-    assert len(reports) == len(aot.specializations()) > 0
+    reports = list(aot.compile_all([target], chosen_for(target)))
+    assert len(reports) > 50
     for report in reports:
         assert report.spills == 0, f"{report.name} on {target} spills {report.spills}"
         assert 0 < report.registers <= 255
@@ -22,6 +39,11 @@ def test_no_kernel_spills(target):
         # What a network runs on: aligned maps. Loads must be 16 bytes a thread, all of them.
         if target != "gfx942" and ("channels_last x2" in report.name or "same" in report.name):
             assert report.load_bytes == (16,), f"{report.name}: loads of {report.load_bytes} bytes"
+        if "merge" in report.name.split()[0] and " K=" in report.name and target == "sm_90":
+            assert report.matrix == ("float32" not in report.name), report.name
+            if "unaligned" not in report.name:
+                assert 16 in report.load_bytes, f"{report.name}: {report.load_bytes}"
+                assert min(report.load_bytes) >= 8 or "float32" in report.name, report.name
         if "unaligned" in report.name:
             assert 16 not in report.load_bytes  # 37 channels: the declaration must not lie
 
@@ -32,7 +54,11 @@ def test_specializations_cover_both_passes_in_every_dtype():
     for dtype in ("float32", "float16", "bfloat16"):
         for part in ("forward", "backward"):
             assert sum(f"merge {part}" in name and name.endswith(f" {dtype}") for name in names) > 5
-    constants = [item.constants for item in aot.specializations()]
+        for part in ("inference", "training", "reduce", "input"):
+            found = [n for n in names if n.startswith(f"expand_merge {part} ")]
+            assert sum(name.endswith(f" {dtype}") for name in found) > 5
+        assert sum(n.startswith("moments K=") and n.endswith(f" {dtype}") for n in names) > 5
+    constants = [i.constants for i in aot.specializations() if i.name.startswith("merge ")]
     for flag in ("WIDE", "SAME"):
         assert {bool(constant[flag]) for constant in constants} == {False, True}
     assert {constant["RATIO_H"] for constant in constants} >= {0, 2}

@@ -13,7 +13,9 @@ from blnet.kernels.catalogue import OPS
 def test_list(capsys):
     assert main(["kernels", "list"]) == 0
     out = capsys.readouterr().out
-    assert "merge  relu(upsample_nearest(big) + little)" in out
+    assert "\n  merge               relu(upsample_nearest(big) + little)" in out
+    for name in ("moments", "expand_merge", "expand_merge_train"):
+        assert f"\n  {name} " in out
     for backend in ("triton", "interpret", "torch"):
         assert f"\n  {backend}" in out
 
@@ -21,10 +23,12 @@ def test_list(capsys):
 def test_check_on_the_cpu(capsys):
     assert main(["kernels", "check", "--device", "cpu", "--dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out.splitlines()
-    rows = len(testing.LAYOUTS) * len(testing.SHAPES)
+    rows = len(testing.LAYOUTS) * (len(testing.SHAPES) + 3 * len(testing.EXPAND_SHAPES))
     assert out[0].startswith("checking backend 'torch' on device 'cpu'")
     assert "no kernel runs here; set TRITON_INTERPRET=1" in out[1]
-    assert sum(line.startswith("merge ") for line in out) == rows
+    for op in OPS:
+        expected = len(testing.LAYOUTS) * len(op.shapes)
+        assert sum(line.startswith(f"{op.name} ") for line in out) == expected
     assert out[-1] == f"{rows} rows, 0 failed"
 
 

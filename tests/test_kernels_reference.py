@@ -74,3 +74,61 @@ def test_inputs_are_left_alone():
     reference.merge(big, little)
     assert torch.equal(big, before[0])
     assert torch.equal(little, before[1])
+
+
+def drawn(*shape):
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def test_moments_are_those_of_the_rows():
+    x, shift = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    sums, gram = reference.moments(x, shift)
+    rows = [x[n, :, i, j] - shift for n in range(2) for i in range(4) for j in range(5)]
+    torch.testing.assert_close(sums, sum(rows))
+    torch.testing.assert_close(gram, sum(torch.outer(row, row) for row in rows))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert reference.moments(x.to(dtype))[1].dtype is torch.float32
+
+
+def test_derivatives_of_moments():
+    assert torch.autograd.gradcheck(reference.moments, (drawn(2, 3, 2, 2), drawn(3)))
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("size_big", [None, (2, 3), (4, 5), (5, 2)], ids=str)
+def test_derivatives_of_expand_merge(size_big, relu):
+    torch.manual_seed(0)
+    big = None if size_big is None else drawn(2, 3, *size_big)
+    tensors = (drawn(2, 2, 4, 5), drawn(3, 2, 1, 1), drawn(3), drawn(3), big)
+    assert torch.autograd.gradcheck(lambda *t: reference.expand_merge(*t, relu), tensors)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("size_big", [None, (2, 3), (4, 5), (5, 2)], ids=str)
+def test_derivatives_of_expand_merge_with_batch_statistics(size_big, relu):
+    torch.manual_seed(0)
+    big = None if size_big is None else drawn(2, 3, *size_big)
+
+    def function(x, weight, gamma, beta, big):
+        return reference.expand_merge_train(x, weight, gamma, beta, big=big, relu=relu)
+
+    tensors = (drawn(2, 2, 4, 5), drawn(3, 2), drawn(3), drawn(3), big)
+    assert torch.autograd.gradcheck(function, tensors)
+
+
+def test_expand_merge_is_written_out():
+    x, weight, big = torch.randn(2, 3, 4, 6), torch.randn(5, 3), torch.randn(2, 5, 2, 3)
+    scale, shift = torch.randn(5), torch.randn(5)
+    y = torch.einsum("nkij,ck->ncij", x, weight)
+    upsampled = big.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    affine = y * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    for got, expected in (
+        (reference.expand_merge(x, weight, scale, shift, big), (affine + upsampled).relu()),
+        (reference.expand_merge(x, weight, scale, shift, big, False), affine + upsampled),
+        (reference.expand_merge(x, weight, scale, shift), affine.relu()),
+        (reference.expand_merge(x, weight, None, shift), (y + shift.view(-1, 1, 1)).relu()),
+        (reference.expand_merge(x, weight, scale, relu=False), y * scale.view(-1, 1, 1)),
+        (reference.expand_merge(x, weight, relu=False), y),
+    ):
+        torch.testing.assert_close(got, expected, **close)

@@ -62,11 +62,12 @@ def test_poison_is_on_only_inside():
     assert allocate().is_contiguous(memory_format=torch.channels_last)
 
 
-def test_every_shape_has_its_own_reason():
-    reasons = [shape.reason for shape in testing.SHAPES]
+@pytest.mark.parametrize("shapes", [testing.SHAPES, testing.EXPAND_SHAPES])
+def test_every_shape_has_its_own_reason(shapes):
+    reasons = [shape.reason for shape in shapes]
     assert all(reasons)
     assert len(set(reasons)) == len(reasons)
-    assert len({str(shape) for shape in testing.SHAPES}) == len(reasons)
+    assert len({str(shape) for shape in shapes}) == len(reasons)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -85,6 +86,36 @@ def test_inputs(layout, dtype):
     assert little.is_contiguous(memory_format=last) == (layout in ("channels_last", "mixed"))
     assert big.is_contiguous(memory_format=last) == (layout == "channels_last")
     assert (not little.is_contiguous()) == (layout != "contiguous")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_inputs_of_expand_merge(layout, dtype):
+    shape = testing.EXPAND_SHAPES[0]
+    first, again = (
+        testing.expand_merge_inputs(
+            shape, dtype, layout, "cpu", torch.Generator().manual_seed(3), offset=30.0
+        )
+        for _ in range(2)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    x, weight, scale, shift, big = first
+    assert tuple(x.shape) == shape.x
+    assert (x.dtype, weight.dtype, big.dtype) == (dtype,) * 3
+    assert (scale.dtype, shift.dtype) == (torch.float32,) * 2
+    last = torch.channels_last
+    assert x.is_contiguous(memory_format=last) == (layout in ("channels_last", "mixed"))
+    assert x.is_contiguous() == (layout == "contiguous")
+    assert x.float().mean((0, 2, 3)).abs().sub(30).abs().max() < 1
+    y, center = testing.moments_inputs(shape, dtype, layout)
+    assert (y.float().mean((0, 2, 3)) - center).abs().max() < 1
+
+
+def test_errors_of_float32_sums_are_no_worse():
+    truth = torch.ones(10, dtype=torch.float64)
+    testing.assert_no_worse(truth + 9e-7, truth, truth)
+    with pytest.raises(AssertionError, match="above"):
+        testing.assert_no_worse(truth + 2e-6, truth, truth)
 
 
 def test_unknown_layout():

@@ -1,0 +1,138 @@
+"""What the kernels of expand_merge share: sizes of a problem, tiles, where big is read."""
+
+# The arguments of kernels are typed by Triton, at launch:
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from blnet.kernels.launch import fits_int32, known, next_power_of_2, whole_ratio
+from blnet.kernels.triton_shim import tl, triton
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes of an expand_merge.
+
+    Attributes:
+        n: batch.
+        channels_in: K.
+        channels: C.
+        height: of x and the output.
+        width: of x and the output.
+        height_big: of big; that of x where there is no big.
+        width_big: of big.
+        itemsize: bytes of an element of x.
+    """
+
+    n: int
+    channels_in: int
+    channels: int
+    height: int
+    width: int
+    height_big: int
+    width_big: int
+    itemsize: int
+
+    @property
+    def rows(self) -> int:
+        """Pixels of x."""
+        return self.n * self.height * self.width
+
+    @property
+    def rows_big(self) -> int:
+        """Pixels of big."""
+        return self.n * self.height_big * self.width_big
+
+    @property
+    def same(self) -> bool:
+        """Whether big is certainly read where the output is written."""
+        return known(self.height == self.height_big) and known(self.width == self.width_big)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether rows of x and of big start at multiples of 16 bytes: loads of 16 bytes."""
+        return all(known(c * self.itemsize % 16 == 0) for c in (self.channels, self.channels_in))
+
+    @property
+    def ratios(self) -> tuple[int, int]:
+        """H / H_big and W / W_big where both are small whole numbers, else 0."""
+        ratios = whole_ratio(self.height, self.height_big), whole_ratio(self.width, self.width_big)
+        return ratios if all(ratios) else (0, 0)
+
+    @property
+    def wide(self) -> bool:
+        """Whether offsets may pass 32 bits."""
+        widest = torch.sym_max(self.channels, self.channels_in)
+        products = (
+            (self.height + 1) * (self.height_big + 1),
+            (self.width + 1) * (self.width_big + 1),
+        )
+        return not fits_int32(self.rows * widest, self.rows_big * widest, *products)
+
+
+def problem_of(x: torch.Tensor, channels: int, size_big: tuple[int, int]) -> Problem:
+    """Collect the sizes of a problem from x (N, K, H, W)."""
+    n, channels_in, height, width = x.shape
+    return Problem(n, channels_in, channels, height, width, *size_big, x.element_size())
+
+
+@triton.jit
+def source_row(
+    o_row, height, width, height_big, width_big, RATIO_H: tl.constexpr, RATIO_W: tl.constexpr
+):
+    """Return the row of big that is copied to each row of the output."""
+    line = o_row // width  # N * height lines of width pixels
+    column = o_row - line * width
+    if RATIO_H > 0:
+        line_big = line // RATIO_H  # height is a multiple, so this crosses no image
+        column_big = column // RATIO_W
+    else:
+        image = line // height
+        line_big = image * height_big + (line - image * height) * height_big // height
+        column_big = column * width_big // width
+    return line_big * width_big + column_big
+
+
+@triton.jit
+def gradient(p_grad, p_out, o_row, o_c, m_row, m_c, channels, RELU):
+    """Load one tile of g, float32, 0 outside the map."""
+    o_tile = o_row[:, None] * channels + o_c[None, :]
+    m_tile = m_row[:, None] & m_c[None, :]
+    b_grad = tl.load(p_grad + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+    if RELU:
+        b_out = tl.load(p_out + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        b_grad = tl.where(b_out <= 0.0, 0.0, b_grad)
+    return b_grad
+
+
+@triton.jit
+def centered(p_x, b_center, o_row, o_k, m_row, m_k, channels_in):
+    """Load one tile of z = x - center in x's dtype, 0 outside the map."""
+    o_tile = o_row[:, None] * channels_in + o_k[None, :]
+    m_tile = m_row[:, None] & m_k[None, :]
+    b_x = tl.load(p_x + o_tile, mask=m_tile, other=0.0)
+    return tl.where(m_tile, b_x.to(tl.float32) - b_center[None, :], 0.0).to(b_x.dtype)
+
+
+def channel_block(channels: int, largest: int) -> int:
+    """Choose how many channels a tile of a matrix product spans: at least 16."""
+    return min(max(next_power_of_2(channels), 16), largest)
+
+
+# Name -> N, K, C, H, W, H_big, W_big: the merges of a network, and what compiles otherwise.
+PROBLEMS = {
+    "stem K=32 C=64 x2": (32, 32, 64, 56, 56, 28, 28),
+    "stage 1 K=64 C=256 x2": (32, 64, 256, 56, 56, 28, 28),
+    "stage 1 K=128 C=256 x2": (32, 128, 256, 56, 56, 28, 28),
+    "stage 2 K=256 C=512 x2": (32, 256, 512, 28, 28, 14, 14),
+    "stage 3 K=512 C=1024 x2": (32, 512, 1024, 14, 14, 7, 7),
+    "residual K=64 C=256": (32, 64, 256, 56, 56, 56, 56),
+    "odd K=128 C=256": (32, 128, 256, 55, 55, 28, 28),
+    "unaligned K=37 C=75 odd": (3, 37, 75, 55, 55, 28, 28),
+    "wide K=128 C=256 x2": (2048, 128, 256, 112, 112, 56, 56),
+    "wide K=128 C=256 odd": (2048, 128, 256, 111, 111, 56, 56),
+}
