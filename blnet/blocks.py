@@ -52,13 +52,18 @@ def is_strided(stride: Stride) -> bool:
 
 
 def conv_norm(
-    in_channels: int, out_channels: int, kernel: int, stride: Stride = 1, groups: int = 1
-) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
-    """Return a convolution without bias, padded to keep the size, and its batch normalisation."""
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    stride: Stride = 1,
+    groups: int = 1,
+    norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+) -> tuple[nn.Conv2d, nn.Module]:
+    """Return a convolution without bias, padded to keep the size, and its normalisation."""
     conv = nn.Conv2d(
         in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False
     )
-    return conv, nn.BatchNorm2d(out_channels)
+    return conv, norm(out_channels)
 
 
 def make_shortcut(spec: BlockSpec, pooled: bool) -> nn.Sequential | None:
@@ -128,7 +133,7 @@ class ResidualBlock(nn.Module):
         return merge(shortcut, residual) if self.closing_activation else residual + shortcut
 
     @property
-    def last_norm(self) -> nn.BatchNorm2d:
+    def last_norm(self) -> nn.Module:
         """The normalisation just before the residual add."""
         raise NotImplementedError
 
@@ -155,7 +160,7 @@ class BasicBlock(ResidualBlock):
         return self._close(residual, x)
 
     @property
-    def last_norm(self) -> nn.BatchNorm2d:
+    def last_norm(self) -> nn.Module:
         """The normalisation just before the residual add."""
         return self.bn2
 
@@ -198,6 +203,6 @@ class Bottleneck(ResidualBlock):
         return self._close(self.bn3(self.conv3(residual)), x)
 
     @property
-    def last_norm(self) -> nn.BatchNorm2d:
+    def last_norm(self) -> nn.Module:
         """The normalisation just before the residual add."""
         return self.bn3

@@ -256,7 +256,7 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, ResidualBlock):
         # `apply` visits children first, so this is the last word on the weight.
-        nn.init.zeros_(module.last_norm.weight)
+        nn.init.zeros_(module.last_norm.get_parameter("weight"))
 
 
 __all__ = ["BigLittleConfig", "BigLittleModule", "BigLittleNet", "block_factory"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -78,10 +79,7 @@ class BigLittlePool(nn.Module):
         super().__init__()
         narrow = divide_width(width, alpha, 1)
 
-        def layer(before: int, after: int, kernel: int, stride: int = 1) -> list[nn.Module]:
-            conv, _ = conv_norm(before, after, kernel, stride)
-            return [conv, norm(after)]
-
+        layer = partial(conv_norm, norm=norm)
         self.big = nn.Sequential(*layer(width, width, 3, stride=2))
         self.little = nn.Sequential(
             *layer(width, narrow, 3),

@@ -551,6 +551,11 @@ def test_layout_is_kept() -> None:
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in convs)
 
 
+def test_frozen_weights_are_noted() -> None:
+    plain = torchvision.models.resnet18().requires_grad_(False)
+    assert "were frozen stay so" in str(blnet.convert(plain, 2, 4, inherit_weights=True).plan)
+
+
 REFUSED = [
     (lambda: torchvision.models.vgg11(), {}, "no stage was recognised in VGG"),
     (lambda: torchvision.models.densenet121(), {}, "no stage was recognised in DenseNet"),

@@ -79,6 +79,7 @@ class _Conversion:
         self.anatomy = anatomy
         self.plan = plan
         self.weight = next(p for p in model.parameters() if p.ndim == 4)
+        self.trainable = all(p.requires_grad for p in model.parameters())
 
     @torch.no_grad()
     def run(self) -> ConversionPlan:
@@ -108,7 +109,7 @@ class _Conversion:
             stem=stem,
             stages=tuple(stage for _, stage in made),
             head=f"{', '.join(self.anatomy.head) or 'none'}, kept",
-            notes=self._check(before),
+            notes=(*self._check(before), *self._frozen()),
         )
 
     def _alike(self, module: nn.Module) -> nn.Module:
@@ -136,7 +137,7 @@ class _Conversion:
         self._put(pools[-1].name, pool)
         return (
             f"{names}; {pools[-1].name} becomes two branches of {width} channels and its "
-            f"1/{self.plan.alpha}"
+            f"1/{self.plan.alpha}, with ReLU"
         )
 
     def _make(self, index: int, maker: StageMaker) -> tuple[list[nn.Module], StagePlan]:
@@ -186,6 +187,11 @@ class _Conversion:
             made_of="kept" if plain else f"of its own class {kinds}, resized",
             notes=tuple(dict.fromkeys(notes)),
         )
+
+    def _frozen(self) -> tuple[str, ...]:
+        if self.trainable:
+            return ()
+        return ("weights of the network that were frozen stay so; those of new layers are not",)
 
     def _check(self, before: list[tuple[int, ...]]) -> tuple[str, ...]:
         """Run the converted network once, on the meta device; note what its outputs changed."""

@@ -29,7 +29,7 @@ class StagePlan:
         stride: step found, in height and width.
         branches: the branches it became, highest resolution first; empty for a plain stage.
         fusion_stride: stride of the fusion block, in height and width; of the stage where plain.
-        made_of: what the new blocks are: the user's class or ours, and why.
+        made_of: what the new blocks are made of.
         notes: what else a reader should know.
     """
 
