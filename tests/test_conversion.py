@@ -551,6 +551,14 @@ def test_layout_is_kept() -> None:
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in convs)
 
 
+def test_a_bare_shortcut_keeps_its_weights_and_gets_no_normalisation() -> None:
+    plain = FlatNet()
+    converted = blnet.convert(plain, 2, 2, inherit_weights=True)
+    shortcut = converted.blocks[1].branches[-1][0].shortcut
+    assert [type(part) for part in shortcut] == [nn.AvgPool2d, nn.Conv2d]
+    assert torch.equal(shortcut[1].weight, plain.blocks[2].shortcut.weight)
+
+
 def test_frozen_weights_are_noted() -> None:
     plain = torchvision.models.resnet18().requires_grad_(False)
     assert "were frozen stay so" in str(blnet.convert(plain, 2, 4, inherit_weights=True).plan)
