@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blnet.checkpoint import load, save
     from blnet.conversion import convert
+    from blnet.expand_merge import ExpandMerge
+    from blnet.fusing import fuse, fusions, unfuse
     from blnet.module import BigLittleModule
     from blnet.network import BigLittleConfig, BigLittleNet
     from blnet.official import load_official
@@ -21,11 +23,15 @@ __all__ = [
     "BigLittleConfig",
     "BigLittleModule",
     "BigLittleNet",
+    "ExpandMerge",
     "convert",
+    "fuse",
+    "fusions",
     "load",
     "load_official",
     "profile",
     "save",
+    "unfuse",
 ]
 
 # Public name -> the module that defines it.
@@ -33,11 +39,15 @@ _HOMES = {
     "BigLittleConfig": "blnet.network",
     "BigLittleModule": "blnet.module",
     "BigLittleNet": "blnet.network",
+    "ExpandMerge": "blnet.expand_merge",
     "convert": "blnet.conversion",
+    "fuse": "blnet.fusing",
+    "fusions": "blnet.fusing",
     "load": "blnet.checkpoint",
     "load_official": "blnet.official",
     "profile": "blnet.profiling",
     "save": "blnet.checkpoint",
+    "unfuse": "blnet.fusing",
 }
 
 

@@ -1,4 +1,7 @@
-"""Running a network on the meta device: every shape, no arithmetic, nothing changed."""
+"""Looking into a network without running it: on the meta device, and as a graph.
+
+On the meta device every shape is there and no arithmetic; nothing of the network is changed.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 
 @contextmanager
@@ -76,3 +79,29 @@ def check_size(input_size: object) -> tuple[int, ...]:
             "(1, 3, 224, 224)"
         )
     return size
+
+
+class _OwnCodeTracer(fx.Tracer):
+    """Traces a module's own forward and takes every module it calls as one node."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def trace_own_code(module: nn.Module) -> fx.Graph | None:
+    """Return the graph of a module's own forward, in which every module it calls is one node.
+
+    None where its code cannot be traced, or does something else in training than in evaluation:
+    a graph would keep one of the two for good.
+    """
+    mode, graphs = module.training, []
+    try:
+        for training in (not mode, mode):
+            module.training = training  # its own flag alone: what it calls is one node each
+            graphs.append(_OwnCodeTracer().trace(module))
+    except Exception:  # a user's forward may raise anything when it is given a proxy
+        return None
+    finally:
+        module.training = mode
+    texts = [str(graph) for graph in graphs]
+    return graphs[1] if texts[0] == texts[1] else None

@@ -12,8 +12,8 @@ from blnet.conversion.surgery import (
     pooled_shortcut,
     resize_norm,
     shortcut_projection,
-    trace_block,
 )
+from blnet.tracing import trace_own_code
 
 
 def test_a_group_norm_keeps_its_groups_where_they_divide() -> None:
@@ -38,9 +38,9 @@ class Modal(nn.Module):
 def test_code_that_differs_in_training_is_not_traced() -> None:
     for training in (True, False):
         block = Modal().train(training)
-        assert trace_block(block) is None
+        assert trace_own_code(block) is None
         assert block.training is training
-    assert trace_block(nn.Sequential(nn.ReLU())) is not None
+    assert trace_own_code(nn.Sequential(nn.ReLU())) is not None
 
 
 def test_a_shortcut_without_normalisation_stays_without() -> None:

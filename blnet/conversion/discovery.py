@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blnet.conversion.surgery import trace_block
 from blnet.kernels import merge
-from blnet.tracing import check_size, meta_twin, run_on_meta
+from blnet.tracing import check_size, meta_twin, run_on_meta, trace_own_code
 
 CONVERTIBLE = (
     "a convertible network is a stem, two or more stages of residual blocks (each stage in an "
@@ -145,7 +144,7 @@ def _check_chain(stages: tuple[Stage, ...], calls: list[Call]) -> None:
     inside = {part for block in blocks for part in block.module.modules()}
     for call in calls[: number[id(blocks[-1])]]:
         missed = not any(part in inside for part in call.module.modules())
-        if missed and trace_block(call.module) is not None and _is_block(call):
+        if missed and trace_own_code(call.module) is not None and _is_block(call):
             raise ValueError(
                 f"{call.name} looks like a residual block but stands in no sequence of blocks; "
                 f"{CONVERTIBLE}"
@@ -154,7 +153,7 @@ def _check_chain(stages: tuple[Stage, ...], calls: list[Call]) -> None:
 
 def has_residual_add(block: nn.Module) -> bool:
     """Return whether a block adds two tensors; also true where its code cannot be traced."""
-    graph = trace_block(block)
+    graph = trace_own_code(block)
     return graph is None or any(node.target in _ADDS for node in graph.nodes)
 
 

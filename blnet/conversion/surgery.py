@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from blnet.blocks import BlockSpec, is_strided
-from blnet.tracing import meta_twin, run_on_meta
+from blnet.tracing import meta_twin, run_on_meta, trace_own_code
 
 SHORTCUT_NAMES = (
     "downsample", "shortcut", "skip", "skip_connection", "proj", "projection", "identity",
@@ -163,32 +163,6 @@ def pooled_shortcut(spec: BlockSpec, project: Projection) -> nn.Sequential | Non
     return nn.Sequential(*parts) if parts else None
 
 
-class _OwnCodeTracer(fx.Tracer):
-    """Traces a module's own forward and takes every module it calls as one node."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def trace_block(block: nn.Module) -> fx.Graph | None:
-    """Return the graph of a block's own forward.
-
-    None where its code cannot be traced, or does something else in training than in evaluation:
-    a graph would keep one of the two for good.
-    """
-    modes, graphs = block.training, []
-    try:
-        for mode in (not modes, modes):
-            block.training = mode  # its own flag alone: what it calls is one node each
-            graphs.append(_OwnCodeTracer().trace(block))
-    except Exception:  # a user's forward may raise anything when it is given a proxy
-        return None
-    finally:
-        block.training = modes
-    texts = [str(graph) for graph in graphs]
-    return graphs[1] if texts[0] == texts[1] else None
-
-
 def execution_order(block: nn.Module, in_channels: int) -> list[str] | None:
     """Return the names of a block's modules in the order they ran; None where it does not run."""
     twin = meta_twin(block)
@@ -210,7 +184,7 @@ def closing_activation(block: nn.Module, in_channels: int) -> tuple[nn.Module | 
     ending = _ending_module(block, in_channels)
     if ending is not None:
         return block.get_submodule(ending[0]), True
-    graph = trace_block(block)
+    graph = trace_own_code(block)
     if graph is None:
         return None, False
     found = _closing_node(block, graph)
@@ -228,7 +202,7 @@ def without_closing_activation(block: nn.Module, in_channels: int) -> nn.Module 
     if ending is not None and ending[1] == 1:
         block.set_submodule(ending[0], nn.Identity())
         return block
-    graph = trace_block(block)
+    graph = trace_own_code(block)
     found = _closing_node(block, graph) if graph is not None else None
     if graph is None or found is None:
         return None
