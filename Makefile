@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 TEST_ENV := OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --timeout 600
 
-.PHONY: help bench test lint format types unit interpreter gpu clean
+.PHONY: help bench test test-deep lint format types unit interpreter gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -24,6 +24,12 @@ bench: $(INSTALLED)  ## measure Big-Little networks against ResNet-50 (ARGS="--f
 	$(BIN)/blnet bench $(ARGS)
 
 test: lint types unit interpreter  ## lint, check types and run every test
+
+# Hours on two cores: more cases each of the tests that draw shapes, none of them twice the same.
+DEEP := 10000
+test-deep: $(INSTALLED)  ## 10,000 fresh cases of every op in the interpreter (DEEP=n)
+	TRITON_INTERPRET=1 BLNET_DEEP=$(DEEP) $(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/interpreter \
+	  -k fresh_seed $(ARGS)
 
 lint: $(INSTALLED)  ## ruff: rules and format
 	$(BIN)/ruff check .

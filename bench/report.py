@@ -14,7 +14,7 @@ from rich.text import Text
 
 from blnet.bench.intervals import Ratio
 from blnet.bench.results import Results, write_json, write_text
-from blnet.bench.summary import BatchRow, MergeRow, ModelRow, merge_rows, model_rows
+from blnet.bench.summary import BatchRow, ModelRow, OpRow, model_rows, op_rows, op_suites
 
 NOTHING = "-"
 SHOWN_DROPPED = 6  # of the implementations left out; the report has all
@@ -169,14 +169,11 @@ def print_tables(results: Results, console: Console) -> None:
             table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in texts))
         console.print(table)
         console.print(_reading(rows), soft_wrap=True, markup=False, highlight=False)
-    merges = merge_rows(results)
-    if merges:
-        table = _rich_table(
-            "merge: relu(upsample(big) + little)", merge_header(results), left=(0, 1, 2)
-        )
-        for merge in merges:
-            style = "red" if merge.measurement.failed else ""
-            table.add_row(*map(Text, merge_cells(results, merge)), style=style)
+    for suite in op_suites(results):
+        table = _rich_table(_op_title(results, suite), op_header(results), left=(0, 1, 2))
+        for op_row in op_rows(results, suite):
+            style = "red" if op_row.measurement.failed else ""
+            table.add_row(*map(Text, op_cells(results, op_row)), style=style)
         console.print(table)
     dropped = [m for m in results.measurements if m.status in ("dropped", "skipped")]
     for m in dropped[:SHOWN_DROPPED]:
@@ -227,31 +224,34 @@ def _reading(rows: list[ModelRow]) -> str:
     return " ".join(sentences)
 
 
-# ---------------------------------------------------------------------------- merge
+# ---------------------------------------------------------------------------- ops
 
 
-def merge_header(results: Results) -> list[str]:
-    """Return the columns of the merge table; a share only where the copy rate was measured."""
-    share = ["of copy rate"] if "copy_bandwidth" in results.ceilings else []
+def _op_title(results: Results, suite: str) -> str:
+    computes = next((m.facts.get("computes") for m in results.of(suite)), None)
+    return f"{suite}: {computes}" if computes else suite
+
+
+def op_header(results: Results) -> list[str]:
+    """Return the columns of an op's table; a share only where the device's rates were measured."""
+    share = ["of bound"] if "copy_bandwidth" in results.ceilings else []
     over = "speed-up over PyTorch's fastest [95 %]"
-    return ["site", "pass", "implementation", "p50, ms", "GB/s", *share, over, "error"]
+    return ["site", "pass", "implementation", "p50, ms", "GB/s", "TFLOP/s", *share, over, "error"]
 
 
-def merge_cells(results: Results, row: MergeRow) -> list[str]:
-    """Return the cells of a row of the merge table."""
+def op_cells(results: Results, row: OpRow) -> list[str]:
+    """Return the cells of a row of an op's table."""
     m = row.measurement
     against = "is the fastest" if row.fastest_baseline else ratio_text(row.speedup)
+    share = [NOTHING if row.share is None else f"{row.share:.0%}"]
     return [
         m.family,
         m.facts["pass"],
         m.implementation,
         milliseconds(m.median) if m.timed else m.status,
         _number(row.bandwidth / 1e9 if row.bandwidth else None, 1),
-        *(
-            [NOTHING if row.share is None else f"{row.share:.0%}"]
-            if "copy_bandwidth" in results.ceilings
-            else []
-        ),
+        _number(row.rate / 1e12 if row.rate else None, 2),
+        *(share if "copy_bandwidth" in results.ceilings else []),
         against,
         f"{m.check.error:.0e}" if m.check else NOTHING,
     ]
@@ -320,12 +320,10 @@ def markdown(results: Results) -> str:
         cells = [model_cells(results, row) for row in rows]
         lines += ["## Models", "", *_table(model_header(results), cells), "", _reading(rows), ""]
         lines += ["## Every rung", "", *_ladder_table(results), ""]
-    merges = merge_rows(results)
-    if merges:
-        lines += ["## Merge: relu(upsample(big) + little)", ""]
-        cells = [merge_cells(results, row) for row in merges]
-        lines += [*_table(merge_header(results), cells), ""]
-        lines += [*_merge_notes(results), ""]
+    for suite in op_suites(results):
+        cells = [op_cells(results, row) for row in op_rows(results, suite)]
+        lines += [f"## {_op_title(results, suite)}", "", *_table(op_header(results), cells), ""]
+        lines += [*_op_notes(results, suite), ""]
     lines += [
         f"- **Failed**: {f.group}, {f.family}, {f.implementation}: {f.note}"
         for f in results.failures
@@ -360,16 +358,16 @@ def _ladder_table(results: Results) -> list[str]:
     return _table(header, rows)
 
 
-def _merge_notes(results: Results) -> list[str]:
+def _op_notes(results: Results, suite: str) -> list[str]:
     notes = dict.fromkeys(
-        f"- {m.implementation}: {m.note}."
-        for m in results.of("merge")
-        if m.note and m.status == "ok"
+        f"- {m.implementation}: {m.note}." for m in results.of(suite) if m.note and m.status == "ok"
     )
-    lines = [*notes, "- GB/s counts each input read once and each output written once."]
-    copy = results.ceilings.get("copy_bandwidth")
+    lines = [*notes, "- GB/s and TFLOP/s count what any implementation must move and multiply."]
+    copy, product = (results.ceilings.get(name) for name in ("copy_bandwidth", "matmul_rate"))
     if copy:
         lines.append(f"- Copy bandwidth measured in this run: {copy / 1e9:.0f} GB/s.")
+    if product:
+        lines.append(f"- Rate of a matrix product in this run: {product / 1e12:.0f} TFLOP/s.")
     return lines
 
 

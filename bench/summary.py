@@ -49,19 +49,22 @@ class ModelRow:
 
 
 @dataclass(frozen=True)
-class MergeRow:
-    """An implementation of the merge at one site.
+class OpRow:
+    """An implementation of an op at one site.
 
     Attributes:
         measurement: what was measured.
         bandwidth: counted bytes over the median time, bytes/s; None without a time.
-        share: bandwidth over the copy bandwidth measured in the run; None where that is not known.
+        rate: counted FLOPs over the median time, FLOP/s; None without a time or FLOPs.
+        share: the least time that the run's measured rates allow, for the bytes or for the FLOPs,
+            whichever takes longer, over the median time; None where they were not measured.
         speedup: over the fastest of PyTorch's own ways; None without a time of both.
         fastest_baseline: whether it is that fastest way.
     """
 
     measurement: Measurement
     bandwidth: float | None
+    rate: float | None
     share: float | None
     speedup: Ratio | None
     fastest_baseline: bool
@@ -113,25 +116,33 @@ def _batch_row(
     )
 
 
-def merge_rows(results: Results) -> list[MergeRow]:
-    """Return a row for each implementation of the merge suite, in their order."""
-    measurements = list(results.of("merge"))
-    copy = results.ceilings.get("copy_bandwidth")
+def op_suites(results: Results) -> list[str]:
+    """Return the names of the suites of single ops in a run, in their order."""
+    return list(dict.fromkeys(m.suite for m in results.measurements if "bytes" in m.facts))
+
+
+def op_rows(results: Results, suite: str) -> list[OpRow]:
+    """Return a row for each implementation of an op's suite, in their order."""
+    measurements = list(results.of(suite))
     rows = []
     for measurement in measurements:
         same = [m for m in measurements if m.group == measurement.group]
         plain = fastest([m for m in same if m.facts["baseline"]])
-        bandwidth = speedup = None
+        bandwidth = rate = share = speedup = None
         if measurement.timed:
             bandwidth = measurement.facts["bytes"] / measurement.median
+            rate = measurement.facts.get("flops", 0) / measurement.median or None
+            share = _share(bandwidth, rate, results.ceilings)
             speedup = median_ratio(plain.samples, measurement.samples) if plain else None
-        rows.append(
-            MergeRow(
-                measurement,
-                bandwidth,
-                bandwidth / copy if bandwidth and copy else None,
-                speedup,
-                measurement is plain,
-            )
-        )
+        row = OpRow(measurement, bandwidth, rate, share, speedup, measurement is plain)
+        rows.append(row)
     return rows
+
+
+def _share(bandwidth: float, rate: float | None, ceilings: dict[str, float]) -> float | None:
+    if "copy_bandwidth" not in ceilings:
+        return None
+    share = bandwidth / ceilings["copy_bandwidth"]
+    if rate is not None and "matmul_rate" in ceilings:
+        share = max(share, rate / ceilings["matmul_rate"])
+    return share

@@ -164,7 +164,7 @@ def _plain(module: Any) -> nn.Module:
 
 def _look(module: nn.Module) -> tuple[fx.Graph | None, list[Fusion]]:
     """Return a module's graph with every place that can be fused replaced, and the places."""
-    if not _has_layers_to_fuse(module) or module._forward_hooks_with_kwargs:
+    if not _has_layers_to_fuse(module):
         return None, []
     graph = trace_own_code(module)
     if graph is None:

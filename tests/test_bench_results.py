@@ -22,7 +22,7 @@ from blnet.bench.results import (
     write_text,
 )
 from blnet.bench.settings import Settings, resolve
-from blnet.bench.summary import merge_rows, model_rows
+from blnet.bench.summary import model_rows, op_rows, op_suites
 from blnet.environment import collect
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,15 +105,26 @@ def test_a_network_without_times_keeps_its_row(results) -> None:
     assert ours.batches[8].seconds == 0.2
 
 
-def test_merge_rows(results) -> None:
-    rows = {row.measurement.implementation: row for row in merge_rows(results)}
+def test_op_rows(results) -> None:
+    assert op_suites(results) == ["merge"]
+    rows = {row.measurement.implementation: row for row in op_rows(results, "merge")}
     assert rows["compile"].fastest_baseline
     assert rows["blnet"].bandwidth == pytest.approx(20e9)
     assert rows["blnet"].speedup.value == pytest.approx(2.0)
-    assert rows["blnet"].share is None
+    assert rows["blnet"].share is rows["blnet"].rate is None
     results.ceilings["copy_bandwidth"] = 40e9
-    rows = {row.measurement.implementation: row for row in merge_rows(results)}
+    rows = {row.measurement.implementation: row for row in op_rows(results, "merge")}
     assert rows["blnet"].share == pytest.approx(0.5)
+
+
+def test_the_bound_of_an_op_is_the_longer_of_moving_and_multiplying(results) -> None:
+    results.ceilings.update(copy_bandwidth=40e9, matmul_rate=10e9)
+    for m in results.of("merge"):
+        m.facts["flops"] = 4e8
+    rows = {row.measurement.implementation: row for row in op_rows(results, "merge")}
+    assert rows["blnet"].rate == pytest.approx(8e9)
+    assert rows["blnet"].share == pytest.approx(0.8)  # 0.5 for the bytes
+    assert "Rate of a matrix product in this run: 0 TFLOP/s" in report.markdown(results)
 
 
 def test_results_round_trip(results, tmp_path) -> None:
@@ -212,10 +223,10 @@ def test_markdown_has_every_rung(results) -> None:
     assert "| resnet50 | 8 | folded | - | - | - | 0 | nan |" in text
     assert "wrong: relative error nan" in text
     assert f"| {BL} | 8 | folded | 200.0 | 200.0 | 200.0 | 3 |" in text
-    assert "| s | forward | blnet | 50.00 | 20.0 | 2.00x [2.00, 2.00] | 1e-08 |" in text
+    assert "| s | forward | blnet | 50.00 | 20.0 | - | 2.00x [2.00, 2.00] | 1e-08 |" in text
     assert f"- python: {results.environment['python']}" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in tables} == {15, 12, 8}
+    assert {line.count("|") for line in tables} == {15, 12, 9}
 
 
 def test_csv_has_a_line_for_each_measurement(results) -> None:

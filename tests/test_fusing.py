@@ -15,7 +15,7 @@ import torchvision
 from torch import Tensor, nn
 
 import blnet
-from blnet.fusing import Fused
+from blnet.fusing import Fused, Fusion
 from blnet.vision import bl_resnet18, bl_resnet50
 
 
@@ -86,7 +86,7 @@ class Block(nn.Module):
         return self.relu(self.norm(self.conv(self.conv1(x))) + x)
 
 
-def place_of(block: nn.Module) -> blnet.fusing.Fusion:  # type: ignore[name-defined]
+def place_of(block: nn.Module) -> Fusion:
     (place,) = blnet.fusions(blnet.fuse(block))
     return place
 
