@@ -23,7 +23,17 @@ from blnet.bench.settings import (
 SUITES = {
     "models": ("blnet.bench.suites.test_models", "whole networks, inference, every rung"),
     "merge": ("blnet.bench.suites.test_merge", "relu(upsample(big) + little) at the merge sites"),
+    "expand_merge": (
+        "blnet.bench.suites.test_expand_merge",
+        "relu(upsample(big) + BN(conv1x1(x))), inference and training",
+    ),
+    "moments": ("blnet.bench.suites.test_moments", "the batch statistics of expand_merge"),
+    "bottleneck": ("blnet.bench.suites.test_bottleneck", "the little branches, inference"),
+    "stem": ("blnet.bench.suites.test_stem", "the end of the stem, inference"),
 }
+# Those of a quick run on a CPU, where no kernel runs.
+QUICK_CPU_SUITES = ("models", "merge")
+OPS = "kernels"  # stands for the suite of every op: those named as an op is
 NEEDED = ("pytest", "pytest_benchmark", "rich", "sklearn", "torchvision", "PIL")
 
 
@@ -47,7 +57,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         "suites",
         nargs="*",
         metavar="SUITE",
-        help=f"suites to run: {', '.join(SUITES)} (default: all)",
+        help=f"suites to run: {', '.join(SUITES)}; {OPS} for all of the ops "
+        f"(default: all; a quick run on a CPU: {', '.join(QUICK_CPU_SUITES)})",
     )
     add = parser.add_argument
     add("--device", choices=DEVICES, default="auto", help="default: auto, a GPU if there is one")
@@ -151,14 +162,36 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     Raises:
         ValueError: if a suite is not known, or --alpha and --beta do not pair.
     """
-    unknown = [name for name in arguments.suites if name not in SUITES]
+    known = [*SUITES, OPS]
+    unknown = [name for name in arguments.suites if name not in known]
     if unknown:
-        raise ValueError(f"no suite {unknown[0]!r}; choose from {', '.join(SUITES)}")
+        raise ValueError(f"no suite {unknown[0]!r}; choose from {', '.join(known)}")
     names = {field.name for field in fields(Settings)} - {"branchings"}
     values = {name: value for name, value in vars(arguments).items() if name in names}
-    values["suites"] = tuple(arguments.suites)
+    values["suites"] = _expanded(arguments.suites)
     values["models"] = tuple(arguments.models)
     return Settings(branchings=_branchings(arguments.alpha, arguments.beta), **values)
+
+
+def _expanded(names: Sequence[str]) -> tuple[str, ...]:
+    """Put the suites of the ops in place of `OPS`, each suite once."""
+    found: list[str] = []
+    for name in names:
+        found += op_suites() if name == OPS else [name]
+    return tuple(dict.fromkeys(found))
+
+
+def _default(settings: Settings) -> tuple[str, ...]:
+    everything = settings.full or settings.on_gpu
+    return tuple(SUITES) if everything else QUICK_CPU_SUITES
+
+
+def op_suites() -> list[str]:
+    """Return the suites that time an op of `blnet.kernels`."""
+    from blnet.kernels import catalogue
+
+    ops = {op.name for op in catalogue.OPS}
+    return [suite for suite in SUITES if suite in ops]
 
 
 def _branchings(alphas: list[int] | None, betas: list[int] | None) -> tuple[tuple[int, int], ...]:
@@ -197,8 +230,8 @@ def run(arguments: argparse.Namespace) -> int:
         session = Session(settings, progress.watch)
         for note in session.results.notes:
             progress.say(f"blnet bench: {note}")
-        suites = {name: SUITES[name][0] for name in settings.suites or SUITES}
-        progress.start(steps(suites, settings))
+        suites = {name: SUITES[name][0] for name in settings.suites or _default(session.settings)}
+        progress.start(steps(suites, session.settings))
         run_suites(suites, session)
     return finish(session.results, folder)
 

@@ -15,9 +15,11 @@ COMMANDS = {
     "bench": ("blnet.bench.command", "measure speed against the plain network and write a report"),
     "convert": ("blnet.conversion.command", "turn a network or an official checkpoint into ours"),
     "table": ("blnet.vision.table", "print the paper's recognition table beside our recount"),
-    "kernels": ("blnet.kernels.command", "list, check and compile the kernels"),
+    "kernels": ("blnet.kernels.command", "list, check, compile, tune and time the kernels"),
     "doctor": ("blnet.doctor", "say what works on this machine and what to do about the rest"),
 }
+# Two words -> the command they stand for. The kernels may not import the suites that time them.
+_ALIASES: dict[tuple[str, ...], list[str]] = {("kernels", "bench"): ["bench", "kernels"]}
 # Optional package -> the extra that installs it.
 _EXTRAS = {
     **dict.fromkeys(("torchvision", "timm", "PIL"), "vision"),
@@ -87,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    words = _ALIASES.get((*words[:2],), words[:2]) + words[2:]
     name = words[0] if words else ""
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)

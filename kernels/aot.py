@@ -22,9 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from blnet.kernels import tuning_tables
 from blnet.kernels.catalogue import OPS
-from blnet.kernels.launch import Specialization
+from blnet.kernels.launch import Specialization, specialize
 from blnet.kernels.triton_shim import INTERPRETED, TRITON_INSTALLED, triton
+from blnet.kernels.tuning import TUNABLES, Choice, Tunable, candidates, described
 
 # Target -> Triton's (backend, architecture, threads in a warp).
 TARGETS: dict[str, tuple[str, int | str, int]] = {
@@ -34,7 +38,16 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "gfx942": ("hip", "gfx942", 64),
 }
 
-_MATRIX_INSTRUCTIONS = re.compile(r"\b(wgmma|mma|tcgen05\.mma|v_mfma)[._]")
+# The lists of candidates hold nothing that spills there; elsewhere measuring must find it out.
+CANDIDATES_FIT = "sm_90"
+_CANDIDATE = " candidate "  # in the name of a specialisation
+# As in the assembly -> as in a report; where there are several the first tells most.
+_MATRIX_INSTRUCTIONS = {
+    "tcgen05.mma": "tcgen05",
+    "wgmma": "wgmma",
+    "mma": "mma",
+    "v_mfma": "mfma",
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,7 @@ class Report:
         shared: bytes of shared memory per program.
         spills: bytes of stack and local memory per thread (NVIDIA), or registers spilled plus
             bytes of private memory (AMD); 0 is the only good answer.
-        matrix: whether matrix instructions (mma, wgmma, tcgen05, mfma) are used.
+        matrix: the matrix instructions that are used: "mma", "wgmma", "tcgen05", "mfma" or "".
         load_bytes: the distinct widths of loads from global memory by one thread, ascending.
         seconds: time to compile.
         assembly: PTX or AMD assembly.
@@ -59,15 +72,78 @@ class Report:
     registers: int
     shared: int
     spills: int
-    matrix: bool
+    matrix: str
     load_bytes: tuple[int, ...]
     seconds: float
     assembly: str
+
+    @property
+    def fails(self) -> bool:
+        """Whether it spills where it must not: candidates must not where they were picked."""
+        picked = _CANDIDATE not in self.name or self.target == CANDIDATES_FIT
+        return self.spills > 0 and picked
 
 
 def specializations() -> list[Specialization]:
     """List every specialisation of every op."""
     return [item for op in OPS for item in op.specializations()]
+
+
+def _of_choice(
+    tunable: Tunable, problem: Any, dtype: torch.dtype, choice: Choice, name: str
+) -> Specialization:
+    launch, pointers = tunable.plan(problem, choice), tunable.pointers(dtype)
+    return specialize(name, tunable.kernel, launch, pointers)
+
+
+def _problem_of(tunable: Tunable, key: str) -> tuple[Any, torch.dtype] | None:
+    """Find sizes in a bucket; the batches that are tried visit every bucket of every site."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for power in range(16):
+            for batch in (2**power, 3 * 2**power):  # the second may be wide where the first is not
+                for problem in tunable.problems(batch, dtype.itemsize).values():
+                    if tunable.key(problem) == key:
+                        return problem, dtype
+    return None
+
+
+def of_tables(target: str) -> list[Specialization]:
+    """List the choices that the repository's tables and the user's hold for an architecture.
+
+    16-bit ones are built in bfloat16. Entries of kernels or sizes that this version does not tune
+    are left out: it does not use them.
+
+    Raises:
+        ValueError: naming the file, if one is no table.
+    """
+    found = []
+    for folder in (tuning_tables.SHIPPED, tuning_tables.user_folder()):
+        tables = [] if folder is None else tuning_tables.tables_in(folder)
+        for table in (table for table in tables if table.architecture == target):
+            for kernel, of_kernel in table.entries.items():
+                tunable = TUNABLES.get(kernel)
+                for key, entry in of_kernel.items() if tunable else ():
+                    sizes = _problem_of(tunable, key) if tunable and entry.choice else None
+                    if tunable and entry.choice and sizes:
+                        name = f"{kernel} {key}: {described(entry.choice)} ({table.device})"
+                        found.append(_of_choice(tunable, *sizes, entry.choice, name))
+    return found
+
+
+def of_candidates() -> list[Specialization]:
+    """List every candidate that ``blnet kernels tune`` measures at batch 32, each code once."""
+    found: dict[tuple[object, ...], Specialization] = {}
+    for tunable in TUNABLES.values():
+        for dtype in (torch.bfloat16, torch.float32):
+            short = str(dtype).removeprefix("torch.")
+            for site, problem in tunable.problems(32, dtype.itemsize).items():
+                for choice in candidates(tunable, problem):
+                    name = f"{tunable.name}{_CANDIDATE}{described(choice)} {site} {short}"
+                    item = _of_choice(tunable, problem, dtype, choice, name)
+                    code = (tunable.name, short, item.divisible, *sorted(choice.items()),
+                            *sorted(item.constants.items()))  # fmt: skip
+                    found.setdefault(code, item)
+    return list(found.values())
 
 
 def check_ready(targets: Iterable[str]) -> None:
@@ -149,6 +225,13 @@ def compile_one(specialization: Specialization, target: str) -> Report:
     )
 
 
+def _matrix_instructions(assembly: str) -> str:
+    for instruction, name in _MATRIX_INSTRUCTIONS.items():
+        if re.search(rf"\b{re.escape(instruction)}[._]", assembly):
+            return name
+    return ""
+
+
 def _nvidia(assembly: dict[str, Any]) -> dict[str, Any]:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -170,7 +253,7 @@ def _nvidia(assembly: dict[str, Any]) -> dict[str, Any]:
     return {
         "registers": usage["REG"],
         "spills": usage["STACK"] + usage["LOCAL"],
-        "matrix": bool(_MATRIX_INSTRUCTIONS.search(ptx)),
+        "matrix": _matrix_instructions(ptx),
         "load_bytes": tuple(sorted(set(widths))),
         "assembly": ptx,
     }
@@ -187,7 +270,7 @@ def _amd(assembly: dict[str, Any]) -> dict[str, Any]:
     return {
         "registers": usage.pop("vgpr_count"),
         "spills": sum(usage.values()),
-        "matrix": bool(_MATRIX_INSTRUCTIONS.search(text)),
+        "matrix": _matrix_instructions(text),
         "load_bytes": tuple(sorted(set(sizes))),
         "assembly": text,
     }

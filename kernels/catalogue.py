@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 from blnet.kernels import reference, testing
+from blnet.kernels.bottleneck import bottleneck
+from blnet.kernels.bottleneck import specializations as of_bottleneck
+from blnet.kernels.conv3x3 import specializations as of_convolution
 from blnet.kernels.expand_merge import expand_merge
 from blnet.kernels.expand_merge import specializations as of_expand_merge
 from blnet.kernels.expand_merge_input import specializations as of_input
@@ -19,6 +22,8 @@ from blnet.kernels.merge import merge
 from blnet.kernels.merge import specializations as of_merge
 from blnet.kernels.moments import moments
 from blnet.kernels.moments import specializations as of_moments
+from blnet.kernels.stem import specializations as of_stem
+from blnet.kernels.stem import stem
 
 Tensors = tuple[torch.Tensor | None, ...]
 
@@ -67,6 +72,15 @@ def _with_running_statistics(function: Callable[..., torch.Tensor]) -> Callable[
     return run
 
 
+def _closing_with_relu(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Take a bottleneck's tensors alone; blocks of the little branch close with their ReLU."""
+
+    def run(*tensors: torch.Tensor | None) -> torch.Tensor:
+        return function(*tensors[:8], True, *tensors[8:])
+
+    return run
+
+
 OPS = (
     Op(
         name="merge",
@@ -108,5 +122,27 @@ OPS = (
         inputs=testing.expand_merge_inputs,
         shapes=testing.EXPAND_SHAPES,
         specializations=list,  # its kernels are those of expand_merge and of moments
+    ),
+    Op(
+        name="bottleneck",
+        computes="a residual bottleneck and, chained on, expand_merge of it",
+        used_for="the blocks of the little branch, in inference",
+        function=_closing_with_relu(bottleneck),
+        reference=_closing_with_relu(reference.bottleneck),
+        inputs=testing.bottleneck_inputs,
+        shapes=testing.BOTTLENECK_SHAPES,
+        specializations=lambda: of_bottleneck() + of_convolution(),
+        differentiable=False,
+    ),
+    Op(
+        name="stem",
+        computes="relu(fusion(relu(big + expand(little)))) and the strided convolutions before it",
+        used_for="the end of the Big-Little stem, in inference",
+        function=stem,
+        reference=reference.stem,
+        inputs=testing.stem_inputs,
+        shapes=testing.STEM_SHAPES,
+        specializations=of_stem,
+        differentiable=False,
     ),
 )

@@ -6,8 +6,11 @@ and against PyTorch's own eager path on the same inputs.
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +38,7 @@ class Row:
     op: str
     dtype: torch.dtype
     layout: str
-    shape: testing.Shape | testing.ExpandShape
+    shape: testing.AnyShape
     max_error: float
     error: float
     eager_error: float
@@ -95,7 +98,7 @@ def check_row(
     op: Op,
     dtype: torch.dtype,
     layout: str,
-    shape: testing.Shape | testing.ExpandShape,
+    shape: testing.AnyShape,
     device: str,
 ) -> Row:
     """Run one case and compare it with float64 and with eager PyTorch.
@@ -150,6 +153,7 @@ def check_all(
     dtypes: Sequence[torch.dtype] = KERNEL_DTYPES,
     layouts: Sequence[str] = testing.LAYOUTS,
     ops: Sequence[Op] | None = None,
+    jobs: int = 1,
 ) -> Iterator[Row]:
     """Run the whole matrix, yielding each row as it is done.
 
@@ -158,9 +162,36 @@ def check_all(
         dtypes: which dtypes.
         layouts: which layouts.
         ops: which ops; None for all.
+        jobs: processes that share the work, where all of ``ops`` are of the catalogue. On a GPU
+            nearly all of it is compiling.
     """
-    for op in OPS if ops is None else ops:
-        for dtype in dtypes:
-            for layout in layouts:
+    ops = OPS if ops is None else ops
+    if jobs == 1:
+        for op in ops:
+            for dtype in dtypes:
                 for shape in op.shapes:
-                    yield check_row(op, dtype, layout, shape, device)
+                    for layout in layouts:
+                        yield check_row(op, dtype, layout, shape, device)
+        return
+    # All layouts of a case share what is compiled, so they stay together.
+    cases = [
+        (op.name, dtype, number)
+        for op in ops
+        for dtype in dtypes
+        for number in range(len(op.shapes))
+    ]
+    run = partial(_check_case, layouts=tuple(layouts), device=device)
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(
+        jobs, context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        for rows in pool.map(run, cases):
+            yield from rows
+
+
+def _check_case(
+    case: tuple[str, torch.dtype, int], layouts: tuple[str, ...], device: str
+) -> list[Row]:
+    name, dtype, number = case
+    op = next(op for op in OPS if op.name == name)
+    return [check_row(op, dtype, layout, op.shapes[number], device) for layout in layouts]

@@ -36,7 +36,15 @@ from blnet.kernels import reference
 from blnet.kernels.backend import KERNEL_DTYPES, choose_backend
 from blnet.kernels.checks import check_expand_merge
 from blnet.kernels.expand_merge_backward import affine_gradients
-from blnet.kernels.expand_merge_sizes import PROBLEMS, Problem, problem_of, source_row
+from blnet.kernels.expand_merge_sizes import (
+    PROBLEMS,
+    Problem,
+    channel_block,
+    drawn,
+    problem_of,
+    sites,
+    source_row,
+)
 from blnet.kernels.launch import (
     Launch,
     Specialization,
@@ -45,11 +53,11 @@ from blnet.kernels.launch import (
     device_guard,
     known,
     memory_format_of,
-    next_power_of_2,
     specialize,
 )
 from blnet.kernels.registration import cast_under_autocast, define_op, wrap_triton
 from blnet.kernels.triton_shim import tl, triton
+from blnet.kernels.tuning import Choice, Tunable, choices, choose, register
 
 # Launch configuration -----------------------------------------------------------------------
 #
@@ -58,23 +66,47 @@ from blnet.kernels.triton_shim import tl, triton
 
 # Where rows start at odd addresses loads are narrow and take registers: the tiles are smaller.
 
-# (bytes of an element, aligned) -> rows, C, K, warps, stages
-FORWARD_CONFIGURATION = {
+FORWARD_BLOCKS = "BLOCK_ROWS BLOCK_C BLOCK_K"  # then warps and stages
+# (bytes of an element, aligned) -> what runs where no table says otherwise
+FORWARD_RULE = {
     (2, True): (128, 128, 64, 8, 3),
     (2, False): (64, 64, 64, 8, 3),
     (4, True): (64, 64, 16, 8, 2),
     (4, False): (64, 32, 16, 8, 2),
 }
+# Bytes of an element -> what else to measure. None of these spills for sm_90 at any site; of what
+# was tried these did in 16 bits: on 4 warps 128 x 128, 256 x 64 (64-bit offsets) and 64 x 256; on 8
+# 128 x 256 and 256 x 128.
+FORWARD_CANDIDATES = {
+    2: (
+        (128, 128, 64, 8, 4), (128, 128, 32, 8, 4), (128, 128, 128, 8, 2), (128, 64, 64, 8, 3),
+        (128, 64, 64, 4, 3), (128, 64, 32, 4, 4), (64, 128, 64, 8, 3), (64, 128, 64, 4, 3),
+        (64, 128, 128, 4, 2), (64, 64, 64, 4, 3), (64, 64, 64, 4, 4), (64, 64, 128, 4, 2),
+        (64, 256, 64, 8, 3), (256, 64, 64, 8, 3), (32, 256, 64, 8, 3), (32, 128, 64, 4, 3),
+        (128, 32, 64, 4, 3), (64, 32, 64, 4, 3),
+    ),
+    4: (
+        (64, 64, 16, 8, 3), (64, 64, 16, 8, 1), (64, 64, 16, 4, 2), (64, 64, 32, 8, 2),
+        (128, 64, 16, 8, 2), (64, 128, 16, 8, 2), (128, 128, 16, 16, 2), (32, 128, 16, 8, 2),
+        (128, 32, 16, 8, 2), (32, 64, 16, 4, 2), (64, 32, 16, 4, 2), (32, 64, 32, 4, 2),
+        (32, 32, 32, 4, 2),
+    ),
+}  # fmt: skip
 
 
-def forward_launch(problem: Problem, **flags: bool) -> Launch:
+def forward_rule(problem: Problem) -> Choice:
+    """Return the choice for a device that nobody measured."""
+    (choice,) = choices(FORWARD_BLOCKS, FORWARD_RULE[problem.itemsize, problem.aligned])
+    return choice
+
+
+def forward_launch(problem: Problem, choice: Choice | None = None, **flags: bool) -> Launch:
     """Plan the forward pass; the flags are those constants of the kernel that sizes do not give."""
-    configuration = FORWARD_CONFIGURATION[problem.itemsize, problem.aligned]
-    tile_rows, tile_c, tile_k, num_warps, num_stages = configuration
-    block_c = min(max(next_power_of_2(problem.channels), 16), tile_c)
-    block_k = min(max(next_power_of_2(problem.channels_in), 16), tile_k)
+    choice = choice or forward_rule(problem)
+    block_rows = choice["BLOCK_ROWS"]
+    block_c = channel_block(problem.channels, choice["BLOCK_C"])
     return Launch(
-        grid=(ceil_divide(problem.rows, tile_rows) * ceil_divide(problem.channels, block_c),),
+        grid=(ceil_divide(problem.rows, block_rows) * ceil_divide(problem.channels, block_c),),
         integers={
             "rows": problem.rows,
             "channels_in": problem.channels_in,
@@ -90,12 +122,12 @@ def forward_launch(problem: Problem, **flags: bool) -> Launch:
             "RATIO_H": problem.ratios[0],
             "RATIO_W": problem.ratios[1],
             "WIDE": problem.wide,
-            "BLOCK_ROWS": tile_rows,
+            "BLOCK_ROWS": block_rows,
             "BLOCK_C": block_c,
-            "BLOCK_K": block_k,
+            "BLOCK_K": channel_block(problem.channels_in, choice["BLOCK_K"]),
         },
-        num_warps=num_warps,
-        num_stages=num_stages,
+        num_warps=choice["num_warps"],
+        num_stages=choice["num_stages"],
     )
 
 
@@ -194,7 +226,8 @@ def forward(
     problem = problem_of(x, channels, (source.shape[2], source.shape[3]))
     flags = {"HAS_SCALE": scale is not None, "HAS_SHIFT": shift is not None}
     flags.update(CENTER=center is not None, HAS_BIG=big is not None, RELU=relu)
-    launch = forward_launch(problem, **flags)
+    choice = choose("expand_merge forward", problem.key(), x.device)
+    launch = forward_launch(problem, choice, **flags)
     x, weight = x.contiguous(memory_format=last), weight.contiguous()
     vectors = [weight if v is None else v.contiguous() for v in (scale, shift, center)]
     big = x if big is None else big.contiguous(memory_format=last)
@@ -302,28 +335,57 @@ def expand_merge(
     return expand_merge_op(x, weight, scale, shift, big, relu)  # type: ignore[no-any-return]
 
 
-# For ahead-of-time compilation ---------------------------------------------------------------
+# For tuning and ahead-of-time compilation ------------------------------------------------------
+
+
+def _pointers(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    pointers = dict.fromkeys(("p_x", "p_weight", "p_big", "p_out"), dtype)
+    return pointers | dict.fromkeys(("p_scale", "p_shift", "p_center"), torch.float32)
+
+
+def _training_launch(problem: Problem, choice: Choice | None = None) -> Launch:
+    flags = {"HAS_SCALE": True, "HAS_SHIFT": True, "HAS_BIG": True, "RELU": True}
+    return forward_launch(problem, choice, CENTER=problem.itemsize == 4, **flags)
+
+
+def _timed(problem: Problem, dtype: torch.dtype, device: torch.device) -> Any:
+    tensors, _, _ = drawn(problem, dtype, device)
+    return lambda: (expand_merge_op(*tensors, True),)
+
+
+register(
+    Tunable(
+        name="expand_merge forward",
+        blocks={"BLOCK_ROWS": (16, 256), "BLOCK_C": (16, 256), "BLOCK_K": (16, 128)},
+        kernel=_forward_kernel,
+        plan=_training_launch,
+        pointers=_pointers,
+        key=Problem.key,
+        problems=sites,
+        candidates=lambda p: choices(FORWARD_BLOCKS, *FORWARD_CANDIDATES[p.itemsize]),
+        call=_timed,
+    )
+)
 
 
 def specializations() -> list[Specialization]:
     """List what ``blnet kernels compile`` builds: every branch of the kernel, in every dtype."""
     found = []
-    full = torch.float32
     for dtype in KERNEL_DTYPES:
-        pointers = dict.fromkeys(("p_x", "p_weight", "p_big", "p_out"), dtype)
-        pointers.update(dict.fromkeys(("p_scale", "p_shift", "p_center"), full))
+        pointers = _pointers(dtype)
         short = str(dtype).removeprefix("torch.")
         for title, sizes in PROBLEMS.items():
             problem = Problem(*sizes, dtype.itemsize)
-            for use in ("inference", "training"):
-                training = use == "training"
-                flags = {"HAS_SCALE": training, "HAS_SHIFT": True, "HAS_BIG": True, "RELU": True}
-                launch = forward_launch(problem, CENTER=training and dtype is full, **flags)
+            flags = {"HAS_SCALE": False, "HAS_SHIFT": True, "HAS_BIG": True, "RELU": True}
+            for use, launch in (
+                ("inference", forward_launch(problem, None, CENTER=False, **flags)),
+                ("training", _training_launch(problem)),
+            ):
                 name = f"expand_merge {use} {title} {short}"
                 found.append(specialize(name, _forward_kernel, launch, pointers))
         flags = {"HAS_SCALE": False, "HAS_SHIFT": True, "CENTER": False, "RELU": False}
-        launch = forward_launch(Problem(*PROBLEMS["residual K=64 C=256"], dtype.itemsize),
-                                HAS_BIG=False, **flags)  # fmt: skip
+        problem = Problem(*PROBLEMS["residual K=64 C=256"], dtype.itemsize)
+        launch = forward_launch(problem, None, HAS_BIG=False, **flags)
         name = f"expand_merge alone {short}"
         found.append(specialize(name, _forward_kernel, launch, pointers))
     return found

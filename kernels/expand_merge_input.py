@@ -18,8 +18,10 @@ from blnet.kernels.expand_merge_sizes import (
     Problem,
     centered,
     channel_block,
+    drawn,
     gradient,
     problem_of,
+    sites,
 )
 from blnet.kernels.launch import (
     Launch,
@@ -33,23 +35,47 @@ from blnet.kernels.launch import (
 )
 from blnet.kernels.registration import define_op, wrap_triton
 from blnet.kernels.triton_shim import tl, triton
+from blnet.kernels.tuning import Choice, Tunable, choices, choose, register
 
 # Launch configuration: by bytes of an element of x; see expand_merge.py and moments.py -----------
 
-# (bytes of an element, aligned) -> rows, the summed channels, K, stages; on 8 warps
-INPUT_CONFIGURATION = {
-    (2, True): (64, 32, 128, 2),
-    (2, False): (64, 32, 64, 2),
-    (4, True): (64, 16, 64, 1),
-    (4, False): (64, 16, 64, 1),
+INPUT_BLOCKS = "BLOCK_ROWS BLOCK_C BLOCK_K"  # C: the summed channels; then warps and stages
+# (bytes of an element, aligned) -> what runs where no table says otherwise
+INPUT_RULE = {
+    (2, True): (64, 32, 128, 8, 2),
+    (2, False): (64, 32, 64, 8, 2),
+    (4, True): (64, 16, 64, 8, 1),
+    (4, False): (64, 16, 64, 8, 1),
 }
+# Bytes of an element -> what else to measure. None of these spills for sm_90 at any site; of what
+# was tried only 128 rows of 64 on 8 warps did, in float32.
+INPUT_CANDIDATES = {
+    2: (
+        (64, 32, 128, 8, 3), (64, 16, 128, 8, 3), (64, 64, 128, 8, 2), (64, 64, 128, 8, 1),
+        (64, 32, 128, 4, 2), (128, 32, 128, 8, 2), (32, 64, 128, 8, 2), (32, 64, 128, 4, 2),
+        (32, 32, 128, 4, 2), (64, 32, 64, 8, 3), (64, 64, 64, 8, 2), (64, 64, 64, 4, 2),
+        (64, 32, 64, 4, 3), (128, 32, 64, 8, 3), (128, 64, 64, 8, 2), (128, 32, 64, 4, 2),
+        (32, 64, 64, 4, 3), (64, 32, 256, 8, 2),
+    ),
+    4: (
+        (64, 16, 64, 8, 2), (64, 32, 64, 8, 1), (64, 16, 64, 4, 1), (64, 16, 128, 8, 1),
+        (32, 16, 64, 8, 2), (32, 16, 64, 4, 1), (32, 16, 64, 4, 2), (32, 32, 64, 4, 1),
+        (64, 16, 32, 4, 1), (64, 32, 32, 8, 1), (32, 32, 32, 4, 2),
+    ),
+}  # fmt: skip
 
 
-def input_launch(problem: Problem, **flags: bool) -> Launch:
+def input_rule(problem: Problem) -> Choice:
+    """Return the choice for a device that nobody measured."""
+    (choice,) = choices(INPUT_BLOCKS, INPUT_RULE[problem.itemsize, problem.aligned])
+    return choice
+
+
+def input_launch(problem: Problem, choice: Choice | None = None, **flags: bool) -> Launch:
     """Plan the pass that writes dx."""
-    configuration = INPUT_CONFIGURATION[problem.itemsize, problem.aligned]
-    tile_rows, tile_c, tile_k, num_stages = configuration
-    block_k = channel_block(problem.channels_in, tile_k)
+    choice = choice or input_rule(problem)
+    tile_rows, tile_c = choice["BLOCK_ROWS"], choice["BLOCK_C"]
+    block_k = channel_block(problem.channels_in, choice["BLOCK_K"])
     tiles_k = ceil_divide(problem.channels_in, block_k)
     return Launch(
         grid=(ceil_divide(problem.rows, tile_rows) * tiles_k,),
@@ -66,8 +92,8 @@ def input_launch(problem: Problem, **flags: bool) -> Launch:
             "BLOCK_IN": channel_block(problem.channels_in, tile_c),
             "BLOCK_K": block_k,
         },
-        num_warps=8,
-        num_stages=num_stages,
+        num_warps=choice["num_warps"],
+        num_stages=choice["num_stages"],
     )
 
 
@@ -160,7 +186,8 @@ def _input(
     statistics = second is not None
     problem = problem_of(x, grad.shape[1], (x.shape[2], x.shape[3]))
     flags = {"RELU": out is not None, "HAS_SCALE": scale is not None, "STATISTICS": statistics}
-    launch = input_launch(problem, **flags)
+    choice = choose("expand_merge input", problem.key(upsampling=False), x.device)
+    launch = input_launch(problem, choice, **flags)
     x, grad, weight = _last(x), _last(grad), weight.contiguous()
     # What is absent is never read.
     vectors = [weight if v is None else v.contiguous() for v in (scale, offset, constant, center)]
@@ -189,21 +216,51 @@ def _input_flops(grad: Any, out: Any, x: Any, *others: Any, **keywords: Any) -> 
 input_op = define_op("blnet::expand_merge_input", _input, flops=_input_flops)
 
 
-# For ahead-of-time compilation ---------------------------------------------------------------
+# For tuning and ahead-of-time compilation ------------------------------------------------------
+
+
+def _pointers(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    names = ("p_grad", "p_out", "p_x", "p_weight", "p_second", "p_dx")
+    vectors = ("p_scale", "p_offset", "p_constant", "p_center")
+    return dict.fromkeys(names, dtype) | dict.fromkeys(vectors, torch.float32)
+
+
+def _training_launch(problem: Problem, choice: Choice | None = None) -> Launch:
+    return input_launch(problem, choice, RELU=True, HAS_SCALE=True, STATISTICS=True)
+
+
+def _timed(problem: Problem, dtype: torch.dtype, device: torch.device) -> Any:
+    (x, weight, scale, shift, *_), grad, out = drawn(problem, dtype, device)
+    second = weight.mT @ weight / len(weight)
+    center = x.new_zeros(x.shape[1], dtype=torch.float32)
+    arguments = (grad, out, x, weight, scale, shift, second, center, center)
+    return lambda: (input_op(*arguments),)
+
+
+register(
+    Tunable(
+        name="expand_merge input",
+        blocks={"BLOCK_ROWS": (16, 256), "BLOCK_C": (16, 128), "BLOCK_K": (16, 256)},
+        kernel=_input_kernel,
+        plan=_training_launch,
+        pointers=_pointers,
+        key=lambda problem: problem.key(upsampling=False),
+        problems=sites,
+        candidates=lambda p: choices(INPUT_BLOCKS, *INPUT_CANDIDATES[p.itemsize]),
+        call=_timed,
+    )
+)
 
 
 def specializations() -> list[Specialization]:
     """List what ``blnet kernels compile`` builds: every branch of the kernel, in every dtype."""
     found = []
     for dtype in KERNEL_DTYPES:
-        names = ("p_grad", "p_out", "p_x", "p_weight", "p_second", "p_dx")
-        pointers = dict.fromkeys(names, dtype)
-        vectors = ("p_scale", "p_offset", "p_constant", "p_center")
-        pointers.update(dict.fromkeys(vectors, torch.float32))
+        pointers = _pointers(dtype)
         short = str(dtype).removeprefix("torch.")
         for title, sizes in PROBLEMS.items():
             problem = Problem(*sizes, dtype.itemsize)
-            launch = input_launch(problem, RELU=True, HAS_SCALE=True, STATISTICS=True)
+            launch = _training_launch(problem)
             name = f"expand_merge input {title} {short}"
             found.append(specialize(name, _input_kernel, launch, pointers))
         problem = Problem(*PROBLEMS["residual K=64 C=256"], dtype.itemsize)

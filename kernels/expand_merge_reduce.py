@@ -18,8 +18,10 @@ from blnet.kernels.expand_merge_sizes import (
     Problem,
     centered,
     channel_block,
+    drawn,
     gradient,
     problem_of,
+    sites,
 )
 from blnet.kernels.launch import (
     Launch,
@@ -33,33 +35,56 @@ from blnet.kernels.launch import (
 )
 from blnet.kernels.registration import define_op, wrap_triton
 from blnet.kernels.triton_shim import tl, triton
+from blnet.kernels.tuning import Choice, Tunable, choices, choose, register
 
 # Launch configuration: by bytes of an element of x; see expand_merge.py and moments.py -----------
 
-# (bytes of an element, aligned) -> rows, C, K, stages; on 8 warps
-REDUCE_CONFIGURATION = {
-    (2, True): (32, 128, 128, 3),
-    (2, False): (32, 64, 64, 2),
-    (4, True): (16, 64, 64, 3),
-    (4, False): (16, 64, 64, 1),
+REDUCE_BLOCKS = "BLOCK_ROWS BLOCK_C BLOCK_K"  # then warps and stages
+# (bytes of an element, aligned) -> what runs where no table says otherwise
+REDUCE_RULE = {
+    (2, True): (32, 128, 128, 8, 3),
+    (2, False): (32, 64, 64, 8, 2),
+    (4, True): (16, 64, 64, 8, 3),
+    (4, False): (16, 64, 64, 8, 1),
 }
+# Bytes of an element -> what else to measure. None of these spills for sm_90 at any site; of what
+# was tried these did, by 8 bytes, in float32 on 2 stages: 16 or 32 rows of 64 x 64 on 8 warps, 16
+# rows of 32 x 64 and 64 x 32 on 4.
+REDUCE_CANDIDATES = {
+    2: (
+        (32, 128, 128, 8, 2), (32, 128, 128, 8, 4), (64, 128, 128, 8, 2), (16, 128, 128, 8, 3),
+        (16, 128, 128, 8, 4), (64, 128, 64, 8, 2), (64, 128, 64, 8, 3), (32, 128, 64, 8, 3),
+        (32, 128, 64, 4, 3), (32, 64, 128, 8, 3), (32, 64, 128, 4, 3), (64, 64, 128, 8, 2),
+        (64, 64, 64, 8, 3), (64, 64, 64, 4, 3), (32, 64, 64, 8, 4), (32, 64, 64, 4, 3),
+        (128, 64, 64, 8, 2), (32, 128, 256, 8, 2),
+    ),
+    4: (
+        (16, 64, 64, 8, 1), (32, 64, 64, 8, 1), (16, 64, 64, 4, 2), (16, 128, 64, 8, 2),
+        (32, 64, 32, 8, 2), (32, 32, 64, 4, 2), (32, 32, 32, 4, 2), (16, 32, 32, 4, 3),
+    ),
+}  # fmt: skip
 PROGRAMS = 256  # about two for each multiprocessor of a large GPU
 ROWS_PER_CHANNEL = 8  # rows of a share per input channel: workspace below 1 / 4 of g
 
 
-def reduce_launch(problem: Problem, **flags: bool) -> Launch:
+def reduce_rule(problem: Problem, same: bool) -> Choice:
+    """Return the choice for a device that nobody measured; same: no windows are wanted."""
+    (choice,) = choices(REDUCE_BLOCKS, REDUCE_RULE[problem.itemsize, problem.aligned])
+    if same or all(problem.ratios):
+        return choice
+    # Windows of different sizes take registers.
+    block_c = choice["BLOCK_C"] // 2 if problem.itemsize == 2 else choice["BLOCK_C"]
+    return {**choice, "BLOCK_C": block_c, "num_stages": 1}
+
+
+def reduce_launch(problem: Problem, choice: Choice | None = None, **flags: bool) -> Launch:
     """Plan the reducing pass over big's pixels, or all pixels where no windows are wanted."""
     same = problem.same or not flags["STORE_BIG"]
     rows = problem.rows if same else problem.rows_big
-    configuration = REDUCE_CONFIGURATION[problem.itemsize, problem.aligned]
-    tile_rows, tile_c, tile_k, num_stages = configuration
-    if not same and not all(problem.ratios):
-        num_stages = 1  # windows of different sizes take registers
-        tile_c = tile_c // 2 if problem.itemsize == 2 else tile_c
-    block_c, block_k = (
-        channel_block(problem.channels, tile_c),
-        channel_block(problem.channels_in, tile_k),
-    )
+    choice = choice or reduce_rule(problem, same)
+    tile_rows = choice["BLOCK_ROWS"]
+    block_c = channel_block(problem.channels, choice["BLOCK_C"])
+    block_k = channel_block(problem.channels_in, choice["BLOCK_K"])
     tiles_k = ceil_divide(problem.channels_in, block_k) if flags["PRODUCTS"] else 1
     tiles = tiles_k * ceil_divide(problem.channels, block_c)
     share = max(ROWS_PER_CHANNEL * problem.channels_in, 8 * tile_rows)
@@ -88,8 +113,8 @@ def reduce_launch(problem: Problem, **flags: bool) -> Launch:
             "BLOCK_C": block_c,
             "BLOCK_K": block_k,
         },
-        num_warps=8,
-        num_stages=num_stages,
+        num_warps=choice["num_warps"],
+        num_stages=choice["num_stages"],
     )
 
 
@@ -228,7 +253,10 @@ def _reduce(
         return products, center.new_zeros(channels), dbig.zero_()
     problem = problem_of(x, channels, (height_big, width_big))
     flags = {"RELU": out is not None, "PRODUCTS": needs_products, "STORE_BIG": needs_big}
-    launch = reduce_launch(problem, **flags)
+    # Without windows the kernel is that of equal sizes.
+    alike = problem if needs_big else problem_of(x, channels, (x.shape[2], x.shape[3]))
+    choice = choose("expand_merge reduce", alike.key(), x.device)
+    launch = reduce_launch(problem, choice, **flags)
     parts = launch.grid[1]
     sums = allocate(center, (parts, channels), flat)
     size_products = (parts, channels, channels_in) if needs_products else (1, 0, 0)
@@ -260,19 +288,49 @@ def _reduce_flops(
 reduce_op = define_op("blnet::expand_merge_reduce", _reduce, flops=_reduce_flops)
 
 
-# For ahead-of-time compilation ---------------------------------------------------------------
+# For tuning and ahead-of-time compilation ------------------------------------------------------
+
+
+def _pointers(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    pointers = dict.fromkeys(("p_grad", "p_out", "p_x", "p_dbig"), dtype)
+    return pointers | dict.fromkeys(("p_center", "p_products", "p_sums"), torch.float32)
+
+
+def _whole_launch(problem: Problem, choice: Choice | None = None) -> Launch:
+    return reduce_launch(problem, choice, RELU=True, PRODUCTS=True, STORE_BIG=True)
+
+
+def _timed(problem: Problem, dtype: torch.dtype, device: torch.device) -> Any:
+    (x, *_), grad, out = drawn(problem, dtype, device)
+    center = x.new_zeros(x.shape[1], dtype=torch.float32)
+    size_big = (problem.height_big, problem.width_big)
+    return lambda: reduce_op(grad, out, x, center, *size_big, True, True)
+
+
+register(
+    Tunable(
+        name="expand_merge reduce",
+        blocks={"BLOCK_ROWS": (16, 128), "BLOCK_C": (16, 256), "BLOCK_K": (16, 256)},
+        kernel=_reduce_kernel,
+        plan=_whole_launch,
+        pointers=_pointers,
+        key=Problem.key,
+        problems=sites,
+        candidates=lambda p: choices(REDUCE_BLOCKS, *REDUCE_CANDIDATES[p.itemsize]),
+        call=_timed,
+    )
+)
 
 
 def specializations() -> list[Specialization]:
     """List what ``blnet kernels compile`` builds: every branch of the kernel, in every dtype."""
     found = []
     for dtype in KERNEL_DTYPES:
-        pointers = dict.fromkeys(("p_grad", "p_out", "p_x", "p_dbig"), dtype)
-        pointers.update(dict.fromkeys(("p_center", "p_products", "p_sums"), torch.float32))
+        pointers = _pointers(dtype)
         short = str(dtype).removeprefix("torch.")
         for title, sizes in PROBLEMS.items():
             problem = Problem(*sizes, dtype.itemsize)
-            launch = reduce_launch(problem, RELU=True, PRODUCTS=True, STORE_BIG=True)
+            launch = _whole_launch(problem)
             name = f"expand_merge reduce {title} {short}"
             found.append(specialize(name, _reduce_kernel, launch, pointers))
         problem = Problem(*PROBLEMS["residual K=64 C=256"], dtype.itemsize)

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
+from blnet.kernels import testing
 from blnet.kernels.launch import fits_int32, known, next_power_of_2, whole_ratio
 from blnet.kernels.triton_shim import tl, triton
+from blnet.kernels.tuning import bucket, concrete, ratio_text
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,23 @@ class Problem:
             (self.width + 1) * (self.width_big + 1),
         )
         return not fits_int32(self.rows * widest, self.rows_big * widest, *products)
+
+    def key(self, upsampling: bool = True) -> str | None:
+        """Return the bucket that tuning tables know the sizes by; None for symbolic ones.
+
+        Args:
+            upsampling: whether it matters where big is read.
+        """
+        sizes = (self.channels_in, self.channels, self.rows, self.rows_big)
+        return _key(self, upsampling) if concrete(*sizes) else None
+
+
+@functools.lru_cache(maxsize=1024)  # a launch in eager mode has no time for text
+def _key(problem: Problem, upsampling: bool) -> str:
+    parts = [f"K={problem.channels_in}", f"C={problem.channels}"]
+    if upsampling:
+        parts.append(ratio_text(problem.same, problem.ratios))
+    return bucket(problem.itemsize, *parts, rows=problem.rows, wide=problem.wide)
 
 
 def problem_of(x: torch.Tensor, channels: int, size_big: tuple[int, int]) -> Problem:
@@ -136,3 +156,38 @@ PROBLEMS = {
     "wide K=128 C=256 x2": (2048, 128, 256, 112, 112, 56, 56),
     "wide K=128 C=256 odd": (2048, 128, 256, 111, 111, 56, 56),
 }
+
+# K, C, side, side of big at 224 x 224 pixels, alpha 2 and 4: what bL-ResNet-50 and ResNet-50 run.
+SITES = {
+    **{f"stem K={k}": (k, 64, 56, 56) for k in (16, 32)},
+    **{f"stage 1 K={k}": (k, 256, 56, 28) for k in (64, 128)},
+    **{f"stage 2 K={k}": (k, 512, 28, 14) for k in (128, 256)},
+    **{f"stage 3 K={k}": (k, 1024, 14, 7) for k in (256, 512)},
+    # The end of a bottleneck: at full size, and in the big branch at half of it.
+    **{
+        f"residual K={k} {side}x{side}": (k, 4 * k, side, side)
+        for k, full in ((64, 56), (128, 28), (256, 14), (512, 7))
+        for side in (full, max(full // 2, 7))
+    },
+}
+
+
+def sites(batch: int, itemsize: int) -> dict[str, Problem]:
+    """List the problems that ``blnet kernels tune`` measures, by name of the site."""
+    return {
+        name: Problem(batch, k, c, side, side, big, big, itemsize)
+        for name, (k, c, side, big) in SITES.items()
+    }
+
+
+def drawn(
+    problem: Problem, dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
+    """Draw (x, weight, scale, shift, big), a gradient and an output for a problem."""
+    p, generator = problem, torch.Generator(device).manual_seed(0)
+    sizes = (p.n, p.channels_in, p.channels, p.height, p.width, p.height_big, p.width_big)
+    shape = testing.ExpandShape(*sizes, "for timing")
+    x, weight, *rest = testing.expand_merge_inputs(shape, dtype, "channels_last", device, generator)
+    grad, out = (testing.draw(shape.out, dtype, "channels_last", device, generator) for _ in "12")
+    tensors = (x, weight.flatten(1), *(t for t in rest if t is not None))
+    return tensors, grad, out

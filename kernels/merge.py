@@ -40,14 +40,25 @@ from blnet.kernels.launch import (
     Launch,
     Specialization,
     allocate,
-    ceil_divide,
     device_guard,
-    fits_int32,
-    inner_block,
     known,
     memory_format_of,
     specialize,
-    whole_ratio,
+)
+from blnet.kernels.merge_sizes import (
+    BACKWARD_CANDIDATES,
+    FORWARD_CANDIDATES,
+    PROBLEMS,
+    Problem,
+    Shape,
+    Size,
+    candidates,
+    drawn,
+    equal_sizes,
+    key,
+    plan,
+    site_key,
+    sites,
 )
 from blnet.kernels.registration import (
     define_op,
@@ -56,6 +67,7 @@ from blnet.kernels.registration import (
     wrap_triton,
 )
 from blnet.kernels.triton_shim import tl, triton
+from blnet.kernels.tuning import Choice, Tunable, choose, register
 
 # Launch configuration -----------------------------------------------------------------------
 #
@@ -68,57 +80,27 @@ from blnet.kernels.triton_shim import tl, triton
 FORWARD_TILE_BYTES = 8192
 BACKWARD_TILE_BYTES = 2048
 
-Shape = tuple[int, int, int, int]  # (outer, H, W, inner), see the top of the file
-Size = tuple[int, int]  # (H_big, W_big)
 
-
-def _plan(shape: Shape, size_big: Size, over_big: bool, tile: int, **constants: bool) -> Launch:
-    """Plan a launch with tiles of ``tile`` elements over the pixels of big, or of little."""
-    outer, height, width, inner = shape
-    height_big, width_big = size_big
-    elements = (outer * height * width * inner, outer * height_big * width_big * inner)
-    products = ((height + 1) * (height_big + 1), (width + 1) * (width_big + 1))
-    wide = not fits_int32(*elements, *products)
-    if constants["SAME"]:  # no pixels, no channels: one long row of elements
-        outer, height, width, inner, height_big, width_big = elements[0], 1, 1, 1, 1, 1
-    rows = outer * height_big * width_big if over_big else outer * height * width
-    ratios = whole_ratio(height, height_big), whole_ratio(width, width_big)
-    block_inner = inner_block(inner)
-    block_rows = max(tile // block_inner, 1)
-    return Launch(
-        grid=(ceil_divide(rows, block_rows) * ceil_divide(inner, block_inner),),
-        integers={
-            "rows": rows,
-            "inner": inner,
-            "height": height,
-            "width": width,
-            "height_big": height_big,
-            "width_big": width_big,
-        },
-        constants={
-            **constants,
-            "RATIO_H": ratios[0] if all(ratios) else 0,
-            "RATIO_W": ratios[1] if all(ratios) else 0,
-            "WIDE": wide,
-            "BLOCK_ROWS": block_rows,
-            "BLOCK_INNER": block_inner,
-        },
-    )
-
-
-def forward_launch(shape: Shape, size_big: Size, itemsize: int) -> Launch:
+def forward_launch(
+    shape: Shape, size_big: Size, itemsize: int, choice: Choice | None = None
+) -> Launch:
     """Plan the forward pass; ``itemsize`` is the bytes of an element."""
-    same = known(shape[1] == size_big[0]) and known(shape[2] == size_big[1])
-    return _plan(shape, size_big, False, FORWARD_TILE_BYTES // itemsize, SAME=same)
+    same = equal_sizes((shape, size_big, itemsize))
+    return plan(shape, size_big, False, FORWARD_TILE_BYTES // itemsize, choice, SAME=same)
 
 
 def backward_launch(
-    shape: Shape, size_big: Size, itemsize: int, needs_big: bool, needs_little: bool
+    shape: Shape,
+    size_big: Size,
+    itemsize: int,
+    needs_big: bool,
+    needs_little: bool,
+    choice: Choice | None = None,
 ) -> Launch:
     """Plan the backward pass: over big's pixels, or over all elements where only g is wanted."""
     tile = (BACKWARD_TILE_BYTES if needs_big else FORWARD_TILE_BYTES) // itemsize
     flags = {"SAME": not needs_big, "STORE_LITTLE": needs_little}
-    return _plan(shape, size_big, needs_big, tile, **flags)
+    return plan(shape, size_big, needs_big, tile, choice, **flags)
 
 
 # Kernels: p_ is a pointer, o_ a tile of offsets, b_ a tile of values, m_ a mask -----------------
@@ -267,7 +249,9 @@ def _merge(big: torch.Tensor, little: torch.Tensor) -> torch.Tensor:
     if known(out.numel() == 0):
         return out
     size_big = (big.shape[2], big.shape[3])
-    launch = forward_launch(_blocked(little, memory_format), size_big, little.element_size())
+    sizes = (_blocked(little, memory_format), size_big, little.element_size())
+    choice = choose("merge forward", key(*sizes, equal_sizes(sizes)), out.device)
+    launch = forward_launch(*sizes, choice)
     with device_guard(out):
         wrap_triton(_forward_kernel)[launch.grid](
             p_big=big, p_little=little, p_out=out, **launch.arguments
@@ -291,8 +275,9 @@ def _merge_backward(
     dlittle = allocate(out, tuple(out.shape), memory_format) if needs_little else out.new_empty(0)
     if known(out.numel() == 0):
         return dbig.zero_(), dlittle
-    shape, size_big = _blocked(out, memory_format), (height_big, width_big)
-    launch = backward_launch(shape, size_big, out.element_size(), needs_big, needs_little)
+    sizes = (_blocked(out, memory_format), (height_big, width_big), out.element_size())
+    choice = choose("merge backward", key(*sizes, not needs_big), out.device)
+    launch = backward_launch(*sizes, needs_big, needs_little, choice)
     with device_guard(out):
         wrap_triton(_backward_kernel)[launch.grid](
             p_grad=grad, p_out=out, p_dbig=dbig, p_dlittle=dlittle, **launch.arguments
@@ -359,34 +344,76 @@ def merge(big: torch.Tensor, little: torch.Tensor) -> torch.Tensor:
     return merge_op(big, little)  # type: ignore[no-any-return]
 
 
-# For ahead-of-time compilation ---------------------------------------------------------------
+# For tuning and ahead-of-time compilation ------------------------------------------------------
 
-# Name -> (outer, H, W, inner), (H_big, W_big): each compiles to different code.
-_PROBLEMS = {
-    "channels_last x2": ((32, 56, 56, 256), (28, 28)),
-    "channels_last x2 narrow": ((32, 56, 56, 64), (28, 28)),
-    "channels_last odd": ((32, 55, 55, 256), (28, 28)),
-    "channels_last unaligned": ((3, 55, 55, 37), (28, 28)),
-    "channels_last x2 wide": ((2048, 112, 112, 128), (56, 56)),
-    "channels_last odd wide": ((2048, 111, 111, 128), (56, 56)),
-    "contiguous x2": ((32 * 256, 56, 56, 1), (28, 28)),
-    "contiguous odd": ((32 * 256, 55, 55, 1), (28, 28)),
-    "same": ((32, 56, 56, 256), (56, 56)),
-    "same wide": ((2048, 112, 112, 128), (112, 112)),
-}
+_BLOCKS = {"BLOCK_ROWS": (1, 16384), "BLOCK_INNER": (1, 256)}
+
+
+def _forward_pointers(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    return dict.fromkeys(("p_big", "p_little", "p_out"), dtype)
+
+
+def _backward_pointers(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    return dict.fromkeys(("p_grad", "p_out", "p_dbig", "p_dlittle"), dtype)
+
+
+def _forward_plan(problem: Problem, choice: Choice | None = None) -> Launch:
+    return forward_launch(*problem, choice)
+
+
+def _backward_plan(problem: Problem, choice: Choice | None = None) -> Launch:
+    return backward_launch(*problem, not equal_sizes(problem), True, choice)
+
+
+def _forward_call(problem: Problem, dtype: torch.dtype, device: torch.device) -> Any:
+    big, little, _ = drawn(problem, dtype, device)
+    return lambda: (merge_op(big, little),)
+
+
+def _backward_call(problem: Problem, dtype: torch.dtype, device: torch.device) -> Any:
+    _, out, grad = drawn(problem, dtype, device)
+    # As autograd asks: at equal sizes both gradients are one.
+    return lambda: merge_backward_op(grad, out, *problem[1], not equal_sizes(problem), True)
+
+
+register(
+    Tunable(
+        name="merge forward",
+        blocks=_BLOCKS,
+        kernel=_forward_kernel,
+        plan=_forward_plan,
+        pointers=_forward_pointers,
+        key=site_key,
+        problems=sites,
+        candidates=lambda problem: candidates(problem, FORWARD_CANDIDATES),
+        call=_forward_call,
+    )
+)
+register(
+    Tunable(
+        name="merge backward",
+        blocks=_BLOCKS,
+        kernel=_backward_kernel,
+        plan=_backward_plan,
+        pointers=_backward_pointers,
+        key=site_key,
+        problems=sites,
+        candidates=lambda problem: candidates(problem, BACKWARD_CANDIDATES),
+        call=_backward_call,
+    )
+)
 
 
 def specializations() -> list[Specialization]:
     """List what ``blnet kernels compile`` builds: every branch of the kernels, in every dtype."""
     found = []
     for dtype in KERNEL_DTYPES:
-        for problem, (shape, size_big) in _PROBLEMS.items():
+        for problem, (shape, size_big) in PROBLEMS.items():
             name = f"{problem} {str(dtype).removeprefix('torch.')}"
-            launch = forward_launch(shape, size_big, dtype.itemsize)
-            pointers = dict.fromkeys(("p_big", "p_little", "p_out"), dtype)
+            launch = _forward_plan((shape, size_big, dtype.itemsize))
+            pointers = _forward_pointers(dtype)
             found.append(specialize(f"merge forward {name}", _forward_kernel, launch, pointers))
-            upsampled = shape[1:3] != size_big
-            launch = backward_launch(shape, size_big, dtype.itemsize, upsampled, True)
-            pointers = dict.fromkeys(("p_grad", "p_out", "p_dbig", "p_dlittle"), dtype)
+            launch = _backward_plan((shape, size_big, dtype.itemsize))
+            pointers = _backward_pointers(dtype)
             found.append(specialize(f"merge backward {name}", _backward_kernel, launch, pointers))
     return found

@@ -36,9 +36,10 @@ from typing import Any
 
 import torch
 
-from blnet.kernels import reference
+from blnet.kernels import reference, testing
 from blnet.kernels.backend import KERNEL_DTYPES, choose_backend
 from blnet.kernels.checks import check_map, check_vector
+from blnet.kernels.expand_merge_sizes import sites
 from blnet.kernels.launch import (
     Launch,
     Specialization,
@@ -52,6 +53,7 @@ from blnet.kernels.launch import (
 )
 from blnet.kernels.registration import define_op, no_flops, wrap_triton
 from blnet.kernels.triton_shim import tl, triton
+from blnet.kernels.tuning import Choice, Tunable, bucket, choices, choose, concrete, register
 
 # Launch configuration -----------------------------------------------------------------------
 #
@@ -61,15 +63,40 @@ from blnet.kernels.triton_shim import tl, triton
 SAMPLE_ROWS = 128  # for the estimate of the mean: its error is then 0.09 std
 LARGEST_TILE = {2: 128, 4: 64}  # channels of a tile by bytes of an element
 BLOCK_ROWS = {2: 64, 4: 16}
+BLOCKS = "BLOCK_ROWS BLOCK"  # then warps and stages
+# Bytes of an element -> what else to measure. None of these spills for sm_90 at any site; of what
+# was tried these did: in 16 bits 64 rows of 128 on 4 warps; in float32 on 4 warps 16 or 32 rows of
+# 64 and 64 rows of 32, on 8 64 rows of 64.
+CANDIDATES = {
+    2: (
+        (64, 128, 8, 2), (64, 128, 8, 4), (32, 128, 8, 3), (32, 128, 4, 3), (128, 128, 8, 2),
+        (128, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 3), (128, 64, 4, 2),
+        (128, 64, 4, 3), (128, 64, 8, 3), (256, 64, 8, 2), (32, 64, 4, 3), (32, 64, 4, 4),
+        (64, 32, 4, 3), (128, 32, 4, 3), (256, 32, 4, 2),
+    ),
+    4: (
+        (16, 64, 8, 1), (16, 64, 8, 2), (16, 64, 8, 4), (32, 64, 8, 2), (32, 64, 8, 3),
+        (16, 32, 4, 3), (32, 32, 4, 2), (32, 32, 4, 3),
+    ),
+}  # fmt: skip
 PROGRAMS = 512  # about four for each multiprocessor of a large GPU
 # Rows of a share, per channel: keeps the workspace below 1 / 4 of a 16-bit map.
 ROWS_PER_CHANNEL = 8
 
 
-def moments_launch(rows: int, channels: int, itemsize: int) -> Launch:
-    """Plan the first stage; ``itemsize`` is the bytes of an element."""
+def moments_rule(channels: int, itemsize: int) -> Choice:
+    """Return the choice for a device that nobody measured."""
     block = min(max(next_power_of_2(channels), 16), LARGEST_TILE[itemsize])
-    block_rows = BLOCK_ROWS[itemsize]
+    num_warps = 8 if block == 128 or channels > block else 4
+    (choice,) = choices(BLOCKS, (BLOCK_ROWS[itemsize], block, num_warps, 3))
+    return choice
+
+
+def moments_launch(rows: int, channels: int, itemsize: int, choice: Choice | None = None) -> Launch:
+    """Plan the first stage; ``itemsize`` is the bytes of an element."""
+    choice = choice or moments_rule(channels, itemsize)
+    block = min(max(next_power_of_2(channels), 16), choice["BLOCK"])
+    block_rows = choice["BLOCK_ROWS"]
     tiles = ceil_divide(channels, block)
     pairs = tiles * (tiles + 1) // 2
     share = max(ROWS_PER_CHANNEL * channels, 8 * block_rows)
@@ -84,11 +111,19 @@ def moments_launch(rows: int, channels: int, itemsize: int) -> Launch:
             "BLOCK_ROWS": block_rows,
             "BLOCK": block,
         },
-        num_warps=8 if block == 128 or tiles > 1 else 4,
+        num_warps=choice["num_warps"],
         # A single 16-bit tile is both factors of its product. Triton 3.6 cannot pipeline that for
         # sm_100 (an assertion in its compiler), so there several programs hide the latency.
-        num_stages=1 if tiles == 1 and itemsize == 2 else 3,
+        num_stages=1 if tiles == 1 and itemsize == 2 else choice["num_stages"],
     )
+
+
+def moments_key(rows: int, channels: int, itemsize: int) -> str | None:
+    """Return the bucket that tuning tables know the sizes by; None for symbolic ones."""
+    if not concrete(rows, channels):
+        return None
+    wide = not fits_int32(rows * channels)
+    return bucket(itemsize, f"K={channels}", rows=rows, wide=wide)
 
 
 def center_launch(rows: int, channels: int, itemsize: int) -> Launch:
@@ -203,7 +238,8 @@ def _moments(x: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.
         return shift.new_zeros(channels), shift.new_zeros(channels, channels)
     x = x.contiguous(memory_format=torch.channels_last)
     shift = shift.contiguous()
-    launch = moments_launch(rows, channels, x.element_size())
+    choice = choose("moments", moments_key(rows, channels, x.element_size()), x.device)
+    launch = moments_launch(rows, channels, x.element_size(), choice)
     parts = launch.grid[1]
     sums = allocate(shift, (parts, channels), torch.contiguous_format)
     gram = allocate(shift, (parts, channels, channels), torch.contiguous_format)
@@ -328,7 +364,49 @@ def mean_and_covariance(
     return (offset if shift is None else offset + shift.double()), covariance
 
 
-# For ahead-of-time compilation ---------------------------------------------------------------
+# For tuning and ahead-of-time compilation ------------------------------------------------------
+
+
+Sizes = tuple[int, int, int]  # rows, channels, bytes of an element
+
+
+def _pointers(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    return {"p_x": dtype, **dict.fromkeys(("p_shift", "p_sums", "p_gram"), torch.float32)}
+
+
+def _plan(sizes: Sizes, choice: Choice | None = None) -> Launch:
+    return moments_launch(*sizes, choice)
+
+
+def _key(sizes: Sizes) -> str | None:
+    return moments_key(*sizes)
+
+
+def _sites(batch: int, itemsize: int) -> dict[str, Sizes]:
+    problems = sites(batch, itemsize)
+    return {name: (p.rows, p.channels_in, itemsize) for name, p in problems.items()}
+
+
+def _timed(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Any:
+    rows, channels, _ = sizes
+    generator = torch.Generator(device).manual_seed(0)
+    x = testing.draw((rows, channels, 1, 1), dtype, "channels_last", device, generator)
+    return lambda: moments_op(x, x.new_zeros(channels, dtype=torch.float32))
+
+
+register(
+    Tunable(
+        name="moments",
+        blocks={"BLOCK_ROWS": (16, 256), "BLOCK": (16, 128)},
+        kernel=_moments_kernel,
+        plan=_plan,
+        pointers=_pointers,
+        key=_key,
+        problems=_sites,
+        candidates=lambda sizes: choices(BLOCKS, *CANDIDATES[sizes[2]]),
+        call=_timed,
+    )
+)
 
 # Name -> rows, channels: each compiles to different code.
 _PROBLEMS = {
@@ -351,8 +429,7 @@ def specializations() -> list[Specialization]:
         for problem, (rows, channels) in _PROBLEMS.items():
             name = f"{problem} {str(dtype).removeprefix('torch.')}"
             launch = moments_launch(rows, channels, dtype.itemsize)
-            pointers = {"p_x": dtype, "p_shift": full, "p_sums": full, "p_gram": full}
-            found.append(specialize(f"moments {name}", _moments_kernel, launch, pointers))
+            found.append(specialize(f"moments {name}", _moments_kernel, launch, _pointers(dtype)))
         launch = center_launch(math.prod((32, 28, 28)), 128, dtype.itemsize)
         name = f"moments center {str(dtype).removeprefix('torch.')}"
         found.append(specialize(name, _center_kernel, launch, {"p_x": dtype, "p_center": full}))

@@ -165,15 +165,104 @@ def expand_merge(
     Returns:
         Shape (N, C, H, W).
     """
+    weight = weight.reshape(weight.shape[0], weight.shape[1], 1, 1)
+    return epilogue(_affine(x, weight, scale, shift), big, relu)
+
+
+def _affine(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    stride: int = 1,
+    padding: int = 0,
+) -> torch.Tensor:
+    """Compute scale conv2d(x, weight) + shift; scale and shift may have a dtype of their own."""
     if scale is None and (shift is None or shift.dtype == weight.dtype):
-        weight = weight.reshape(weight.shape[0], weight.shape[1], 1, 1)
-        return epilogue(F.conv2d(x, weight, shift), big, relu)
-    y = conv1x1(x, weight)
+        return F.conv2d(x, weight, shift, stride, padding)
+    y = F.conv2d(x, weight, None, stride, padding)
     # BatchNorm with mean 0, variance 0 and eps 1 is this very scale and shift, in one pass over y.
     given = shift if scale is None else scale
     assert given is not None
     zeros = torch.zeros_like(given)
-    return epilogue(F.batch_norm(y, zeros, zeros, scale, shift, False, 0.0, 1.0), big, relu)
+    return F.batch_norm(y, zeros, zeros, scale, shift, False, 0.0, 1.0)
+
+
+def bottleneck(
+    x: torch.Tensor,
+    weight1: torch.Tensor,
+    shift1: torch.Tensor | None,
+    weight2: torch.Tensor,
+    shift2: torch.Tensor | None,
+    weight3: torch.Tensor,
+    shift3: torch.Tensor | None,
+    shortcut: torch.Tensor | None = None,
+    relu: bool = True,
+    weight_expand: torch.Tensor | None = None,
+    shift_expand: torch.Tensor | None = None,
+    big: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute a residual bottleneck and, with weight_expand, expand_merge of it.
+
+    Args:
+        x: shape (N, C_in, H, W).
+        weight1: shape (I, C_in, 1, 1) or (I, C_in).
+        shift1: shape (I,); None for 0.
+        weight2: shape (I, I, 3, 3).
+        shift2: shape (I,); None for 0.
+        weight3: shape (C, I, 1, 1) or (C, I).
+        shift3: shape (C,); None for 0.
+        shortcut: shape (N, C, H, W); None for x.
+        relu: False leaves the block's closing ReLU out.
+        weight_expand: shape (C_out, C, 1, 1) or (C_out, C); None ends after the block.
+        shift_expand: shape (C_out,); None for 0.
+        big: shape (N, C_out, H_big, W_big), or None for 0.
+
+    Returns:
+        Shape (N, C, H, W), or (N, C_out, H, W) with weight_expand.
+    """
+    h = expand_merge(x, weight1, None, shift1)
+    u = _affine(h, weight2, None, shift2, 1, 1).relu()
+    z = expand_merge(u, weight3, None, shift3, x if shortcut is None else shortcut, relu)
+    if weight_expand is None:
+        return z
+    return expand_merge(z, weight_expand, None, shift_expand, big)
+
+
+def stem(
+    x: torch.Tensor,
+    little: torch.Tensor,
+    weight_expand: torch.Tensor,
+    shift_expand: torch.Tensor | None,
+    weight_fusion: torch.Tensor,
+    shift_fusion: torch.Tensor | None,
+    weight_big: torch.Tensor | None = None,
+    shift_big: torch.Tensor | None = None,
+    weight_little: torch.Tensor | None = None,
+    shift_little: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute the end of a Big-Little stem: merge of the branches, then the fusion convolution.
+
+    Args:
+        x: shape (N, C, H, W), or (N, C_x, H_in, W_in) with weight_big.
+        little: shape (N, L, H, W), or (N, C_l, H_in, W_in) with weight_little.
+        weight_expand: shape (C, L, 1, 1) or (C, L).
+        shift_expand: shape (C,); None for 0.
+        weight_fusion: shape (C_out, C, 1, 1) or (C_out, C).
+        shift_fusion: shape (C_out,); None for 0.
+        weight_big: shape (C, C_x, 3, 3), of the big branch's strided convolution; None if done.
+        shift_big: shape (C,); None for 0.
+        weight_little: shape (L, C_l, 3, 3), of the little branch's; None if done.
+        shift_little: shape (L,); None for 0.
+
+    Returns:
+        Shape (N, C_out, H, W), H and W half of H_in and W_in, rounded up.
+    """
+    big = x if weight_big is None else _affine(x, weight_big, None, shift_big, 2, 1)
+    if weight_little is not None:
+        little = _affine(little, weight_little, None, shift_little, 2, 1).relu()
+    z = expand_merge(little, weight_expand, None, shift_expand, big)
+    return expand_merge(z, weight_fusion, None, shift_fusion)
 
 
 def expand_merge_train(

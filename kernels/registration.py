@@ -61,6 +61,7 @@ def define_op(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     flops: Callable[..., int] | None = None,
+    inference_only: bool = False,
 ) -> Implementation:
     """Register an op that is made of Triton kernels.
 
@@ -75,6 +76,8 @@ def define_op(
             that is itself a backward pass: differentiating it raises a RuntimeError.
         setup_context: ``setup_context(ctx, inputs, output)``.
         flops: formula for torch's FlopCounterMode, from shapes; None counts 0.
+        inference_only: whether the error on differentiating says that the op has no backward pass
+            at all.
 
     Returns:
         The registered op, or ``implementation`` where Triton is not installed.
@@ -87,7 +90,7 @@ def define_op(
         op.register_fake(_fake_of(implementation))
     else:
         op = torch.library.triton_op(name, implementation, mutates_args=())
-    op.register_autograd(backward or _refuse(name), setup_context=setup_context)
+    op.register_autograd(backward or _refuse(name, inference_only), setup_context=setup_context)
     namespace, _, short = name.partition("::")
     packet = getattr(getattr(torch.ops, namespace), short)
     register_flop_formula(packet)(flops or no_flops)
@@ -102,12 +105,19 @@ def no_flops(*shapes: Any, **keywords: Any) -> int:
     return 0
 
 
-def _refuse(name: str) -> Callable[..., Any]:
-    def refuse(ctx: Any, *grads: torch.Tensor) -> Any:
-        raise RuntimeError(
-            f"{name} cannot be differentiated: the kernels compute first derivatives only; "
-            "call blnet.kernels.use_backend('torch') for second derivatives"
+def _refuse(name: str, inference_only: bool) -> Callable[..., Any]:
+    reason = (
+        f"{name} cannot be differentiated: the kernels compute first derivatives only; "
+        "call blnet.kernels.use_backend('torch') for second derivatives"
+    )
+    if inference_only:
+        reason = (
+            f"{name} is for inference and has no gradient; call it under torch.no_grad(), or "
+            "blnet.kernels.use_backend('torch') for plain PyTorch, which has one"
         )
+
+    def refuse(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise RuntimeError(reason)
 
     return refuse
 

@@ -21,6 +21,43 @@ from dataclasses import dataclass
 import torch
 
 from blnet.kernels import launch
+from blnet.kernels.shapes import (
+    BOTTLENECK_SHAPES,
+    EXPAND_SHAPES,
+    SHAPES,
+    STEM_SHAPES,
+    BottleneckShape,
+    ExpandShape,
+    Shape,
+    StemShape,
+)
+
+__all__ = [
+    "BOTTLENECK_SHAPES",
+    "EXPAND_SHAPES",
+    "LAYOUTS",
+    "SHAPES",
+    "STEM_SHAPES",
+    "TOLERANCES",
+    "AnyShape",
+    "BottleneckShape",
+    "ExpandShape",
+    "Shape",
+    "StemShape",
+    "Tolerance",
+    "assert_close",
+    "assert_no_worse",
+    "bottleneck_inputs",
+    "draw",
+    "expand_merge_inputs",
+    "merge_inputs",
+    "moments_inputs",
+    "poisoned_outputs",
+    "relative_error",
+    "stem_inputs",
+]
+
+AnyShape = Shape | ExpandShape | BottleneckShape | StemShape
 
 
 @dataclass(frozen=True)
@@ -48,128 +85,6 @@ TOLERANCES = {
 FLOAT32_SUMS = 1e-6  # relative error that a float32 sum of a few thousand terms may always have
 NO_WORSE = 1.25  # a kernel's error may be this many times that of PyTorch's own eager path
 LAYOUTS = ("channels_last", "contiguous", "mixed", "strided")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a merge, and why they are tested.
-
-    Attributes:
-        n: batch.
-        c: channels.
-        h: height of little and of the output.
-        w: width of little and of the output.
-        h_big: height of big.
-        w_big: width of big.
-        reason: why this case exists.
-    """
-
-    n: int
-    c: int
-    h: int
-    w: int
-    h_big: int
-    w_big: int
-    reason: str
-
-    @property
-    def big(self) -> tuple[int, int, int, int]:
-        """Shape of big."""
-        return (self.n, self.c, self.h_big, self.w_big)
-
-    @property
-    def little(self) -> tuple[int, int, int, int]:
-        """Shape of little."""
-        return (self.n, self.c, self.h, self.w)
-
-    def __str__(self) -> str:
-        little = "x".join(str(size) for size in self.little)
-        return f"{little} from {self.h_big}x{self.w_big}"
-
-
-@dataclass(frozen=True)
-class ExpandShape:
-    """Sizes of an expand_merge, and why they are tested.
-
-    Attributes:
-        n: batch.
-        k: channels of x.
-        c: channels of the output.
-        h: height of x and of the output.
-        w: width of x and of the output.
-        h_big: height of big; 0 for no big.
-        w_big: width of big; 0 for no big.
-        reason: why this case exists.
-    """
-
-    n: int
-    k: int
-    c: int
-    h: int
-    w: int
-    h_big: int
-    w_big: int
-    reason: str
-
-    @property
-    def x(self) -> tuple[int, int, int, int]:
-        """Shape of x."""
-        return (self.n, self.k, self.h, self.w)
-
-    @property
-    def big(self) -> tuple[int, int, int, int] | None:
-        """Shape of big, or None."""
-        return (self.n, self.c, self.h_big, self.w_big) if self.h_big else None
-
-    @property
-    def out(self) -> tuple[int, int, int, int]:
-        """Shape of the output."""
-        return (self.n, self.c, self.h, self.w)
-
-    def __str__(self) -> str:
-        x = "x".join(str(size) for size in self.x)
-        big = f" from {self.h_big}x{self.w_big}" if self.h_big else ""
-        return f"{x} to {self.c}{big}"
-
-
-SHAPES = (
-    Shape(2, 64, 8, 8, 4, 4, "doubling, as at every merge of a network at even sizes"),
-    Shape(1, 48, 7, 9, 4, 5, "odd sizes next to doubling: ceil(H / 2), and C no power of two"),
-    Shape(2, 32, 6, 5, 6, 5, "equal sizes: the plain residual add"),
-    Shape(1, 1, 1, 1, 1, 1, "a single element"),
-    Shape(3, 5, 1, 1, 1, 1, "one pixel: both layouts are the same memory"),
-    Shape(1, 3, 40, 1, 20, 1, "speech: one time step, and unaligned channels"),
-    Shape(2, 300, 4, 6, 2, 3, "more channels than the widest tile"),
-    Shape(1, 16, 40, 40, 20, 20, "more pixels than a tile holds"),
-    Shape(1, 8, 12, 12, 3, 4, "whole ratios 4 and 3 that differ between the axes"),
-    Shape(1, 4, 20, 10, 2, 2, "ratios 10 and 5: above the largest that is compiled in"),
-    Shape(2, 7, 10, 9, 4, 7, "ratios 5/2 and 9/7: windows of different sizes in one map"),
-    Shape(2, 6, 13, 11, 1, 1, "one pixel copied everywhere: the window is the whole map"),
-    Shape(1, 5, 3, 4, 7, 9, "big is larger: some of its pixels are never read, gradient 0"),
-    Shape(1, 5, 6, 4, 3, 9, "up in one axis, down in the other"),
-    Shape(2, 6, 8, 5, 4, 5, "up in one axis, equal in the other"),
-    Shape(0, 8, 4, 4, 2, 2, "empty batch"),
-    Shape(2, 0, 4, 4, 2, 2, "no channels"),
-    Shape(2, 8, 0, 4, 2, 2, "no rows: big's gradient is zero, not uninitialised"),
-)
-
-
-EXPAND_SHAPES = (
-    ExpandShape(2, 32, 64, 8, 8, 4, 4, "doubling, as at every merge of a network at even sizes"),
-    ExpandShape(1, 48, 96, 7, 9, 4, 5, "odd sizes next to doubling, K and C no powers of two"),
-    ExpandShape(2, 16, 32, 6, 5, 6, 5, "equal sizes: the residual of a bottleneck"),
-    ExpandShape(2, 24, 40, 6, 7, 0, 0, "no big: convolution, BN and ReLU alone"),
-    ExpandShape(9, 1, 1, 1, 1, 1, 1, "one channel, one pixel: both layouts are the same memory"),
-    ExpandShape(1, 37, 75, 5, 7, 3, 4, "unaligned rows: narrow loads, smaller tiles"),
-    ExpandShape(1, 130, 140, 9, 8, 5, 4, "K and C just above the widest tile"),
-    ExpandShape(1, 8, 16, 40, 30, 20, 15, "more pixels than a share of the reductions holds"),
-    ExpandShape(1, 4, 8, 12, 12, 3, 4, "whole ratios 4 and 3 that differ between the axes"),
-    ExpandShape(2, 7, 9, 10, 9, 4, 7, "ratios 5/2 and 9/7: windows of different sizes in one map"),
-    ExpandShape(1, 6, 5, 13, 11, 1, 1, "one pixel copied everywhere: the window is the whole map"),
-    ExpandShape(1, 5, 6, 3, 4, 7, 9, "big is larger: some of its pixels are never read"),
-    ExpandShape(1, 3, 12, 40, 1, 20, 1, "speech: one time step, and unaligned channels"),
-    ExpandShape(0, 8, 16, 4, 4, 2, 2, "empty batch"),
-)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -388,3 +303,92 @@ def moments_inputs(
     x = expand_merge_inputs(shape, dtype, layout, device, generator, offset=30.0)[0]
     signs = x.float().sum((0, 2, 3)).sign()
     return x, 30.0 * signs
+
+
+def bottleneck_inputs(
+    shape: BottleneckShape,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "channels_last",
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor | None, ...]:
+    """Build the tensors of ``bottleneck``; the tests and the benchmarks both use this.
+
+    Args:
+        shape: the sizes.
+        dtype: of the maps and weights; shifts are float32.
+        layout: one of :data:`LAYOUTS`; "mixed" is channels-last maps but contiguous big and
+            shortcut, and weights packed for the kernels.
+        device: where to put them.
+        generator: for values that repeat; None draws from the device's default generator.
+
+    Returns:
+        (x, weight1, shift1, weight2, shift2, weight3, shift3, shortcut, weight_expand,
+        shift_expand, big), None for what the shape has none of; no tensor requires a gradient.
+    """
+    of_big, of_x = ("contiguous", "channels_last") if layout == "mixed" else (layout, layout)
+
+    def layer(c: int, k: int, kernel: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        return _layer(c, k, kernel, dtype, layout, device, generator)
+
+    def optional(size: tuple[int, int, int, int] | None) -> torch.Tensor | None:
+        return None if size is None else draw(size, dtype, of_big, device, generator)
+
+    x = draw(shape.x, dtype, of_x, device, generator)
+    first, second = layer(shape.i, shape.k), layer(shape.i, shape.i, 3)
+    third, shortcut = layer(shape.c, shape.i), optional(shape.shortcut)
+    expansion = layer(shape.c_out, shape.c) if shape.c_out else (None, None)
+    return (x, *first, *second, *third, shortcut, *expansion, optional(shape.big))
+
+
+def _layer(
+    c: int,
+    k: int,
+    kernel: int,
+    dtype: torch.dtype,
+    layout: str,
+    device: torch.device | str,
+    generator: torch.Generator | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw the weight and the shift of a convolution that keeps the size of what it is given."""
+    where = generator.device if generator is not None else device
+    weight = torch.randn((c, k, kernel, kernel), generator=generator, device=where)
+    # A 3x3 kernel's nine taps see the map behind a ReLU, which halves the mean square.
+    weight = (weight * (2 / (k * kernel**2)) ** 0.5).to(device=device, dtype=dtype)
+    if layout == "mixed":
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    return weight, torch.randn(c, generator=generator, device=where).to(device) / 2
+
+
+def stem_inputs(
+    shape: StemShape,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "channels_last",
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor | None, ...]:
+    """Build the tensors of ``stem``; the tests and the benchmarks both use this.
+
+    Args:
+        shape: the sizes.
+        dtype: of the maps and weights; shifts are float32.
+        layout: one of :data:`LAYOUTS`; "mixed" is channels-last x, contiguous little and weights
+            packed for the kernels.
+        device: where to put them.
+        generator: for values that repeat; None draws from the device's default generator.
+
+    Returns:
+        (x, little, weight_expand, shift_expand, weight_fusion, shift_fusion, weight_big,
+        shift_big, weight_little, shift_little), None for what the shape has none of; no tensor
+        requires a gradient.
+    """
+    of_little, of_x = ("contiguous", "channels_last") if layout == "mixed" else (layout, layout)
+
+    def layer(c: int, k: int, kernel: int = 1) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return _layer(c, k, kernel, dtype, layout, device, generator) if k else (None, None)
+
+    x = draw(shape.x, dtype, of_x, device, generator)
+    little = draw(shape.little, dtype, of_little, device, generator)
+    expand, fusion = layer(shape.c, shape.narrow), layer(shape.c_out, shape.c)
+    big, narrow = layer(shape.c, shape.c_x, 3), layer(shape.narrow, shape.c_little, 3)
+    return (x, little, *expand, *fusion, *big, *narrow)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,3 +17,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Path]]:
+    """Give the folders of the user's tuning tables and the repository's, both empty.
+
+    The machine has a device named "NVIDIA Test 9000", as far as the tables can tell.
+    """
+    from blnet.kernels import tuning, tuning_tables
+
+    user, shipped = tmp_path / "user", tmp_path / "shipped"
+    name = functools.cache(lambda device: "NVIDIA Test 9000")
+    monkeypatch.setenv("BLNET_TABLES", str(user))
+    monkeypatch.setattr(tuning_tables, "SHIPPED", shipped)
+    monkeypatch.setattr(tuning_tables, "_device_name", name)
+    tuning.forget()
+    yield user, shipped
+    monkeypatch.undo()
+    tuning.forget()

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from blnet.bench.command import SUITES, parse_settings
+from blnet.bench.command import SUITES, op_suites, parse_settings
 from blnet.bench.session import Case, Session
 from blnet.bench.settings import Settings, check_writable, resolve
 from blnet.cli import main
@@ -113,6 +113,15 @@ def test_settings_of_flags() -> None:
     assert settings.rounds(8) >= 8
     assert settings.rounds(1) >= 20
     assert resolve(Settings(device="cpu", batch=1)).batches == (1,)
+
+
+def test_kernels_stands_for_the_suites_of_the_ops() -> None:
+    ops = op_suites()
+    assert "merge" in ops
+    assert "models" not in ops
+    assert parse_settings(["kernels"]).suites == tuple(ops)
+    assert parse_settings(["merge", "models", "kernels"]).suites[:2] == ("merge", "models")
+    assert len(parse_settings(["merge", "kernels"]).suites) == len(ops)
 
 
 class WrongSuite:

@@ -14,10 +14,13 @@ from blnet.kernels.triton_shim import tl, triton
 # and of expand_merge a typical size and those that take most registers. `blnet kernels compile`
 # builds all of it for every target.
 ELSEWHERE = ("stage 1 K=128", "wide K=128 C=256 odd", "unaligned K=37", "K=128 ")
+# Of the fused blocks: what takes most registers, and the stem of the published networks.
+BLOCKS = ("bottleneck", "stem", "conv3x3")
+BLOCKS_ELSEWHERE = ("wide", "unaligned", "I=64 C=256 to 512 x2", "stem C=64 L=32 bfloat16")
 
 
 def chosen_for(target):
-    everything = aot.specializations()
+    everything = [item for item in aot.specializations() if item.name.split()[0] not in BLOCKS]
     if target == "sm_90":
         return everything
     return [
@@ -40,12 +43,49 @@ def test_no_kernel_spills(target):
         if target != "gfx942" and ("channels_last x2" in report.name or "same" in report.name):
             assert report.load_bytes == (16,), f"{report.name}: loads of {report.load_bytes} bytes"
         if "merge" in report.name.split()[0] and " K=" in report.name and target == "sm_90":
-            assert report.matrix == ("float32" not in report.name), report.name
+            assert bool(report.matrix) == ("float32" not in report.name), report.name
             if "unaligned" not in report.name:
+                assert report.matrix in ("", "wgmma"), f"{report.name}: {report.matrix}"
                 assert 16 in report.load_bytes, f"{report.name}: {report.load_bytes}"
                 assert min(report.load_bytes) >= 8 or "float32" in report.name, report.name
         if "unaligned" in report.name:
             assert 16 not in report.load_bytes  # 37 channels: the declaration must not lie
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_no_fused_block_spills(target):
+    chosen = [item for item in aot.specializations() if item.name.split()[0] in BLOCKS]
+    assert {item.name.split()[0] for item in chosen} == set(BLOCKS)
+    if target != "sm_90":
+        chosen = [item for item in chosen if any(part in item.name for part in BLOCKS_ELSEWHERE)]
+        chosen = [item for item in chosen if not item.name.endswith(" float16")]
+    for report in aot.compile_all([target], chosen):
+        assert report.spills == 0, f"{report.name} on {target} spills {report.spills}"
+        assert 0 < report.registers <= 255
+        # What sm_80 (with the limit of its smaller kin, which runs its code), sm_90, sm_100 and
+        # gfx942 give one program.
+        limit = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}[target] * 1024
+        assert report.shared <= limit, f"{report.name} on {target}: {report.shared} bytes"
+        # NVIDIA multiplies float32 on no matrix unit but in tf32; in 16 bits all must use one.
+        if "float32" not in report.name or target != "gfx942":
+            assert bool(report.matrix) == ("float32" not in report.name), report.name
+        if target == "sm_90" and report.matrix:
+            assert "wgmma" in report.assembly, report.name
+        assert (16 in report.load_bytes) == ("unaligned" not in report.name), report.name
+
+
+def test_specializations_cover_blocks_with_every_flag():
+    everything = aot.specializations()
+    for op, flags in (
+        ("bottleneck", ("CHAIN", "HAS_BIG", "RELU", "SAME", "WIDE", "RATIO_H")),
+        ("stem", ("CONV_BIG", "CONV_LITTLE", "WIDE")),
+        ("conv3x3", ("WIDE",)),
+    ):
+        found = [item for item in everything if item.name.split()[0] == op]
+        for flag in flags:
+            assert {bool(item.constants[flag]) for item in found} == {False, True}, (op, flag)
+        dtypes = {item.name.rpartition(" ")[2] for item in found}
+        assert dtypes >= ({"float32"} if op == "conv3x3" else {"bfloat16", "float16"})
 
 
 def test_specializations_cover_both_passes_in_every_dtype():
@@ -104,11 +144,14 @@ def test_a_spilling_kernel_is_seen(target):
     assert aot.compile_one(item, target).spills > 0
 
 
+MATRIX = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+
+
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_matrix_instructions_are_seen(target):
     plan = Launch((1,), {"n": 48}, {"BLOCK": 64})
     item = specialize("dot", _multiplies, plan, dict.fromkeys(("p_in", "p_out"), torch.float16))
-    assert aot.compile_one(item, target).matrix
+    assert aot.compile_one(item, target).matrix == MATRIX[target]
 
 
 def test_undeclared_divisibility_would_narrow_the_loads():

@@ -62,7 +62,15 @@ def test_poison_is_on_only_inside():
     assert allocate().is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("shapes", [testing.SHAPES, testing.EXPAND_SHAPES])
+TABLES = (
+    testing.SHAPES,
+    testing.EXPAND_SHAPES,
+    testing.BOTTLENECK_SHAPES,
+    testing.STEM_SHAPES,
+)
+
+
+@pytest.mark.parametrize("shapes", TABLES)
 def test_every_shape_has_its_own_reason(shapes):
     reasons = [shape.reason for shape in shapes]
     assert all(reasons)
@@ -109,6 +117,36 @@ def test_inputs_of_expand_merge(layout, dtype):
     assert x.float().mean((0, 2, 3)).abs().sub(30).abs().max() < 1
     y, center = testing.moments_inputs(shape, dtype, layout)
     assert (y.float().mean((0, 2, 3)) - center).abs().max() < 1
+
+
+BLOCKS = {
+    "bottleneck": (testing.bottleneck_inputs, testing.BOTTLENECK_SHAPES, (2, 4, 6, 9)),
+    "stem": (testing.stem_inputs, testing.STEM_SHAPES, (3, 5, 7, 9)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("op", BLOCKS)
+def test_inputs_of_blocks(op, layout, dtype):
+    build, shapes, shifts = BLOCKS[op]
+    last = torch.channels_last
+    for shape in shapes:
+        first, again = (
+            build(shape, dtype, layout, "cpu", torch.Generator().manual_seed(3)) for _ in range(2)
+        )
+        for index, (one, other) in enumerate(zip(first, again, strict=True)):
+            if one is not None:
+                assert torch.equal(one, other)
+                assert one.dtype is (torch.float32 if index in shifts else dtype)
+        assert tuple(first[0].shape) == shape.x
+    x, *rest = build(shapes[0], dtype, layout)
+    assert x.is_contiguous(memory_format=last) == (layout in ("channels_last", "mixed"))
+    assert x.is_contiguous() == (layout == "contiguous")
+    kernels = [t for t in rest if t is not None and t.shape[2:] == (3, 3)]
+    assert kernels
+    for weight in kernels:  # packed for the kernels, or not
+        assert weight.is_contiguous(memory_format=last) == (layout == "mixed")
 
 
 def test_errors_of_float32_sums_are_no_worse():

@@ -106,6 +106,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             target = folder / "source" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((ROOT / name).read_bytes())
+    (folder / "source" / "kernels" / "tables" / "a-device.json").write_text("{}")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
     subprocess.run([*command, str(folder / "source")], check=True, capture_output=True)
     return next(folder.glob("*.whl"))
@@ -120,6 +121,11 @@ def test_the_wheel_holds_every_module(wheel: Path) -> None:
             if path.suffix in {".py", ".typed"}:
                 assert f"{home}/{path.relative_to(ROOT / folder)}" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"blnet"}
+
+
+def test_the_wheel_holds_the_tables_of_measured_block_sizes(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"blnet/kernels/tables/{name}" for name in ("README.md", "a-device.json")} <= names
 
 
 def metadata(wheel: Path, name: str) -> str:

@@ -31,8 +31,8 @@ INFERENCE, TRAINING = OPS[2], OPS[3]
 FORMS = {op.name: op for op in (INFERENCE, TRAINING)}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEEP = int(os.environ.get("BLNET_DEEP", "0"))  # how many fresh examples to draw in all; 0 for few
-EXAMPLES = 70  # of each dtype, the same in every run
-FRESH = DEEP // len(DTYPES) or 3  # of each dtype, others in every run
+EXAMPLES = 70  # of each dtype and op, the same in every run
+FRESH = DEEP // len(DTYPES) or 3  # of each dtype and op, others in every run
 NAMES = ("x", "weight", "scale", "shift", "big")
 
 SMALL = testing.ExpandShape(2, 5, 7, 6, 7, 3, 4, "small, odd, several windows")
@@ -170,7 +170,6 @@ def shapes(draw):
 
 DRAWN = {
     "shape": shapes(),
-    "function": st.sampled_from([expand_merge, expand_merge_train]),
     "layout": st.sampled_from(testing.LAYOUTS),
     "relu": st.booleans(),
     "number": st.integers(0, 2**16),
@@ -210,18 +209,20 @@ def gradient_scale(name, tensors, grad):
     }[name]
 
 
+@pytest.mark.parametrize("function", [expand_merge, expand_merge_train])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @seed(20_250_101)
 @settings(max_examples=EXAMPLES, **QUIET)
 @given(**DRAWN)
-def test_drawn_shapes(dtype, shape, function, layout, relu, number):
+def test_drawn_shapes(dtype, function, shape, layout, relu, number):
     drawn_case(dtype, shape, function, layout, relu, number)
 
 
+@pytest.mark.parametrize("function", [expand_merge, expand_merge_train])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @settings(max_examples=FRESH, **QUIET)
 @given(**DRAWN)
-def test_drawn_shapes_with_a_fresh_seed(dtype, shape, function, layout, relu, number):
+def test_drawn_shapes_with_a_fresh_seed(dtype, function, shape, layout, relu, number):
     drawn_case(dtype, shape, function, layout, relu, number)
 
 
@@ -503,8 +504,8 @@ def test_float64_runs_on_torch_unless_forced():
 def test_a_broken_forward_plan_is_caught(constant, monkeypatch):
     plan = forward_module.forward_launch
 
-    def broken(problem, **flags):
-        good = plan(problem, **flags)
+    def broken(problem, choice=None, **flags):
+        good = plan(problem, choice, **flags)
         constants = {**good.constants, constant: not good.constants[constant]}
         return launch.Launch(good.grid, good.integers, constants)
 
@@ -523,8 +524,8 @@ def test_a_broken_backward_plan_is_caught(name, constant, wrong, monkeypatch):
     module = reduce_module if name == "reduce_launch" else input_module
     plan = getattr(module, name)
 
-    def broken(problem, **flags):
-        good = plan(problem, **flags)
+    def broken(problem, choice=None, **flags):
+        good = plan(problem, choice, **flags)
         return launch.Launch(good.grid, good.integers, {**good.constants, constant: wrong})
 
     tensors, grad = inputs(DOUBLING)

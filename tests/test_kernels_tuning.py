@@ -1,0 +1,413 @@
+"""Which block sizes a kernel runs with: keys, tables and their faults, what a compiler sees."""
+
+import dataclasses
+import importlib
+import json
+import os
+import warnings
+
+import pytest
+import torch
+from torch._functorch.aot_autograd import aot_export_module
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from blnet.kernels import expand_merge, merge, moments, tuning, tuning_tables
+from blnet.kernels.expand_merge_sizes import Problem
+from blnet.kernels.merge_sizes import key as merge_key
+from blnet.kernels.moments import moments_key
+from blnet.kernels.triton_shim import triton
+from blnet.kernels.tuning import TUNABLES
+from blnet.kernels.tuning_tables import Entry, Table
+
+GPU = torch.device("cuda", 0)
+DEVICE = "NVIDIA Test 9000"
+FILE = "nvidia-test-9000.json"
+KERNEL = "expand_merge forward"
+KEY = "2 bytes, K=64, C=256, x2, rows 2^16"
+CHOICE = {"BLOCK_ROWS": 64, "BLOCK_C": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+OTHER = {**CHOICE, "BLOCK_ROWS": 32}
+
+
+def table(choice=CHOICE, kernel=KERNEL, key=KEY):
+    entry = Entry(choice, 10.0, 12.0)
+    return Table(DEVICE, "sm_90", "2.11", "3.6", "2025-01-01", {kernel: {key: entry}})
+
+
+# Keys --------------------------------------------------------------------------------------------
+
+
+def test_a_key_is_readable():
+    assert Problem(32, 64, 256, 56, 56, 28, 28, 2).key() == KEY
+    assert Problem(32, 64, 256, 56, 56, 28, 28, 2).key(upsampling=False) == KEY.replace(" x2,", "")
+    assert Problem(32, 64, 256, 56, 56, 56, 56, 4).key() == (
+        "4 bytes, K=64, C=256, same, rows 2^16"
+    )
+    assert Problem(3, 37, 75, 55, 55, 28, 28, 2).key() == "2 bytes, K=37, C=75, odd, rows 2^13"
+    assert Problem(1, 8, 8, 12, 4, 4, 4, 2).key() == "2 bytes, K=8, C=8, x3x1, rows 2^5"
+    assert Problem(2048, 128, 256, 112, 112, 56, 56, 2).key().endswith(", x2, rows 2^24, wide")
+    assert moments_key(2**20, 64, 4) == "4 bytes, K=64, rows 2^20"
+    assert merge_key((32, 56, 56, 256), (28, 28), 2, False) == "2 bytes, C=256, x2, rows 2^16"
+    assert merge_key((2, 8, 8, 16), (8, 8), 2, True) == "2 bytes, same, elements 2^11"
+
+
+def test_a_bucket_is_a_power_of_two_of_rows():
+    keys = [moments_key(rows, 64, 2) for rows in (2**17 - 1, 2**17, 2**18 - 1, 2**18)]
+    assert keys[0] != keys[1] == keys[2] != keys[3]
+    same_rows = [Problem(n, 64, 256, h, h, h, h, 2).key() for n, h in ((32, 56), (128, 28))]
+    assert same_rows[0] == same_rows[1]
+
+
+# What is registered ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("name", TUNABLES)
+def test_candidates_are_valid_few_and_not_the_rule(name, itemsize):
+    tunable = TUNABLES[name]
+    sites = tunable.problems(32, itemsize)
+    assert len(sites) >= 6
+    for problem in sites.values():
+        found = tuning.candidates(tunable, problem)
+        rule = tuning.effective(tunable, problem, None)
+        assert 4 <= len(found) <= 24
+        assert rule not in found
+        for choice in [rule, *found]:
+            assert tuning_tables.wrong_choice(name, choice) == ""
+            assert found.count(choice) <= 1
+            # What a table holds runs as it stands there.
+            assert tuning.effective(tunable, problem, choice) == choice
+
+
+def test_every_kernel_of_an_op_with_tiles_is_tunable():
+    assert {
+        "expand_merge forward", "expand_merge reduce", "expand_merge input", "moments",
+        "merge forward", "merge backward",
+    } <= set(TUNABLES)  # fmt: skip
+
+
+# The lookup --------------------------------------------------------------------------------------
+
+
+def test_without_tables_the_rule_runs(folders):
+    assert tuning.choose(KERNEL, KEY, GPU) is None
+
+
+def test_the_users_table_goes_before_the_repositorys(folders):
+    user, shipped = folders
+    tuning_tables.write(table(OTHER), shipped)
+    tuning.forget()
+    assert tuning.choose(KERNEL, KEY, GPU) == OTHER
+    tuning_tables.write(table(), user)
+    assert tuning.choose(KERNEL, KEY, GPU) == OTHER  # remembered: no file is read at a launch
+    tuning.forget()
+    assert tuning.choose(KERNEL, KEY, GPU) == CHOICE
+    assert tuning.choose(KERNEL, KEY + "0", GPU) is None
+    assert tuning.choose("expand_merge reduce", KEY, GPU) is None
+
+
+def test_a_bucket_that_the_users_table_leaves_to_the_rule_stays_there(folders):
+    user, shipped = folders
+    tuning_tables.write(table(), shipped)
+    tuning_tables.write(table(None), user)
+    assert tuning.choose(KERNEL, KEY, GPU) is None
+
+
+def test_buckets_that_the_users_table_lacks_come_from_the_repositorys(folders):
+    user, shipped = folders
+    tuning_tables.write(table(), shipped)
+    tuning_tables.write(table(key="2 bytes, another"), user)
+    assert tuning.choose(KERNEL, KEY, GPU) == CHOICE
+
+
+def test_a_question_is_asked_once(folders, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tuning_tables, "look_up", lambda *question: asked.append(question))
+    for _ in range(3):
+        assert tuning.choose(KERNEL, KEY, GPU) is None
+    assert asked == [(KERNEL, KEY, GPU)]
+
+
+def test_a_cpu_and_symbolic_sizes_ask_no_table(folders, monkeypatch):
+    monkeypatch.setattr(tuning_tables, "look_up", lambda *question: pytest.fail("asked"))
+    assert tuning.choose(KERNEL, KEY, torch.device("cpu")) is None
+    assert tuning.choose(KERNEL, None, GPU) is None
+
+
+def test_forced_choices_go_before_all_and_end_with_the_block(folders):
+    tuning_tables.write(table(), folders[0])
+    with tuning.forced(KERNEL, OTHER):
+        assert tuning.choose(KERNEL, KEY, GPU) == OTHER
+        assert tuning.choose(KERNEL, None, torch.device("cpu")) == OTHER
+        with tuning.forced(KERNEL, CHOICE):
+            assert tuning.choose(KERNEL, None, GPU) == CHOICE
+        assert tuning.choose(KERNEL, None, GPU) == OTHER
+    assert tuning.choose(KERNEL, KEY, GPU) == CHOICE
+    assert tuning.choose(KERNEL, None, GPU) is None
+
+
+@pytest.mark.parametrize(
+    ("kernel", "choice", "message"),
+    [
+        ("nothing", CHOICE, "no kernel 'nothing'; choose from expand_merge input"),
+        (KERNEL, {**CHOICE, "BLOCK_C": 48}, "BLOCK_C must be a power of two from 16 to 256, got"),
+        (KERNEL, {"BLOCK_C": 48}, "it must hold BLOCK_ROWS, BLOCK_C, BLOCK_K, num_warps"),
+    ],
+)
+def test_a_wrong_choice_is_not_forced(kernel, choice, message):
+    with pytest.raises(ValueError, match=message), tuning.forced(kernel, choice):
+        pass
+
+
+def test_where_the_users_tables_lie(monkeypatch, tmp_path):
+    monkeypatch.setenv("BLNET_TABLES", str(tmp_path / "a"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    assert tuning_tables.user_folder() == tmp_path / "a"
+    monkeypatch.delenv("BLNET_TABLES")
+    assert tuning_tables.user_folder() == tmp_path / "b" / "blnet" / "tables"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tuning_tables.user_folder() == tmp_path / ".cache" / "blnet" / "tables"
+    monkeypatch.setattr(tuning_tables.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError))
+    assert tuning_tables.user_folder() is None
+
+
+def test_no_device_is_asked_for_its_name_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: pytest.fail("asked"))
+    tuning.forget()
+    assert tuning.choose(KERNEL, KEY, GPU) is None
+    tuning.forget()
+
+
+# Broken tables -----------------------------------------------------------------------------------
+
+
+def changed(**changes):
+    values = {"schema": 1, "device": DEVICE, "architecture": "sm_90", "torch": "2", "triton": "3"}
+    entry = {"choice": CHOICE, "microseconds": 1.0, "rule_microseconds": 2.0}
+    return json.dumps({**values, "date": "", "entries": {KERNEL: {KEY: entry}}, **changes})
+
+
+def with_entry(**changes):
+    entry = {"choice": CHOICE, "microseconds": 1.0, "rule_microseconds": 2.0, **changes}
+    return changed(entries={KERNEL: {KEY: entry}})
+
+
+BROKEN = {
+    "empty": ("", "it is no JSON"),
+    "cut": (changed()[:-20], "it is no JSON"),
+    "nested": ("[" * 100_000, "it is no JSON"),
+    "a list": ("[]", "it has schema None and this version of blnet reads 1"),
+    "schema": (changed(schema=2), "it has schema 2 and this version of blnet reads 1"),
+    "device": (changed(device="NVIDIA H200"), "it was measured on 'NVIDIA H200', and this is"),
+    "facts": (changed(torch=None), "it lacks one of device, architecture, torch, triton, date"),
+    "entries": (changed(entries=[]), "it lacks one of"),
+    "kernel": (changed(entries={KERNEL: 3}), "the entries of expand_merge forward must be a dict"),
+    "entry": (changed(entries={KERNEL: {KEY: {}}}), f"the entry of {KERNEL}, {KEY} must hold"),
+    "time": (with_entry(microseconds=-1), "must be numbers above 0"),
+    "time as text": (with_entry(rule_microseconds="1"), "must be numbers above 0"),
+    "choice": (with_entry(choice=[1]), "a choice is a dict of numbers, got list"),
+    "unknown block": (with_entry(choice={**CHOICE, "BLOCK_X": 16}), "it must hold BLOCK_ROWS"),
+    "missing block": (with_entry(choice={"num_warps": 4, "num_stages": 2}), "it must hold BLOCK_"),
+    "no power": (with_entry(choice={**CHOICE, "BLOCK_C": 96}), "BLOCK_C must be a power of two"),
+    "large": (with_entry(choice={**CHOICE, "BLOCK_K": 4096}), "from 16 to 128, got 4096"),
+    "zero": (with_entry(choice={**CHOICE, "num_warps": 0}), "num_warps must be a power of two"),
+    "true": (with_entry(choice={**CHOICE, "num_stages": True}), "num_stages must be a whole numb"),
+    "fraction": (with_entry(choice={**CHOICE, "num_stages": 1.5}), "num_stages must be a whole"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_table_is_told_once_and_the_rule_runs(case, folders):
+    text, message = BROKEN[case]
+    folders[0].mkdir()
+    (folders[0] / FILE).write_text(text)
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        assert tuning.choose(KERNEL, KEY, GPU) is None
+        assert tuning.choose(KERNEL, "another", GPU) is None
+    (warning,) = caught
+    told = str(warning.message)
+    assert told.startswith(f"the kernels' tuning table {folders[0] / FILE} is not used: ")
+    assert message in told
+    assert told.endswith("delete it, or measure it anew by 'blnet kernels tune --fresh'")
+    assert "\n" not in told
+
+
+def test_a_broken_users_table_leaves_the_repositorys(folders):
+    folders[0].mkdir()
+    (folders[0] / FILE).write_text("{")
+    tuning_tables.write(table(), folders[1])
+    with pytest.warns(UserWarning, match="no JSON"):
+        assert tuning.choose(KERNEL, KEY, GPU) == CHOICE
+
+
+def test_a_table_that_cannot_be_read(folders):
+    (folders[0] / FILE).mkdir(parents=True)
+    with pytest.warns(UserWarning, match="is not used: Is a directory; delete it"):
+        assert tuning.choose(KERNEL, KEY, GPU) is None
+
+
+def test_bytes_that_are_no_text(folders):
+    folders[0].mkdir()
+    (folders[0] / FILE).write_bytes(b"\xff\xfe\x00")
+    with pytest.warns(UserWarning, match="is not used: "):
+        assert tuning.choose(KERNEL, KEY, GPU) is None
+
+
+def test_entries_of_kernels_of_another_version_do_no_harm(folders):
+    other = table({"TILE": 8, "num_warps": 4, "num_stages": 1}, kernel="a kernel to come")
+    other.entries |= table().entries
+    tuning_tables.write(other, folders[0])
+    with warnings.catch_warnings(action="error"):
+        assert tuning.choose(KERNEL, KEY, GPU) == CHOICE
+
+
+# Writing -----------------------------------------------------------------------------------------
+
+
+def test_a_table_comes_back_as_it_was_written(folders):
+    path = tuning_tables.write(table(), folders[0])
+    assert path == folders[0] / FILE
+    assert tuning_tables.read(path, DEVICE) == table()
+    assert [p.name for p in folders[0].iterdir()] == [FILE]
+    assert tuning_tables.tables_in(folders[0]) == [table()]
+    assert tuning_tables.tables_in(folders[1]) == []
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_table(step, folders, monkeypatch):
+    path = tuning_tables.write(table(), folders[0])
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(OSError, match="no space left"):
+        tuning_tables.write(table(OTHER), folders[0])
+    assert tuning_tables.read(path, DEVICE) == table()
+    assert [p.name for p in folders[0].iterdir()] == [FILE]
+
+
+def test_a_link_to_a_table_stays_a_link(folders):
+    user, shipped = folders
+    path = tuning_tables.write(table(), shipped)
+    user.mkdir()
+    (user / FILE).symlink_to(path)
+    tuning_tables.write(table(OTHER), user)
+    assert (user / FILE).is_symlink()
+    assert tuning_tables.read(path, DEVICE) == table(OTHER)
+
+
+def test_a_folder_that_cannot_hold_a_table_is_told_before_measuring(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file/x cannot hold a table \(.*\); choose another --out"):
+        tuning_tables.prepare(tmp_path / "file" / "x")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(PermissionError, match=r"table \(Permission denied\); choose"):
+        tuning_tables.prepare(tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [("NVIDIA H200", "nvidia-h200"), ("AMD Instinct MI300X", "amd-instinct-mi300x"),
+     ("../../etc/x", "etc-x"), ("///", "unnamed")],
+)  # fmt: skip
+def test_the_name_of_a_file(device, name):
+    assert tuning_tables.slug(device) == name
+
+
+# What the compiler sees --------------------------------------------------------------------------
+
+
+class NoDriver:
+    """Stands for a GPU's driver where there is none: tracing asks it for nothing of weight."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_target(self):
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def driver():
+    config = triton.runtime.driver
+    before = config._active
+    config.set_active(NoDriver())
+    yield
+    config._active = before
+
+
+class AllForward(torch.nn.Module):
+    def forward(self, x, weight, big):
+        out = expand_merge(x, weight, big=big)
+        return out, merge(big, out), *moments(x)
+
+
+def kernel_calls(*arguments):
+    graph, _ = aot_export_module(AllForward(), arguments, trace_joint=False)
+    calls = [n.kwargs for n in graph.graph.nodes if "triton_kernel_wrapper" in str(n.target)]
+    return {frozenset(call["kwargs"]) & {"p_weight", "p_little", "p_gram"}: call for call in calls}
+
+
+CHOICES = {
+    "expand_merge forward": ("2 bytes, K=64, C=128, x2, rows 2^7", "p_weight", CHOICE),
+    "merge forward": (
+        "2 bytes, C=128, x2, rows 2^7",
+        "p_little",
+        {"BLOCK_ROWS": 2, "BLOCK_INNER": 32, "num_warps": 1, "num_stages": 1},
+    ),
+    "moments": (
+        "2 bytes, K=64, rows 2^7",
+        "p_gram",
+        {"BLOCK_ROWS": 16, "BLOCK": 32, "num_warps": 2, "num_stages": 2},
+    ),
+}
+
+
+def write_choices(folder):
+    entries = {
+        kernel: {key: Entry(choice, 1.0, 2.0)} for kernel, (key, _, choice) in CHOICES.items()
+    }
+    tuning_tables.write(dataclasses.replace(table(), entries=entries), folder)
+
+
+def test_traced_kernels_run_with_the_tables_choices(folders, driver):
+    write_choices(folders[0])
+    with FakeTensorMode():
+        sizes = ((2, 64, 8, 8), (128, 64, 1, 1), (2, 128, 4, 4))
+        calls = kernel_calls(
+            *(torch.empty(s, device="cuda", dtype=torch.bfloat16,
+                          memory_format=torch.channels_last) for s in sizes)
+        )  # fmt: skip
+    for _, pointer, choice in CHOICES.values():
+        constants = calls[frozenset({pointer})]["kwargs"]
+        assert {n: v for n, v in constants.items() if n in choice} == {
+            n: v for n, v in choice.items() if n in constants
+        }
+
+
+def test_open_sizes_run_with_the_rule_and_are_not_fixed(folders, driver, monkeypatch):
+    write_choices(folders[0])
+    keys, choose = [], tuning.choose
+    for module in ("merge", "moments", "expand_merge"):
+        target = importlib.import_module(f"blnet.kernels.{module}")
+        monkeypatch.setattr(target, "choose", lambda *a: keys.append(a[:2]) or choose(*a))
+    environment = ShapeEnv()
+    mode = FakeTensorMode(shape_env=environment, static_shapes=False)
+    is_open = [DimDynamic.DYNAMIC, DimDynamic.STATIC, DimDynamic.DYNAMIC, DimDynamic.DYNAMIC]
+    context = StatelessSymbolicContext(dynamic_sizes=is_open)
+    sizes = [
+        mode.from_tensor(torch.empty(shape, device="meta"), symbolic_context=context).shape
+        for shape in ((2, 64, 8, 8), (2, 128, 4, 4))
+    ]
+    with mode:
+        x, big = (torch.empty(size, device="cuda", dtype=torch.bfloat16) for size in sizes)
+        weight = torch.empty(128, 64, device="cuda", dtype=torch.bfloat16)
+        kernel_calls(x, weight, big)
+    assert set(keys) == {(kernel, None) for kernel in CHOICES}
+    # Both maps have the same batch, and PyTorch asks whether the workspace of moments has one row.
+    assert len(environment.guards) <= 2
+    asked = [str(guard.sloc.framework_loc) for guard in environment.guards]
+    assert not any("tuning" in place or "_sizes.py" in place for place in asked), asked
