@@ -62,15 +62,18 @@ gpu:  ## everything that needs a GPU: correctness, sanitizer, suites (GPU_PYTHON
 	$(GPU_PYTHON) -m blnet.cli doctor --json > $(OUT)/doctor.json
 	@status=0; \
 	run() { name=$$1; limit=$$2; shift 2; echo "== $$name"; \
-	  timeout $$limit "$$@" > $(OUT)/$$name.txt 2>&1 || { echo "$$name failed ($$?)"; status=1; }; \
+	  timeout --signal=INT --kill-after=10 $$limit "$$@" > $(OUT)/$$name.txt 2>&1 || \
+	    { echo "$$name failed ($$?)"; status=1; }; \
 	  tail -n 12 $(OUT)/$$name.txt; }; \
-	run check 60 $(GPU_PYTHON) -m blnet.cli kernels check --device cuda; \
-	run tests 120 $(GPU_PYTHON) -m pytest -q tests/test_gpu.py; \
+	run check 80 $(GPU_PYTHON) -m blnet.cli kernels check --device cuda --jobs $$(nproc); \
+	run tests 100 $(GPU_PYTHON) -m pytest -q tests/test_gpu.py; \
 	if command -v compute-sanitizer >/dev/null; then \
-	  run sanitizer 60 compute-sanitizer --error-exitcode 9 \
-	    $(GPU_PYTHON) -m blnet.cli kernels check --device cuda --dtype bfloat16; \
+	  run sanitizer 50 compute-sanitizer --error-exitcode 9 \
+	    $(GPU_PYTHON) -m blnet.cli kernels check --device cuda --dtype bfloat16 --op expand_merge; \
 	else echo "compute-sanitizer is not installed here: not run"; fi; \
-	run bench 270 $(GPU_PYTHON) -m blnet.cli bench --device cuda --output $(OUT)/bench; \
+	run kernels 120 $(GPU_PYTHON) -m blnet.cli bench kernels --device cuda --output $(OUT)/kernels; \
+	run models 180 $(GPU_PYTHON) -m blnet.cli bench models --device cuda --alpha 2 --beta 4 \
+	  --output $(OUT)/models; \
 	exit $$status
 
 clean:  ## remove .venv, caches and build products; results stay

@@ -187,7 +187,7 @@ LADDER = (
         "torch.compile, default mode, channels-last.",
         _compile,
         compiles=True,
-        quick=("cuda",),
+        quick=(),
     ),
     Rung(
         "compile, frozen",

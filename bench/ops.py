@@ -63,13 +63,15 @@ class Way:
         name: what tables call it.
         description: one sentence on it.
         compile: options for torch.compile; None for none.
-        on_cpu: whether a CPU runs it too.
+        devices: where it runs.
+        quick: where it is part of a quick run.
     """
 
     name: str
     description: str
     compile: dict[str, Any] | None = None
-    on_cpu: bool = True
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    quick: tuple[str, ...] = ("cpu", "cuda")
 
     @property
     def baseline(self) -> bool:
@@ -80,12 +82,13 @@ class Way:
 OURS = "blnet"
 WAYS = (
     Way("eager", "PyTorch's operations, one after the other."),
-    Way("compile", "torch.compile of the same, which fuses what it can.", {}),
+    Way("compile", "torch.compile of the same, which fuses what it can.", {}, quick=("cpu",)),
     Way(
         "compile, tuned",
         "torch.compile of the same, max-autotune.",
         {"mode": "max-autotune-no-cudagraphs"},
-        on_cpu=False,
+        devices=("cuda",),
+        quick=("cuda",),
     ),
     Way(OURS, "the op of blnet.kernels."),
 )
@@ -100,7 +103,7 @@ class OpSuite(Generic[S]):
         name: of the op and of the suite.
         computes: the equation.
         sites: where bL-ResNet-50 uses it.
-        quick_sites: those that a quick run on a CPU takes.
+        quick_sites: those that a quick run takes: compiling for each takes seconds.
         passes: what is timed.
         tensors: makes the tensors of a site, all that the passes take, and how many of the first
             ones are differentiated; the last is the result's gradient.
@@ -120,13 +123,12 @@ class OpSuite(Generic[S]):
     rounds: int = 4
 
     def _sites(self, settings: Settings) -> tuple[S, ...]:
-        return self.sites if settings.full or settings.on_gpu else self.quick_sites
+        return self.sites if settings.full else self.quick_sites
 
     def _ways(self, settings: Settings) -> list[Way]:
-        """Return the implementations: tuning takes minutes, so a quick run leaves it out."""
-        if settings.on_gpu:
-            return [way for way in WAYS if settings.full or way.name != "compile, tuned"]
-        return [way for way in WAYS if way.on_cpu]
+        """Return the implementations that a run takes."""
+        device = settings.device
+        return [w for w in WAYS if device in (w.devices if settings.full else w.quick)]
 
     def cases(self, settings: Settings) -> list[Case]:
         """Return every implementation of every pass at every site."""

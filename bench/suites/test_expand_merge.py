@@ -136,7 +136,7 @@ SUITE = OpSuite(
     name=NAME,
     computes="relu(upsample(big) + BN(conv1x1(x)))",
     sites=(*MERGES, *CLOSINGS),
-    quick_sites=(MERGES[3], CLOSINGS[3]),
+    quick_sites=(MERGES[1], CLOSINGS[2]),
     passes=(
         Pass("inference", "inference", infer, _infer, _inference),
         Pass("training forward", "forward", train, _train, _forward),

@@ -78,7 +78,7 @@ SUITE = OpSuite(
     name=NAME,
     computes="relu(upsample(big) + little)",
     sites=SITES,
-    # The largest merge and the smallest: compiling each takes seconds on a CPU.
+    # The largest merge and the smallest.
     quick_sites=(SITES[1], SITES[3]),
     passes=(
         Pass("forward", "inference", eager, _blnet, _forward),
