@@ -14,8 +14,10 @@ from blnet.kernels.bottleneck import specializations as of_bottleneck
 from blnet.kernels.conv3x3 import specializations as of_convolution
 from blnet.kernels.expand_merge import expand_merge
 from blnet.kernels.expand_merge import specializations as of_expand_merge
+from blnet.kernels.expand_merge_between import specializations as of_between
 from blnet.kernels.expand_merge_input import specializations as of_input
 from blnet.kernels.expand_merge_reduce import specializations as of_reduce
+from blnet.kernels.expand_merge_statistics import specializations as of_statistics
 from blnet.kernels.expand_merge_train import expand_merge_train
 from blnet.kernels.launch import Specialization
 from blnet.kernels.merge import merge
@@ -121,7 +123,9 @@ OPS = (
         reference=_with_running_statistics(reference.expand_merge_train),
         inputs=testing.expand_merge_inputs,
         shapes=testing.EXPAND_SHAPES,
-        specializations=list,  # its kernels are those of expand_merge and of moments
+        specializations=lambda: (
+            of_statistics() + of_between()
+        ),  # beside the kernels of expand_merge and of moments
     ),
     Op(
         name="bottleneck",

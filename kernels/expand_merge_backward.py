@@ -42,7 +42,7 @@ def reduced(
     needs_products: bool,
     needs_big: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return g^T (x - center) and the sums of g in float64, and dbig or None."""
+    """Return g^T (x - center) and the sums of g in float32, and dbig or None."""
     size = (x.shape[2], x.shape[3])
     # Without a ReLU and at equal sizes dbig is the incoming gradient itself.
     same = out is None and size_big is not None
@@ -51,8 +51,8 @@ def reduced(
         grad, out, x, center, *(size_big or size), needs_products, needs_big and not same
     )
     if not needs_big:
-        return products.double(), sums.double(), None
-    return products.double(), sums.double(), (grad if same else dbig)
+        return products, sums, None
+    return products, sums, (grad if same else dbig)
 
 
 def affine_gradients(
@@ -88,6 +88,7 @@ def affine_gradients(
     dweight = dscale = None
     if needs_products:
         assert products is not None
+        products = products.double()
         dscale = (wide * products).sum(1)
         dweight = products if scale is None else products * scale.double()[:, None]
     dx = None

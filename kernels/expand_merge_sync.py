@@ -1,7 +1,6 @@
 """expand_merge's statistics across processes: SyncBatchNorm's semantics.
 
-Called for a single process too, where everything here but :func:`local_statistics` is the
-identity. The sums run over a process group by name, through PyTorch's functional collectives.
+The sums run over a process group by name, through PyTorch's functional collectives.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from blnet.kernels import reference
-from blnet.kernels.moments import mean_and_covariance, small_product
+from blnet.kernels.expand_merge_matrices import small_product
 
 
 @dataclass(frozen=True)
@@ -30,12 +29,9 @@ class Statistics:
     covariance: torch.Tensor
 
 
-def local_statistics(
-    sums: torch.Tensor, gram: torch.Tensor, rows: int, shift: torch.Tensor
-) -> Statistics:
-    """Turn this process's moments into statistics; without pixels all are 0."""
-    count = torch.full((), rows, dtype=torch.float64, device=sums.device)
-    mean, covariance = mean_and_covariance(sums, gram, count.clamp_min(1.0), shift)
+def local_statistics(mean: torch.Tensor, covariance: torch.Tensor, rows: int) -> Statistics:
+    """Return this process's statistics; without pixels all are 0."""
+    count = torch.full((), rows, dtype=torch.float64, device=mean.device)
     return Statistics(count, mean, covariance)
 
 
@@ -48,13 +44,11 @@ def _all_reduce(tensor: torch.Tensor, group: str) -> torch.Tensor:
 
 
 def merged_over(mine: Statistics, group: str) -> Statistics:
-    """Merge the statistics of all processes of a group; "" stands for this process alone.
+    """Merge the statistics of all processes of a group.
 
     Two sums: pixels and means first, then covariances about the common mean, so that nothing
     cancels where the means are far from zero.
     """
-    if not group:
-        return mine
     packed = torch.cat([mine.count.reshape(1), mine.count * mine.mean])
     packed = _all_reduce(packed, group)
     count = packed[0]
@@ -68,8 +62,6 @@ def all_reduced(
     products: torch.Tensor, sums: torch.Tensor, group: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum g^T (x - mean) and the sums of g over all processes of a group."""
-    if not group:
-        return products, sums
     packed = _all_reduce(torch.cat([products, sums[:, None]], 1), group)
     return packed[:, :-1], packed[:, -1]
 

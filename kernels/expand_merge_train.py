@@ -27,8 +27,9 @@ which for one process is the line above.
 
 Numerics. x is centred, in the moments and in backward, by an estimate of its mean that
 ``moments.estimate_center`` explains; float32 maps also before the product of the forward pass.
-The small matrices are float64: a handful of operations on at most C x K numbers, in which tf32
-or float32 would lose what the kernels kept. Saved for backward: x, out and small matrices.
+The small matrices are float64 (``expand_merge_matrices.py``): a handful of operations on at most
+C x K numbers, in which tf32 or float32 would lose what the kernels kept. Saved for backward: x,
+out and small matrices.
 Bytes: x once more than in ``expand_merge``, for the moments. FLOPs count as the convolution's.
 """
 
@@ -43,7 +44,14 @@ from blnet.kernels.backend import choose_backend
 from blnet.kernels.checks import check_expand_merge
 from blnet.kernels.expand_merge import flops, forward
 from blnet.kernels.expand_merge_backward import reduced
+from blnet.kernels.expand_merge_between import between_op, second_op
 from blnet.kernels.expand_merge_input import input_op
+from blnet.kernels.expand_merge_matrices import small_product
+from blnet.kernels.expand_merge_statistics import (
+    affine,
+    centered_statistics_op,
+    output_statistics_op,
+)
 from blnet.kernels.expand_merge_sync import (
     all_reduced,
     local_statistics,
@@ -52,7 +60,7 @@ from blnet.kernels.expand_merge_sync import (
     share_of_weight,
 )
 from blnet.kernels.launch import known
-from blnet.kernels.moments import centered_moments_op, row_count, small_product
+from blnet.kernels.moments import row_count
 from blnet.kernels.registration import cast_under_autocast, define_op
 
 # The launcher --------------------------------------------------------------------------------
@@ -68,25 +76,19 @@ def _train(
     mean: torch.Tensor,
     covariance: torch.Tensor,
     variance: torch.Tensor,
-    count: torch.Tensor,
+    count: torch.Tensor | None,
     local_mean: torch.Tensor | None,
     local_covariance: torch.Tensor | None,
     eps: float,
     relu: bool,
     group: str,
 ) -> torch.Tensor:
-    # mean and covariance are of x, variance of y, count of pixels: float64, over all processes.
-    # They are inputs so that processes can be asked for theirs outside, but the derivatives are
-    # those of a function of x alone. The local ones are given where there is a group.
-    scale = torch.rsqrt(variance + eps)
-    if gamma is not None:
-        scale = scale * gamma.double()
-    subtract = x.dtype is torch.float32
-    far = mean - center.double() if subtract else mean
-    shift = -scale * (weight.double() @ far)
-    if beta is not None:
-        shift = shift + beta.double()
-    return forward(x, weight, scale.float(), shift.float(), center if subtract else None, big, relu)
+    # mean and covariance are of x, variance of y: float64, over all processes. They are inputs so
+    # that processes can be asked for theirs outside, but the derivatives are those of a function
+    # of x alone. Where there is a group, the count of pixels and the local ones are given too.
+    subtract = center if x.dtype is torch.float32 else None
+    scale, shift = affine(weight, mean, subtract, variance, gamma, beta, eps)
+    return forward(x, weight, scale, shift, subtract, big, relu)
 
 
 # The registered op ---------------------------------------------------------------------------
@@ -107,31 +109,51 @@ def _autograd(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     (x, weight, gamma, out, center, mean, covariance, variance, count, *local) = ctx.saved_tensors
     needs_x, needs_weight, needs_gamma, needs_beta, needs_big = ctx.needs_input_grad[:5]
     needs_products = needs_x or needs_weight or needs_gamma
-    raw, sums, dbig = reduced(grad, out, x, center, ctx.size_big, needs_products, needs_big)
+    products, sums, dbig = reduced(grad, out, x, center, ctx.size_big, needs_products, needs_big)
     dx = dweight = dgamma = None
     if needs_products:
-        wide, far = weight.double(), mean - center.double()
-        products = raw - torch.outer(sums, far)  # A of the text above, this process's share
-        total, total_sums = all_reduced(products, sums, ctx.group)
-        r = torch.rsqrt(variance + ctx.eps)
-        scale = r if gamma is None else r * gamma.double()
-        q = r * r * (wide * total).sum(1) / count
-        dgamma = r * (wide * products).sum(1)
+        wide = weight.double()
+        given = (weight, gamma, center, mean, covariance, variance)
+        if ctx.group:
+            between = _between_of_group(products, sums, given, count, local, row_count(x), ctx)
+        else:
+            product = small_product(wide, covariance)
+            between = between_op(
+                products, sums, weight, product, gamma, variance, mean, center, ctx.eps,
+                row_count(x),
+            )  # fmt: skip
+        dweight, dgamma, _, scale, offset, u = between
         if needs_x:
-            second = -small_product(wide.mT, (scale * q)[:, None] * wide).to(x.dtype)
-            vectors = (scale.float(), (total_sums / count).float())
-            constant = -small_product(far, second).float()
-            dx = input_op(grad, out, x, weight, *vectors, second, constant, center)
-        if needs_weight and not ctx.group:
-            correction = q[:, None] * small_product(wide, covariance * count)
-            dweight = scale[:, None] * (products - correction)
-        elif needs_weight:
-            share = (products, sums, total_sums / count, row_count(x))
-            dweight = scale[:, None] * share_of_weight(share, wide, q, mean, local[0], local[1])
+            second, constant = second_op(small_product(wide.mT, u), mean, center, x)
+            dx = input_op(grad, out, x, weight, scale, offset, second, constant, center)
     gradients = (dx, dweight if needs_weight else None, dgamma if needs_gamma else None,
                  sums if needs_beta else None, dbig)  # fmt: skip
     cast = (g if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes, strict=True))
     return (*cast, *(None,) * 10)
+
+
+def _between_of_group(
+    raw: torch.Tensor,
+    sums: torch.Tensor,
+    given: tuple[torch.Tensor, ...],
+    count: torch.Tensor,
+    local: list[torch.Tensor],
+    rows: int,
+    ctx: Any,
+) -> tuple[torch.Tensor, ...]:
+    """Do what ``between_op`` does where statistics are shared between processes."""
+    weight, gamma, center, mean, _, variance = given
+    wide, raw, sums = weight.double(), raw.double(), sums.double()
+    products = raw - torch.outer(sums, mean - center.double())  # A, this process's share
+    total, total_sums = all_reduced(products, sums, ctx.group)
+    r = torch.rsqrt(variance + ctx.eps)
+    scale = r if gamma is None else r * gamma.double()
+    q = r * r * (wide * total).sum(1) / count
+    share = (products, sums, total_sums / count, rows)
+    dweight = scale[:, None] * share_of_weight(share, wide, q, mean, local[0], local[1])
+    dgamma = r * (wide * products).sum(1)
+    offset = (total_sums / count).float()
+    return dweight, dgamma, sums, scale.float(), offset, -(scale * q)[:, None] * wide
 
 
 expand_merge_train_op = define_op(
@@ -147,30 +169,21 @@ expand_merge_train_op = define_op(
 
 
 def update_running(
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    mean: torch.Tensor,
-    variance: torch.Tensor,
-    count: int | torch.Tensor,
-    momentum: float | torch.Tensor,
+    running: torch.Tensor | None, batch: torch.Tensor, momentum: float | torch.Tensor
 ) -> None:
-    """Update running statistics in place, as torch.nn.BatchNorm2d does.
+    """Mix a batch's statistics into the running ones in place, as torch.nn.BatchNorm2d does.
 
     Args:
-        running_mean: shape (C,), or None.
-        running_var: shape (C,), or None; takes the unbiased variance.
-        mean: of the batch, shape (C,), float64.
-        variance: of the batch, biased.
-        count: values a channel.
+        running: shape (C,), or None.
+        batch: shape (C,), float32; of variances the unbiased one.
         momentum: weight of the batch.
     """
-    for running, batch in (
-        (running_mean, mean),
-        (running_var, variance * (count / (count - 1))),
-    ):
-        if running is not None:
-            mixed = running.double() * (1 - momentum) + batch * momentum
-            running.copy_(mixed)
+    if running is None:
+        return
+    if running.dtype is torch.float32 and not isinstance(momentum, torch.Tensor):
+        running.lerp_(batch, momentum)  # one launch
+        return
+    running.copy_(running.double() * (1 - momentum) + batch.double() * momentum)
 
 
 def _momentum(
@@ -199,19 +212,28 @@ def _fused(
 ) -> torch.Tensor:
     x, weight = cast_under_autocast(x, weight)
     weight = weight.reshape(weight.shape[0], weight.shape[1])
+    count = None
+    local: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     with torch.no_grad():
-        center, sums, gram = centered_moments_op(x.detach())
-        mine = local_statistics(sums, gram, row_count(x), center)
-        overall = merged_over(mine, group)
-        wide = weight.detach().double()
-        mean = small_product(wide, overall.mean)
-        variance = (small_product(wide, overall.covariance) * wide).sum(1).clamp_min(0.0)
+        center, mean, covariance = centered_statistics_op(x.detach())
+        if group:
+            local = (mean, covariance)
+            overall = merged_over(local_statistics(mean, covariance, row_count(x)), group)
+            mean, covariance, count = overall.mean, overall.covariance, overall.count
+        matrix = weight.detach()
+        product = small_product(matrix, covariance)
+        variance, batch_mean, batch_variance = output_statistics_op(
+            matrix, product, mean, row_count(x)
+        )
+        if count is not None:
+            batch_variance = (variance * (count / (count - 1))).float()
+            count = count.clamp_min(1.0)
         if group or not known(row_count(x) == 0):  # torch.nn.BatchNorm2d passes over no pixels
-            update_running(*running[:2], mean, variance, overall.count, running[2])
-    local = (mine.mean, mine.covariance) if group else (None, None)
+            update_running(running[0], batch_mean, running[2])
+            update_running(running[1], batch_variance, running[2])
     return expand_merge_train_op(  # type: ignore[no-any-return]
-        x, weight, gamma, beta, big, center, overall.mean, overall.covariance, variance,
-        overall.count.clamp_min(1.0), *local, eps, relu, group,
+        x, weight, gamma, beta, big, center, mean, covariance, variance, count, *local,
+        eps, relu, group,
     )  # fmt: skip
 
 

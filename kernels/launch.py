@@ -37,7 +37,7 @@ class Launch:
 
     grid: tuple[int, ...]
     integers: Mapping[str, int]
-    constants: Mapping[str, int | bool]
+    constants: Mapping[str, float]
     num_warps: int = 4
     num_stages: int = 1
     arguments: dict[str, Any] = field(init=False, repr=False, compare=False)
@@ -172,13 +172,18 @@ class Specialization:
     name: str
     kernel: Any
     signature: Mapping[str, str]
-    constants: Mapping[str, int | bool]
+    constants: Mapping[str, float]
     divisible: frozenset[str]
     num_warps: int
     num_stages: int
 
 
-_TRITON_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+_TRITON_TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+}
 
 
 def specialize(

@@ -232,12 +232,18 @@ def row_count(x: torch.Tensor) -> int:
     return x.shape[0] * x.shape[2] * x.shape[3]
 
 
-def _moments(x: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def shares(x: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the first stage: the sums and Gram matrices of shares of the pixels.
+
+    Args:
+        x: shape (N, K, H, W), with a pixel and a channel at least.
+        shift: shape (K,), float32.
+
+    Returns:
+        Shapes (parts, K) and (parts, K, K), float32; the latter on and above the diagonal only.
+    """
     rows, channels = row_count(x), x.shape[1]
-    if known(rows * channels == 0):
-        return shift.new_zeros(channels), shift.new_zeros(channels, channels)
     x = x.contiguous(memory_format=torch.channels_last)
-    shift = shift.contiguous()
     choice = choose("moments", moments_key(rows, channels, x.element_size()), x.device)
     launch = moments_launch(rows, channels, x.element_size(), choice)
     parts = launch.grid[1]
@@ -245,13 +251,22 @@ def _moments(x: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.
     gram = allocate(shift, (parts, channels, channels), torch.contiguous_format)
     with device_guard(x):
         wrap_triton(_moments_kernel)[launch.grid](
-            p_x=x, p_shift=shift, p_sums=sums, p_gram=gram, **launch.arguments
+            p_x=x, p_shift=shift.contiguous(), p_sums=sums, p_gram=gram, **launch.arguments
         )
+    return sums, gram
+
+
+def _moments(x: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    channels = x.shape[1]
+    if known(row_count(x) * channels == 0):
+        return shift.new_zeros(channels), shift.new_zeros(channels, channels)
+    sums, gram = shares(x, shift)
     upper = gram.sum(0).triu()  # below the diagonal tiles nothing was written
     return sums.sum(0), upper + upper.triu(1).mT
 
 
-def _center(x: torch.Tensor) -> torch.Tensor:
+def estimated_center(x: torch.Tensor) -> torch.Tensor:
+    """Launch the estimate of the mean: shape (K,), float32; see :func:`estimate_center`."""
     rows, channels = row_count(x), x.shape[1]
     like = x.new_empty(0, dtype=torch.float32)
     if known(rows * channels == 0):
@@ -272,22 +287,8 @@ def _flops(x: Any, shift: Any, out_shape: Any = None, **keywords: Any) -> int:
     return 2 * int(x[0] * x[2] * x[3]) * int(x[1]) ** 2
 
 
-def _centered_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    # Returns (center, sums, gram).
-    center = _center(x)
-    return center, *_moments(x, center)
-
-
-def _small_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return left.double() @ right.double()
-
-
 moments_op = define_op("blnet::moments", _moments, flops=_flops)
-# For expand_merge_train, whose FLOPs count as the convolution's alone on every backend: the
-# moments with their center, and the products of small matrices that follow from them, float64.
-centered_moments_op = define_op("blnet::centered_moments", _centered_moments, flops=no_flops)
-small_product = define_op("blnet::small_product", _small_product, flops=no_flops)
-center_op = define_op("blnet::center", _center, flops=no_flops)
+center_op = define_op("blnet::center", estimated_center, flops=no_flops)
 
 
 # The public functions ------------------------------------------------------------------------
