@@ -277,7 +277,20 @@ def test_shapes_dtypes_and_layouts_on_a_gpu(training, size_big, relu, driver):
             assert (gradient.shape, gradient.dtype) == (argument.shape, argument.dtype)
 
 
-@pytest.mark.parametrize("form", ["inference", "training", "reduce", "input", "moments"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "inference",
+        "training",
+        "reduce",
+        "input",
+        "moments",
+        "statistics",
+        "variance",
+        "between",
+        "second",
+    ],
+)
 def test_the_compiler_sees_the_kernels_and_which_arguments_are_written(form, driver, caplog):
     ops = torch.ops.blnet
     with FakeTensorMode(), caplog.at_level(logging.WARNING):
@@ -292,23 +305,43 @@ def test_the_compiler_sees_the_kernels_and_which_arguments_are_written(form, dri
         square = torch.empty(64, 64, device="cuda")
         statistics = (k, k.double(), square.double(), c.double(), c.double().sum(), None, None)
         function, arguments, written = {
-            "inference": (ops.expand_merge, (x, weight, c, c, big, True), ["p_out"]),
+            "inference": (ops.expand_merge, (x, weight, c, c, big, True), [["p_out"]]),
             "training": (
                 ops.expand_merge_train,
                 (x, weight, c, c, big, *statistics, 1e-5, True, ""),
-                ["p_out"],
+                [["p_scale", "p_shift"], ["p_out"]],
             ),
             "reduce": (
                 ops.expand_merge_reduce,
                 (out, out, x, k, 14, 14, True, True),
-                ["p_dbig", "p_products", "p_sums"],
+                [["p_dbig", "p_products", "p_sums"]],
             ),
             "input": (
                 ops.expand_merge_input,
                 (out, out, x, weight, c, c, square.bfloat16(), k, k),
-                ["p_dx"],
+                [["p_dx"]],
             ),
-            "moments": (ops.moments, (x, k), ["p_gram", "p_sums"]),
+            "moments": (ops.moments, (x, k), [["p_gram", "p_sums"]]),
+            "statistics": (
+                ops.centered_statistics,
+                (x,),
+                [["p_center"], ["p_gram", "p_sums"], ["p_covariance", "p_mean"]],
+            ),
+            "variance": (
+                ops.output_statistics,
+                (weight, weight.double(), k.double(), 1568),
+                [["p_batch_mean", "p_batch_variance", "p_variance"]],
+            ),
+            "between": (
+                ops.expand_merge_between,
+                (weight.float(), c, weight, weight.double(), c, c.double(), k.double(), k, 1e-5, 9),
+                [["p_dbeta", "p_dgamma", "p_dweight", "p_offset", "p_scale", "p_u"]],
+            ),
+            "second": (
+                ops.expand_merge_second,
+                (square.double(), k.double(), k, x),
+                [["p_constant", "p_second"]],
+            ),
         }[form]
 
         class Call(torch.nn.Module):
@@ -319,7 +352,7 @@ def test_the_compiler_sees_the_kernels_and_which_arguments_are_written(form, dri
         graph, _ = aot_export_module(Call(), (x,), trace_joint=False)
     assert not caplog.records, caplog.text  # PyTorch understood which arguments are written
     nodes = [n for n in graph.graph.nodes if "triton_kernel_wrapper" in str(n.target)]
-    assert [sorted(node.kwargs["tensors_to_clone"]) for node in nodes] == [written]
+    assert [sorted(node.kwargs["tensors_to_clone"]) for node in nodes] == written
 
 
 # The launch plans --------------------------------------------------------------------------------

@@ -555,9 +555,7 @@ def test_a_training_step_is_few_operations():
     leaves = [t.requires_grad_() for t in (x, weight, gamma, beta, big)]
     running, batches = [torch.zeros(DOUBLING.c), torch.ones(DOUBLING.c)], torch.tensor(0)
     with Counter() as forward:
-        out = expand_merge_train(
-            *leaves[:4], *running, big=big, num_batches_tracked=torch.tensor(0)
-        )
+        out = expand_merge_train(*leaves[:4], *running, big=big, num_batches_tracked=batches)
     with Counter() as backward:
         torch.autograd.grad(out, leaves, grad)
     # statistics, W S, variance, two running ones, the count of batches; the pass itself
