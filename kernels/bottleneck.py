@@ -31,11 +31,12 @@ is ``.to(memory_format=torch.channels_last)`` it is so already, else it is copie
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
-from blnet.kernels import reference
+from blnet.kernels import reference, testing
 from blnet.kernels.backend import choose_backend
 from blnet.kernels.bottleneck_close import (
     LARGEST_INNER,
@@ -43,7 +44,9 @@ from blnet.kernels.bottleneck_close import (
     _close_kernel,
     chains,
     close,
+    close_candidates,
     close_launch,
+    tuned_launch,
 )
 from blnet.kernels.checks import check_bottleneck, check_width
 from blnet.kernels.conv3x3 import convolve
@@ -51,6 +54,7 @@ from blnet.kernels.expand_merge import forward
 from blnet.kernels.expand_merge_sizes import Problem
 from blnet.kernels.launch import Specialization, memory_format_of, specialize
 from blnet.kernels.registration import cast_under_autocast, define_op
+from blnet.kernels.tuning import Tunable, register
 
 # The launcher ----------------------------------------------------------------------------------
 
@@ -188,7 +192,69 @@ def bottleneck(
     )  # fmt: skip
 
 
-# For ahead-of-time compilation ---------------------------------------------------------------
+# For tuning and ahead-of-time compilation ------------------------------------------------------
+
+# I, C, C_out, side, side of big: the little branches of bL-ResNet-50 at alpha 2 and 4, whose last
+# block chains; the others end after z, and so does (128, 512).
+_SITES = (
+    (16, 64, 256, 56, 28),
+    (32, 128, 512, 28, 14),
+    (64, 256, 1024, 14, 7),
+    (32, 128, 256, 56, 28),
+    (64, 256, 512, 28, 14),
+    (128, 512, 1024, 14, 7),
+)
+
+
+def _sites(chained: bool, batch: int, itemsize: int) -> dict[str, CloseProblem]:
+    found = {}
+    for inner, c, c_out, side, big in (
+        _SITES if itemsize == 2 else ()
+    ):  # float32 runs no such kernel
+        if chained and chains((inner, c, c_out)):
+            tail = Problem(batch, c, c_out, side, side, big, big, itemsize)
+            found[f"I={inner} C={c} to {c_out}"] = CloseProblem(inner, tail, True)
+        elif not chained:
+            tail = Problem(batch, c, c, side, side, side, side, itemsize)
+            found[f"I={inner} C={c} {side}x{side}"] = CloseProblem(inner, tail, False)
+    return found
+
+
+def _pointers(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    maps = ("p_h", "p_weight2", "p_weight3", "p_shortcut", "p_expand", "p_big", "p_out")
+    shifts = ("p_shift2", "p_shift3", "p_shift_expand")
+    return dict.fromkeys(maps, dtype) | dict.fromkeys(shifts, torch.float32)
+
+
+def _timed(problem: CloseProblem, dtype: torch.dtype, device: torch.device) -> Any:
+    tail, generator = problem.tail, torch.Generator(device).manual_seed(0)
+    # With a narrow x the first kernel, which is timed with the second, takes little.
+    sizes = (tail.n, 16, problem.inner, tail.channels_in, tail.height, tail.width)
+    expansion = (tail.channels, tail.height_big, tail.width_big) if problem.chained else (0, 0, 0)
+    shape = testing.BottleneckShape(*sizes, *expansion, "for timing")
+    drawn = testing.bottleneck_inputs(shape, dtype, "channels_last", device, generator)
+    tensors = [t.flatten(1) if t is not None and i in (1, 5, 8) else t for i, t in enumerate(drawn)]
+    tensors[7] = drawn[0] if drawn[7] is None else drawn[7]
+    return lambda: (bottleneck_op(*tensors[:8], True, *tensors[8:]),)
+
+
+def _tunable(name: str, chained: bool, block: str) -> Tunable:
+    return Tunable(
+        name=name,
+        # Chained, BLOCK_C is no choice: z is one tile of all its channels.
+        blocks={"BLOCK_ROWS": (16, 256), "BLOCK_K": (16, 128), block: (16, 256)},
+        kernel=_close_kernel,
+        plan=tuned_launch,
+        pointers=_pointers,
+        key=CloseProblem.key,
+        problems=partial(_sites, chained),
+        candidates=close_candidates,
+        call=_timed,
+    )
+
+
+register(_tunable("bottleneck alone", False, "BLOCK_C"))
+register(_tunable("bottleneck chained", True, "BLOCK_OUT"))
 
 # Name -> I and the sizes of what follows (N, C, C_out, H, W, H_big, W_big), and whether it chains:
 # the little blocks of bL-ResNet-50 at alpha 4 and 2, and what compiles otherwise.
@@ -218,16 +284,12 @@ def specializations() -> list[Specialization]:
     """
     found = []
     for dtype in (torch.bfloat16, torch.float16):
-        maps = ("p_h", "p_weight2", "p_weight3", "p_shortcut", "p_expand", "p_big", "p_out")
-        pointers = dict.fromkeys(maps, dtype)
-        pointers.update(dict.fromkeys(("p_shift2", "p_shift3", "p_shift_expand"), torch.float32))
-        short = str(dtype).removeprefix("torch.")
-        flags = dict.fromkeys(("HAS_SHIFT2", "HAS_SHIFT3", "HAS_SHIFT_EXPAND"), True)
+        pointers, short = _pointers(dtype), str(dtype).removeprefix("torch.")
         for title, (inner, sizes, chained) in _PROBLEMS.items():
             problem = CloseProblem(inner, Problem(*sizes, dtype.itemsize), chained)
-            launch = close_launch(problem, None, HAS_BIG=chained, RELU=True, **flags)
             name = f"bottleneck {title} {short}"
-            found.append(specialize(name, _close_kernel, launch, pointers))
+            found.append(specialize(name, _close_kernel, tuned_launch(problem), pointers))
+        flags = dict.fromkeys(("HAS_SHIFT2", "HAS_SHIFT3", "HAS_SHIFT_EXPAND"), True)
         inner, sizes, chained = _PROBLEMS["I=64 C=256 to 512 equal"]
         bare = CloseProblem(inner, Problem(*sizes, dtype.itemsize), chained)
         launch = close_launch(bare, None, HAS_BIG=False, RELU=False, **flags)

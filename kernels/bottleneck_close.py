@@ -12,7 +12,7 @@ Products of 16-bit numbers only; ``bottleneck.py`` says what float32 does and wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +26,11 @@ from blnet.kernels.launch import (
     device_guard,
     fits_int32,
     known,
+    next_power_of_2,
 )
 from blnet.kernels.registration import wrap_triton
 from blnet.kernels.triton_shim import tl, triton
+from blnet.kernels.tuning import Choice, bucket, choices, choose, concrete, ratio_text
 
 LARGEST_INNER = 128  # I: the sum of the 3x3 convolution is one tile
 
@@ -61,6 +63,23 @@ class CloseProblem:
         rows = self.tail.rows + self.tail.width + 1
         return self.tail.wide or not fits_int32(rows * self.inner)
 
+    @property
+    def kernel(self) -> str:
+        """Name of the tunable kernel; chained it is other code, with other block sizes."""
+        return "bottleneck chained" if self.chained else "bottleneck alone"
+
+    def key(self) -> str | None:
+        """Return the bucket that tuning tables know the sizes by; None for symbolic ones."""
+        return _key(self) if concrete(self.tail.rows, self.tail.rows_big) else None
+
+
+@functools.lru_cache(maxsize=1024)  # a launch in eager mode has no time for text
+def _key(problem: CloseProblem) -> str:
+    tail, parts = problem.tail, [f"I={problem.inner}", f"C={problem.tail.channels_in}"]
+    if problem.chained:
+        parts = [parts[0], f"{parts[1]} to {tail.channels}", ratio_text(tail.same, tail.ratios)]
+    return bucket(tail.itemsize, *parts, rows=tail.rows, wide=problem.wide)
+
 
 # No device was at hand to tune on. Compiled for sm_80, sm_90, sm_100 and gfx942 none of these
 # spills; sm_80's code, which also serves GPUs with 99 KB of shared memory, takes at most 80 KB.
@@ -79,12 +98,48 @@ class CloseProblem:
 LARGEST_CHAINED = 256  # C
 
 
+# What else to measure: none of these spills for sm_90 at any site, nor takes more than 144 KB. Of
+# what was tried these did spill: for z alone at (128, 512) on 4 warps 128 x 128 and 64 x 256, on 8
+# 128 x 256; chained at (32, 128, 512) the same; at (64, 256, 1024) all on 16 warps, 560 bytes a
+# thread and more. 32 rows use no wgmma, but small maps may want them.
+ALONE_BLOCKS = "BLOCK_ROWS BLOCK_K BLOCK_C"  # then warps and stages
+ALONE_CANDIDATES = (
+    (128, 64, 64, 8, 2), (128, 64, 64, 8, 4), (128, 32, 64, 8, 4), (128, 64, 128, 8, 3),
+    (128, 64, 32, 8, 3), (64, 64, 64, 4, 2), (64, 64, 64, 4, 3), (64, 64, 64, 4, 4),
+    (64, 64, 128, 4, 3), (64, 64, 32, 4, 3), (64, 32, 64, 4, 4), (64, 64, 64, 8, 3),
+    (64, 64, 128, 8, 3), (64, 128, 64, 8, 2), (128, 64, 64, 4, 3), (32, 64, 64, 4, 3),
+)  # fmt: skip
+CHAINED_BLOCKS = "BLOCK_ROWS BLOCK_K BLOCK_OUT"  # z is one tile, BLOCK_C is no choice
+# For C of at most 128, and above.
+NARROW_CANDIDATES = (
+    (64, 64, 64, 4, 1), (64, 64, 64, 4, 3), (64, 64, 32, 4, 2), (64, 64, 128, 4, 2),
+    (64, 64, 64, 8, 2), (64, 64, 64, 8, 3), (64, 64, 128, 8, 2), (64, 64, 256, 8, 2),
+    (128, 64, 64, 8, 2), (128, 64, 64, 8, 3), (128, 64, 32, 8, 2), (128, 64, 32, 8, 3),
+    (128, 64, 64, 4, 2), (32, 64, 64, 4, 2), (32, 64, 64, 4, 3), (32, 64, 128, 4, 2),
+)  # fmt: skip
+BROAD_CANDIDATES = (
+    (64, 64, 64, 8, 1), (64, 64, 64, 8, 3), (64, 64, 64, 8, 4), (64, 32, 64, 8, 3),
+    (64, 64, 32, 8, 2), (64, 64, 32, 8, 3), (64, 64, 16, 8, 2), (64, 64, 128, 8, 2),
+    (64, 64, 32, 4, 2), (128, 64, 32, 8, 2), (32, 64, 64, 4, 2), (32, 64, 32, 4, 2),
+    (32, 64, 64, 8, 2), (32, 64, 32, 8, 3), (64, 64, 64, 4, 2), (128, 64, 64, 8, 2),
+)  # fmt: skip
+
+
+def close_candidates(problem: CloseProblem) -> list[Choice]:
+    """Return what to measure beside the rule."""
+    if not problem.chained:
+        return choices(ALONE_BLOCKS, *ALONE_CANDIDATES)
+    narrow = problem.tail.channels_in <= 128
+    return choices(CHAINED_BLOCKS, *(NARROW_CANDIDATES if narrow else BROAD_CANDIDATES))
+
+
 def chains(widths: tuple[int, int, int]) -> bool:
     """Return whether the expansion runs in the same kernel, for I, C and C_out."""
     return widths[1] <= LARGEST_CHAINED and all(width % 16 == 0 for width in widths)
 
 
-def _rule(problem: CloseProblem) -> dict[str, int]:
+def close_rule(problem: CloseProblem) -> Choice:
+    """Return the choice for a device that nobody measured."""
     if problem.chained:
         # Two programs of 4 warps share a multiprocessor where one of 8 would fill its registers.
         narrow = problem.tail.channels_in <= 128
@@ -105,13 +160,13 @@ def _rule(problem: CloseProblem) -> dict[str, int]:
     }
 
 
-def close_launch(
-    problem: CloseProblem, choice: Mapping[str, int] | None = None, **flags: bool
-) -> Launch:
+def close_launch(problem: CloseProblem, choice: Choice | None = None, **flags: bool) -> Launch:
     """Plan the second kernel; choice overrides the rule's block sizes, warps and stages."""
     tail = problem.tail
-    chosen = {**_rule(problem), **(choice or {})}
-    num_warps, num_stages = chosen.pop("num_warps"), chosen.pop("num_stages")
+    chosen = {**close_rule(problem), **(choice or {})}
+    # Chained, z is one tile of all its channels, whatever a choice says.
+    largest = next_power_of_2(tail.channels_in) if problem.chained else chosen["BLOCK_C"]
+    block_k = channel_block(problem.inner, chosen["BLOCK_K"])
     return Launch(
         grid=(ceil_divide(tail.rows, chosen["BLOCK_ROWS"]),),
         integers={
@@ -132,12 +187,21 @@ def close_launch(
             "RATIO_W": tail.ratios[1],
             "WIDE": problem.wide,
             "BLOCK_I": channel_block(problem.inner, LARGEST_INNER),
-            "TILES_K": tiles(problem.inner, chosen["BLOCK_K"]),
-            **chosen,
+            "TILES_K": tiles(problem.inner, block_k),
+            "BLOCK_ROWS": chosen["BLOCK_ROWS"],
+            "BLOCK_K": block_k,
+            "BLOCK_C": channel_block(tail.channels_in, max(largest, 16)),
+            "BLOCK_OUT": channel_block(tail.channels, chosen["BLOCK_OUT"]),
         },
-        num_warps=num_warps,
-        num_stages=num_stages,
+        num_warps=chosen["num_warps"],
+        num_stages=chosen["num_stages"],
     )
+
+
+def tuned_launch(problem: CloseProblem, choice: Choice | None = None) -> Launch:
+    """Plan with the flags that take most registers."""
+    shifts = dict.fromkeys(("HAS_SHIFT2", "HAS_SHIFT3", "HAS_SHIFT_EXPAND"), True)
+    return close_launch(problem, choice, HAS_BIG=problem.chained, RELU=True, **shifts)
 
 
 # The kernel: p_ is a pointer, o_ a tile of offsets, b_ a tile of values, m_ a mask ---------------
@@ -299,8 +363,10 @@ def close(
     out = allocate(h.new_empty(0, dtype=dtype), (n, channels_out, height, width), last)
     if known(out.numel() == 0):
         return out
+    problem = CloseProblem(inner, tail, expansion is not None)
     launch = close_launch(
-        CloseProblem(inner, tail, expansion is not None),
+        problem,
+        choose(problem.kernel, problem.key(), h.device),
         HAS_SHIFT2=shift2 is not None,
         HAS_SHIFT3=shift3 is not None,
         HAS_SHIFT_EXPAND=shift_expand is not None,

@@ -46,7 +46,7 @@ from typing import Any
 
 import torch
 
-from blnet.kernels import reference
+from blnet.kernels import reference, testing
 from blnet.kernels.backend import choose_backend
 from blnet.kernels.checks import check_stem, check_width
 from blnet.kernels.conv3x3 import convolve, strided_size
@@ -59,8 +59,10 @@ from blnet.kernels.stem_close import (
     _stem_kernel,
     close_stem,
     fits_at_once,
-    stem_launch,
+    stem_candidates,
+    tuned_launch,
 )
+from blnet.kernels.tuning import Tunable, register
 
 # The launcher ----------------------------------------------------------------------------------
 
@@ -87,6 +89,7 @@ def _stem(
         x.shape[0], int(x.shape[1]), int(little.shape[1]), int(weight_expand.shape[1]),
         int(weight_expand.shape[0]), int(weight_fusion.shape[0]), *size,
         (x.shape[2], x.shape[3]), (little.shape[2], little.shape[3]),
+        (weight_big is not None, weight_little is not None),
     )  # fmt: skip
     if little.dtype is not torch.float32 and fits_at_once(problem):
         pairs = {
@@ -198,7 +201,7 @@ def stem(
     )  # fmt: skip
 
 
-# For ahead-of-time compilation ---------------------------------------------------------------
+# For tuning and ahead-of-time compilation ------------------------------------------------------
 
 # Name -> N, C_x, C_l, L, C, C_out, side of the output, and which branches are convolved here.
 _PROBLEMS = {
@@ -214,6 +217,71 @@ _PROBLEMS = {
 }
 
 
+# Name -> C_x, C_l, L, which branches are convolved here: bL-ResNet-50's, alpha 2 and 4.
+_SITES = {
+    f"{title} L={narrow}": (64, narrow, narrow, convolved)
+    for title, convolved in (
+        ("stem", (True, True)),
+        ("stem, little only", (False, True)),
+        ("stem, maps given", (False, False)),
+    )
+    for narrow in (32, 16)
+}
+
+
+def _sites(batch: int, itemsize: int) -> dict[str, StemProblem]:
+    if itemsize != 2:  # float32 is the launches of other files
+        return {}
+    found = {}
+    for name, (c_x, c_little, narrow, convolved) in _SITES.items():
+        size_x, size_little = (((1 + of) * 56, (1 + of) * 56) for of in convolved)
+        sizes = (batch, c_x, c_little, narrow, 64, 64, 56, 56)
+        found[name] = StemProblem(*sizes, size_x, size_little, convolved)
+    return found
+
+
+def _pointers(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    matrices = ("p_big_weight", "p_little_weight", "p_expand", "p_fusion")
+    names = ("big", "little", "expand", "fusion")
+    shifts = dict.fromkeys((f"p_{name}_shift" for name in names), torch.float32)
+    return dict.fromkeys(("p_x", "p_little", *matrices, "p_out"), dtype) | shifts
+
+
+def _timed(problem: StemProblem, dtype: torch.dtype, device: torch.device) -> Any:
+    p, generator = problem, torch.Generator(device).manual_seed(0)
+    c_x, c_little = (
+        channels if here else 0
+        for channels, here in zip((p.channels_x, p.channels_little), p.convolved, strict=True)
+    )
+    size_in = p.size_x if p.convolved[0] else p.size_little
+    shape = testing.StemShape(
+        p.n, c_x, c_little, p.narrow, p.channels, p.channels_out, *size_in, "for timing"
+    )
+    tensors = testing.stem_inputs(shape, dtype, "channels_last", device, generator)
+    matrices = [t.flatten(1) if t is not None and i in (2, 4) else t for i, t in enumerate(tensors)]
+    return lambda: (stem_op(*matrices),)
+
+
+register(
+    Tunable(
+        name="stem",
+        blocks={
+            "BLOCK_ROWS": (16, 256),
+            "BLOCK_X": (16, 128),
+            "BLOCK_LITTLE": (16, 128),
+            "BLOCK_OUT": (16, 128),
+        },
+        kernel=_stem_kernel,
+        plan=tuned_launch,
+        pointers=_pointers,
+        key=StemProblem.key,
+        problems=_sites,
+        candidates=stem_candidates,
+        call=_timed,
+    )
+)
+
+
 def specializations() -> list[Specialization]:
     """List what ``blnet kernels compile`` builds: every branch of the kernel, in 16 bits.
 
@@ -221,18 +289,12 @@ def specializations() -> list[Specialization]:
     """
     found = []
     for dtype in (torch.bfloat16, torch.float16):
-        matrices = ("p_big_weight", "p_little_weight", "p_expand", "p_fusion")
-        pointers = dict.fromkeys(("p_x", "p_little", *matrices, "p_out"), dtype)
-        names = ("BIG", "LITTLE", "EXPAND", "FUSION")
-        pointers.update({f"p_{name.lower()}_shift": torch.float32 for name in names})
         short = str(dtype).removeprefix("torch.")
         for title, (n, c_x, c_little, narrow, c, c_out, side, *convolved) in _PROBLEMS.items():
             size_x, size_little = (((1 + of) * side, (1 + of) * side) for of in convolved)
-            problem = StemProblem(
-                n, c_x, c_little, narrow, c, c_out, side, side, size_x, size_little
-            )
-            flags = dict(zip(("CONV_BIG", "CONV_LITTLE"), map(bool, convolved), strict=True))
-            flags.update({f"HAS_{name}_SHIFT": True for name in names})
-            launch = stem_launch(problem, None, **flags)
-            found.append(specialize(f"stem {title} {short}", _stem_kernel, launch, pointers))
+            sizes = (n, c_x, c_little, narrow, c, c_out, side, side)
+            here = (bool(convolved[0]), bool(convolved[1]))
+            launch = tuned_launch(StemProblem(*sizes, size_x, size_little, here))
+            name = f"stem {title} {short}"
+            found.append(specialize(name, _stem_kernel, launch, _pointers(dtype)))
     return found

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from blnet.kernels.launch import (
 )
 from blnet.kernels.registration import wrap_triton
 from blnet.kernels.triton_shim import tl, triton
+from blnet.kernels.tuning import Choice, bucket, choices, choose, concrete
 
 LARGEST_WIDTH = 128  # L and C: l and z are one tile each
 Pair = tuple[torch.Tensor | None, torch.Tensor | None]  # a weight and its shift
@@ -45,6 +47,7 @@ class StemProblem:
         width: of the output.
         size_x: height and width of x.
         size_little: height and width of little.
+        convolved: whether x and little are convolved here; else they are big and l, given.
     """
 
     n: int
@@ -57,6 +60,7 @@ class StemProblem:
     width: int
     size_x: tuple[int, int]
     size_little: tuple[int, int]
+    convolved: tuple[bool, bool] = (True, True)
 
     @property
     def rows(self) -> int:
@@ -80,13 +84,30 @@ class StemProblem:
         )
         return not fits_int32(*sizes)
 
+    def key(self) -> str | None:
+        """Return the bucket that tuning tables know the sizes by; None for symbolic ones."""
+        sizes = (self.rows, *self.size_x, *self.size_little)
+        return _key(self) if concrete(*sizes) else None
 
-def stem_launch(
-    problem: StemProblem, choice: Mapping[str, int] | None = None, **flags: bool
-) -> Launch:
+
+@functools.lru_cache(maxsize=1024)  # a launch in eager mode has no time for text
+def _key(problem: StemProblem) -> str:
+    parts = [f"L={problem.narrow}", f"C={problem.channels} to {problem.channels_out}"]
+    inputs = (f"C_x={problem.channels_x}", f"C_l={problem.channels_little}")
+    parts += [text for text, here in zip(inputs, problem.convolved, strict=True) if here]
+    return bucket(2, *parts, rows=problem.rows, wide=problem.wide)
+
+
+def stem_launch(problem: StemProblem, choice: Choice | None = None, **flags: bool) -> Launch:
     """Plan the kernel; choice overrides the rule's block sizes, warps and stages."""
-    chosen = {**_rule(problem), **(choice or {})}
-    num_warps, num_stages = chosen.pop("num_warps"), chosen.pop("num_stages")
+    chosen = {**stem_rule(problem), **(choice or {})}
+    # A loop that is not there has the least of tiles, so that choices do not differ in it.
+    largest_x, largest_little = (
+        chosen[name] if here else 16
+        for name, here in zip(("BLOCK_X", "BLOCK_LITTLE"), problem.convolved, strict=True)
+    )
+    block_x = channel_block(problem.channels_x, largest_x)
+    block_little = channel_block(problem.channels_little, largest_little)
     return Launch(
         grid=(ceil_divide(problem.rows, chosen["BLOCK_ROWS"]),),
         integers={
@@ -104,17 +125,28 @@ def stem_launch(
             "width_little": problem.size_little[1],
         },
         constants={
+            "CONV_BIG": problem.convolved[0],
+            "CONV_LITTLE": problem.convolved[1],
             **flags,
             "WIDE": problem.wide,
+            "BLOCK_ROWS": chosen["BLOCK_ROWS"],
             "BLOCK_L": channel_block(problem.narrow, LARGEST_WIDTH),
             "BLOCK_C": channel_block(problem.channels, LARGEST_WIDTH),
-            "TILES_X": tiles(problem.channels_x, chosen["BLOCK_X"]),
-            "TILES_LITTLE": tiles(problem.channels_little, chosen["BLOCK_LITTLE"]),
-            **chosen,
+            "BLOCK_X": block_x,
+            "BLOCK_LITTLE": block_little,
+            "TILES_X": tiles(problem.channels_x, block_x),
+            "TILES_LITTLE": tiles(problem.channels_little, block_little),
+            "BLOCK_OUT": channel_block(problem.channels_out, chosen["BLOCK_OUT"]),
         },
-        num_warps=num_warps,
-        num_stages=num_stages,
+        num_warps=chosen["num_warps"],
+        num_stages=chosen["num_stages"],
     )
+
+
+def tuned_launch(problem: StemProblem, choice: Choice | None = None) -> Launch:
+    """Plan with the flags that take most registers."""
+    names = ("BIG", "LITTLE", "EXPAND", "FUSION")
+    return stem_launch(problem, choice, **{f"HAS_{name}_SHIFT": True for name in names})
 
 
 # No device was at hand to tune on. Compiled for sm_80, sm_90, sm_100 and gfx942 no size of a
@@ -123,13 +155,32 @@ def stem_launch(
 # 40; at L = 64, C = 128 126 and 80 KB, 125 and 56, 120 and 56.
 
 
+# What else to measure. None of these spills for sm_90 at any site; of what was tried 256 rows on 4
+# warps did.
+STEM_BLOCKS = "BLOCK_ROWS BLOCK_X BLOCK_LITTLE BLOCK_OUT"  # then warps and stages
+STEM_CANDIDATES = (
+    (128, 64, 64, 64, 8, 2), (128, 64, 64, 64, 8, 4), (128, 32, 32, 64, 8, 3),
+    (128, 32, 32, 64, 8, 4), (128, 64, 64, 32, 8, 3), (64, 64, 64, 64, 4, 2),
+    (64, 64, 64, 64, 4, 3), (64, 64, 64, 64, 4, 4), (64, 32, 32, 64, 4, 4),
+    (64, 64, 64, 64, 8, 3), (64, 64, 64, 32, 4, 3), (128, 64, 64, 64, 4, 3),
+    (32, 64, 64, 64, 4, 3), (128, 64, 64, 64, 16, 3), (256, 64, 64, 64, 8, 2),
+    (128, 64, 64, 64, 4, 2),
+)  # fmt: skip
+
+
+def stem_candidates(problem: StemProblem) -> list[Choice]:
+    """Return what to measure beside the rule."""
+    return choices(STEM_BLOCKS, *STEM_CANDIDATES)
+
+
 def fits_at_once(problem: StemProblem) -> bool:
     """Return whether one kernel of 16 bits runs this without spilling."""
     # Where rows start at odd addresses narrow loads take registers: gfx942 spills from 31 channels.
     return problem.aligned
 
 
-def _rule(problem: StemProblem) -> dict[str, int]:
+def stem_rule(problem: StemProblem) -> Choice:
+    """Return the choice for a device that nobody measured."""
     return {
         # More rows read the weights less often; wider tiles of l and z leave no room for them.
         "BLOCK_ROWS": 128 if max(problem.narrow, problem.channels) <= 64 else 64,
@@ -243,9 +294,7 @@ def close_stem(
     if known(out.numel() == 0):
         return out
     flags = {f"HAS_{name}_SHIFT": shift is not None for name, (_, shift) in pairs.items()}
-    for name in ("BIG", "LITTLE"):
-        flags[f"CONV_{name}"] = pairs[name][0] is not None
-    launch = stem_launch(problem, None, **flags)
+    launch = stem_launch(problem, choose("stem", problem.key(), x.device), **flags)
     # What is absent is never read.
     weights = [x if weight is None else _packed(weight) for weight, _ in pairs.values()]
     shifts = [x if shift is None else shift.contiguous() for _, shift in pairs.values()]

@@ -12,10 +12,12 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from blnet.kernels import expand_merge, merge, moments, tuning, tuning_tables
+from blnet.kernels import bottleneck, expand_merge, merge, moments, stem, tuning, tuning_tables
+from blnet.kernels.bottleneck_close import CloseProblem, close_launch
 from blnet.kernels.expand_merge_sizes import Problem
 from blnet.kernels.merge_sizes import key as merge_key
 from blnet.kernels.moments import moments_key
+from blnet.kernels.stem_close import StemProblem, stem_launch
 from blnet.kernels.triton_shim import triton
 from blnet.kernels.tuning import TUNABLES
 from blnet.kernels.tuning_tables import Entry, Table
@@ -49,6 +51,15 @@ def test_a_key_is_readable():
     assert moments_key(2**20, 64, 4) == "4 bytes, K=64, rows 2^20"
     assert merge_key((32, 56, 56, 256), (28, 28), 2, False) == "2 bytes, C=256, x2, rows 2^16"
     assert merge_key((2, 8, 8, 16), (8, 8), 2, True) == "2 bytes, same, elements 2^11"
+    tail = Problem(32, 256, 512, 28, 28, 14, 14, 2)
+    assert CloseProblem(64, tail, True).key() == "2 bytes, I=64, C=256 to 512, x2, rows 2^14"
+    alone = Problem(2048, 256, 256, 112, 112, 112, 112, 2)
+    assert CloseProblem(64, alone, False).key() == "2 bytes, I=64, C=256, rows 2^24, wide"
+    sizes = (32, 64, 32, 16, 64, 80, 56, 56, (112, 112), (112, 112))
+    key = "2 bytes, L=16, C=64 to 80, C_x=64, C_l=32, rows 2^16"
+    assert StemProblem(*sizes).key() == key
+    assert StemProblem(*sizes, (False, True)).key() == key.replace("C_x=64, ", "")
+    assert StemProblem(*sizes, (False, False)).key() == "2 bytes, L=16, C=64 to 80, rows 2^16"
 
 
 def test_a_bucket_is_a_power_of_two_of_rows():
@@ -61,12 +72,18 @@ def test_a_bucket_is_a_power_of_two_of_rows():
 # What is registered ------------------------------------------------------------------------------
 
 
+SIXTEEN_BITS = ("bottleneck alone", "bottleneck chained", "stem")  # float32 runs other kernels
+
+
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("name", TUNABLES)
 def test_candidates_are_valid_few_and_not_the_rule(name, itemsize):
     tunable = TUNABLES[name]
     sites = tunable.problems(32, itemsize)
-    assert len(sites) >= 6
+    if itemsize == 4 and name in SIXTEEN_BITS:
+        assert not sites
+        return
+    assert len(sites) >= 5
     for problem in sites.values():
         found = tuning.candidates(tunable, problem)
         rule = tuning.effective(tunable, problem, None)
@@ -82,8 +99,25 @@ def test_candidates_are_valid_few_and_not_the_rule(name, itemsize):
 def test_every_kernel_of_an_op_with_tiles_is_tunable():
     assert {
         "expand_merge forward", "expand_merge reduce", "expand_merge input", "moments",
-        "merge forward", "merge backward",
+        "merge forward", "merge backward", *SIXTEEN_BITS,
     } <= set(TUNABLES)  # fmt: skip
+
+
+def test_no_choice_narrows_a_tile_that_must_span_its_channels():
+    tail = Problem(2, 96, 70, 8, 8, 4, 4, 2)
+    least = {**dict.fromkeys(("BLOCK_ROWS", "BLOCK_K", "BLOCK_C", "BLOCK_OUT"), 16),
+             "num_warps": 4, "num_stages": 1}  # fmt: skip
+    assert close_launch(CloseProblem(48, tail, True), least).constants["BLOCK_C"] == 128
+    assert close_launch(CloseProblem(48, tail, False), least).constants["BLOCK_C"] == 16
+    wrong = tuning_tables.wrong_choice("bottleneck chained", least)
+    assert wrong.startswith("it must hold BLOCK_ROWS, BLOCK_K, BLOCK_OUT, num_warps")
+    constants = stem_launch(
+        StemProblem(1, 64, 32, 48, 96, 64, 8, 8, (16, 16), (16, 16)),
+        {**least, "BLOCK_L": 16, "BLOCK_X": 16, "BLOCK_LITTLE": 16},
+    ).constants
+    assert [constants[name] for name in ("BLOCK_L", "BLOCK_C", "TILES_X", "TILES_LITTLE")] == [
+        64, 128, 4, 2,
+    ]  # fmt: skip
 
 
 # The lookup --------------------------------------------------------------------------------------
@@ -345,9 +379,23 @@ class AllForward(torch.nn.Module):
         return out, merge(big, out), *moments(x)
 
 
+class Blocks(torch.nn.Module):
+    def forward(self, x, weight):
+        layers = (weight[:16], None, x.new_empty(16, 16, 3, 3), None, weight[:64, :16], None)
+        return (
+            bottleneck(x, *layers, weight_expand=weight),
+            bottleneck(x, *layers),
+            stem(x, x[:, :16], weight[:64, :16], None, weight, None),
+        )
+
+
+def traced_calls(module, *arguments):
+    graph, _ = aot_export_module(module, arguments, trace_joint=False)
+    return [n.kwargs for n in graph.graph.nodes if "triton_kernel_wrapper" in str(n.target)]
+
+
 def kernel_calls(*arguments):
-    graph, _ = aot_export_module(AllForward(), arguments, trace_joint=False)
-    calls = [n.kwargs for n in graph.graph.nodes if "triton_kernel_wrapper" in str(n.target)]
+    calls = traced_calls(AllForward(), *arguments)
     return {frozenset(call["kwargs"]) & {"p_weight", "p_little", "p_gram"}: call for call in calls}
 
 
@@ -366,10 +414,21 @@ CHOICES = {
 }
 
 
+BLOCK_CHOICES = {
+    kernel: (key, "", {**dict.fromkeys(blocks.split(), 16), "num_warps": 2, "num_stages": 1})
+    for kernel, key, blocks in (
+        ("bottleneck chained", "2 bytes, I=16, C=64 to 128, same, rows 2^7",
+         "BLOCK_ROWS BLOCK_K BLOCK_OUT"),
+        ("bottleneck alone", "2 bytes, I=16, C=64, rows 2^7", "BLOCK_ROWS BLOCK_K BLOCK_C"),
+        ("stem", "2 bytes, L=16, C=64 to 128, rows 2^7",
+         "BLOCK_ROWS BLOCK_X BLOCK_LITTLE BLOCK_OUT"),
+    )
+}  # fmt: skip
+
+
 def write_choices(folder):
-    entries = {
-        kernel: {key: Entry(choice, 1.0, 2.0)} for kernel, (key, _, choice) in CHOICES.items()
-    }
+    known = {**CHOICES, **BLOCK_CHOICES}
+    entries = {kernel: {key: Entry(choice, 1.0, 2.0)} for kernel, (key, _, choice) in known.items()}
     tuning_tables.write(dataclasses.replace(table(), entries=entries), folder)
 
 
@@ -388,10 +447,24 @@ def test_traced_kernels_run_with_the_tables_choices(folders, driver):
         }
 
 
+def test_traced_blocks_run_with_the_tables_choices(folders, driver):
+    write_choices(folders[0])
+    with FakeTensorMode():
+        x, weight = (
+            torch.empty(size, device="cuda", dtype=torch.bfloat16)
+            for size in ((2, 64, 8, 8), (128, 64))
+        )
+        calls = [call["kwargs"] for call in traced_calls(Blocks(), x, weight)]
+    calls = [call for call in calls if call.keys() & {"p_h", "p_fusion"}]
+    for call, (kernel, (_, _, choice)) in zip(calls, BLOCK_CHOICES.items(), strict=True):
+        blocks = TUNABLES[kernel].blocks
+        assert {name: call[name] for name in blocks} == {name: choice[name] for name in blocks}
+
+
 def test_open_sizes_run_with_the_rule_and_are_not_fixed(folders, driver, monkeypatch):
     write_choices(folders[0])
     keys, choose = [], tuning.choose
-    for module in ("merge", "moments", "expand_merge"):
+    for module in ("merge", "moments", "expand_merge", "bottleneck_close", "stem_close"):
         target = importlib.import_module(f"blnet.kernels.{module}")
         monkeypatch.setattr(target, "choose", lambda *a: keys.append(a[:2]) or choose(*a))
     environment = ShapeEnv()
@@ -406,7 +479,8 @@ def test_open_sizes_run_with_the_rule_and_are_not_fixed(folders, driver, monkeyp
         x, big = (torch.empty(size, device="cuda", dtype=torch.bfloat16) for size in sizes)
         weight = torch.empty(128, 64, device="cuda", dtype=torch.bfloat16)
         kernel_calls(x, weight, big)
-    assert set(keys) == {(kernel, None) for kernel in CHOICES}
+        traced_calls(Blocks(), x, weight)
+    assert set(keys) == {(kernel, None) for kernel in (*CHOICES, *BLOCK_CHOICES)}
     # Both maps have the same batch, and PyTorch asks whether the workspace of moments has one row.
     assert len(environment.guards) <= 2
     asked = [str(guard.sloc.framework_loc) for guard in environment.guards]
