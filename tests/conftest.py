@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,3 +37,25 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[P
     yield user, shipped
     monkeypatch.undo()
     tuning.forget()
+
+
+class NoDriver:
+    """Stands for a GPU driver while tracing: only the architecture is asked for."""
+
+    def get_current_target(self) -> Any:
+        """Return what an H100 would say."""
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def driver() -> Iterator[None]:
+    """Let kernels be traced for a GPU that is not there."""
+    import triton
+
+    config = triton.runtime.driver
+    before = config._active
+    config.set_active(NoDriver())
+    yield
+    config._active = before

@@ -16,7 +16,6 @@ from blnet.kernels import bottleneck, reference, testing
 from blnet.kernels.bottleneck_close import CloseProblem, chains, close_launch
 from blnet.kernels.conv3x3 import ConvolutionProblem, convolution_launch
 from blnet.kernels.expand_merge_sizes import Problem
-from blnet.kernels.triton_shim import triton
 
 NAMES = ("x", "weight1", "shift1", "weight2", "shift2", "weight3", "shift3", "shortcut")
 CHAIN = ("weight_expand", "shift_expand", "big")
@@ -165,24 +164,6 @@ def test_compile_without_graph_breaks_on_the_cpu():
 
 
 # The kernels, traced for a GPU that is not there -------------------------------------------------
-
-
-class NoDriver:
-    """Stands for a GPU driver while tracing: only the architecture is asked for."""
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-
-@pytest.fixture
-def driver():
-    config = triton.runtime.driver
-    before = config._active
-    config.set_active(NoDriver())
-    yield
-    config._active = before
 
 
 def fake_inputs(dtype, c=128, layout=torch.channels_last):

@@ -18,7 +18,6 @@ from blnet.kernels.expand_merge_input import input_launch
 from blnet.kernels.expand_merge_reduce import reduce_launch
 from blnet.kernels.expand_merge_sizes import Problem
 from blnet.kernels.moments import estimate_center, moments_launch
-from blnet.kernels.triton_shim import triton
 
 # "blnet.kernels.expand_merge" as an attribute is the function; these are the modules.
 forward_module = importlib.import_module("blnet.kernels.expand_merge")
@@ -213,24 +212,6 @@ def test_moments_on_the_cpu():
 
 
 # The kernels, traced for a GPU that is not there -------------------------------------------------
-
-
-class NoDriver:
-    """Stands for a GPU driver while tracing: only the architecture is asked for."""
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-
-@pytest.fixture
-def driver():
-    config = triton.runtime.driver
-    before = config._active
-    config.set_active(NoDriver())
-    yield
-    config._active = before
 
 
 class Context:

@@ -19,7 +19,6 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from blnet.kernels import launch, merge, reference, testing
 from blnet.kernels.merge import backward_launch, forward_launch
-from blnet.kernels.triton_shim import triton
 
 SHAPE = testing.SHAPES[1]
 
@@ -155,24 +154,6 @@ def test_fx_takes_it_as_a_leaf():
 
 
 # The kernels, traced for a GPU that is not there -------------------------------------------------
-
-
-class NoDriver:
-    """Stands for a GPU driver while tracing: only the architecture is asked for."""
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-
-@pytest.fixture
-def driver():
-    config = triton.runtime.driver
-    before = config._active
-    config.set_active(NoDriver())
-    yield
-    config._active = before
 
 
 class MergeBackward(torch.nn.Module):

@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blnet.kernels import reference, stem, testing
 from blnet.kernels.stem_close import StemProblem, fits_at_once, stem_launch
-from blnet.kernels.triton_shim import triton
 from blnet.stem import BigLittlePool
 
 NAMES = (
@@ -148,24 +147,6 @@ def test_compile_without_graph_breaks_on_the_cpu():
 
 
 # The kernels, traced for a GPU that is not there -------------------------------------------------
-
-
-class NoDriver:
-    """Stands for a GPU driver while tracing: only the architecture is asked for."""
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-
-@pytest.fixture
-def driver():
-    config = triton.runtime.driver
-    before = config._active
-    config.set_active(NoDriver())
-    yield
-    config._active = before
 
 
 def fake_inputs(dtype, convolved=(64, 32), layout=torch.channels_last):

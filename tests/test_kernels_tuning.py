@@ -18,7 +18,6 @@ from blnet.kernels.expand_merge_sizes import Problem
 from blnet.kernels.merge_sizes import key as merge_key
 from blnet.kernels.moments import moments_key
 from blnet.kernels.stem_close import StemProblem, stem_launch
-from blnet.kernels.triton_shim import triton
 from blnet.kernels.tuning import TUNABLES
 from blnet.kernels.tuning_tables import Entry, Table
 
@@ -352,25 +351,6 @@ def test_the_name_of_a_file(device, name):
 
 
 # What the compiler sees --------------------------------------------------------------------------
-
-
-class NoDriver:
-    """Stands for a GPU's driver where there is none: tracing asks it for nothing of weight."""
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_target(self):
-        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
-
-
-@pytest.fixture
-def driver():
-    config = triton.runtime.driver
-    before = config._active
-    config.set_active(NoDriver())
-    yield
-    config._active = before
 
 
 class AllForward(torch.nn.Module):
