@@ -60,12 +60,12 @@ gpu:  ## everything that needs a GPU: correctness, sanitizer, suites (GPU_PYTHON
 	@$(GPU_PYTHON) -c 'import blnet.kernels' 2>/dev/null || \
 	  $(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(GPU_PYTHON) -m blnet.cli doctor --json > $(OUT)/doctor.json
-	@status=0; \
+	@status=0; jobs=$$(nproc); test $$jobs -le 16 || jobs=16; \
 	run() { name=$$1; limit=$$2; shift 2; echo "== $$name"; \
 	  timeout --signal=INT --kill-after=10 $$limit "$$@" > $(OUT)/$$name.txt 2>&1 || \
 	    { echo "$$name failed ($$?)"; status=1; }; \
 	  tail -n 12 $(OUT)/$$name.txt; }; \
-	run check 80 $(GPU_PYTHON) -m blnet.cli kernels check --device cuda --jobs $$(nproc); \
+	run check 80 $(GPU_PYTHON) -m blnet.cli kernels check --device cuda --jobs $$jobs; \
 	run tests 100 $(GPU_PYTHON) -m pytest -q tests/test_gpu.py; \
 	if command -v compute-sanitizer >/dev/null; then \
 	  run sanitizer 50 compute-sanitizer --error-exitcode 9 \

@@ -36,9 +36,15 @@ def why_not_fusable(conv: object, norm: object) -> str:
         return f"the convolution has {conv.groups} groups"
     if conv.bias is not None:
         return "the convolution has a bias"
-    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in (conv, norm)):
-        return "a layer has hooks, which would not be called"
+    if hooked(conv) or hooked(norm):
+        return "a layer has hooks or a forward of its own, which would not be called"
     return ""
+
+
+def hooked(layer: nn.Module) -> bool:
+    """Return whether calling a layer does more than its class says."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks)
+    return any(hooks) or bool(layer._backward_pre_hooks) or "forward" in layer.__dict__
 
 
 def conv_norm_merge(
@@ -62,7 +68,7 @@ def conv_norm_merge(
         x: shape (N, K, H, W).
         big: shape (N, C, H_big, W_big), or None for 0.
         relu: False leaves the closing ReLU out.
-        upsample: False adds a `big` of another shape as PyTorch's own add does.
+        upsample: False adds a `big` of another shape or dtype as PyTorch's own add does.
 
     Returns:
         Shape (N, C, H, W).
@@ -75,7 +81,7 @@ def conv_norm_merge(
     conv = cast("nn.Conv2d", conv)
     group = _process_group(norm)
     plain = group is None and choose_backend("expand_merge", x) == "torch"
-    if plain or (big is not None and not upsample and big.shape != _shape_after(conv, x)):
+    if plain or (big is not None and not upsample and not _fits(big, conv, x)):
         return _layer_by_layer(norm(conv(x)), big, relu, upsample)
     affine = cast("tuple[Tensor | None, Tensor | None]", (norm.weight, norm.bias))
     mean, var = cast("tuple[Tensor | None, Tensor | None]", (norm.running_mean, norm.running_var))
@@ -101,13 +107,17 @@ def conv_norm_merge(
 
 
 def _layer_by_layer(y: Tensor, big: Tensor | None, relu: bool, upsample: bool) -> Tensor:
-    if big is None or upsample or big.shape == y.shape:
+    if big is None or upsample or (big.shape == y.shape and big.dtype == y.dtype):
         return epilogue(y, big, relu)
     return torch.relu(y + big) if relu else y + big
 
 
-def _shape_after(conv: nn.Conv2d, x: Tensor) -> torch.Size:
-    return torch.Size((x.shape[0], conv.out_channels, *x.shape[2:]))
+def _fits(big: Tensor, conv: nn.Conv2d, x: Tensor) -> bool:
+    """Return whether a sum with big is one of equal shapes and dtypes (autocast sees to those)."""
+    shape = torch.Size((x.shape[0], conv.out_channels, *x.shape[2:]))
+    if big.shape != shape:
+        return False
+    return big.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
 
 
 def _process_group(norm: nn.Module) -> Any:
@@ -130,6 +140,50 @@ def _fold(
         scale = scale * weight.float()
     shift = -mean.float() * scale
     return scale, shift if bias is None else shift + bias.float()
+
+
+def fused_tail(
+    layers: tuple[nn.Module, ...],
+    x: Tensor,
+    big: Tensor,
+    activation: nn.Module | bool,
+    upsample: bool,
+) -> Tensor:
+    """Run the end of a block as one op if its layers allow it now, and else one after the other.
+
+    What `blnet.fuse` puts into a network's code: layers may be exchanged or get hooks afterwards.
+
+    Args:
+        layers: a convolution and its normalisation, or a Sequential of the two.
+        x: the convolution's input.
+        big: what is added.
+        activation: the module that follows the add, True for a ReLU, False for nothing.
+        upsample: whether big is upsampled.
+    """
+    pair = _pair(layers)
+    relu = activation if isinstance(activation, bool) else type(activation) is nn.ReLU
+    plain = isinstance(activation, bool) or (relu and not hooked(activation))
+    if pair is not None and plain:
+        return conv_norm_merge(*pair, x, big, relu, upsample)
+    for layer in layers:
+        x = layer(x)
+    if isinstance(activation, bool):
+        return _layer_by_layer(x, big, activation, upsample)
+    return cast("Tensor", activation(_layer_by_layer(x, big, False, upsample)))
+
+
+# One node for every graph tracer: its code asks questions that only real tensors answer.
+torch.fx.wrap("fused_tail")
+
+
+def _pair(layers: tuple[nn.Module, ...]) -> tuple[nn.Module, nn.Module] | None:
+    """Return the convolution and the normalisation, or None where there is more to them."""
+    if len(layers) == 2:
+        return layers[0], layers[1]
+    sequence = layers[0]
+    if type(sequence) is not nn.Sequential or len(sequence) != 2 or hooked(sequence):
+        return None
+    return sequence[0], sequence[1]
 
 
 class ExpandMerge(nn.Sequential):

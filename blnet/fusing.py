@@ -12,13 +12,18 @@ convolution's output nor BatchNorm's.
 
 A module is fused in place of its code, not of its layers: it stays the same object with the same
 parameters, buffers and keys in state_dict, and gets a class derived from its own with another
-`forward`. Copies and pickles of it are fused again, and `unfuse` brings the original code back. A
-pair whose layers are exchanged later, or get hooks, runs layer by layer from then on.
+`forward`. Copies and pickles of it are fused again, and `unfuse` brings the original code back.
+Layers that are exchanged later, or get hooks, run one by one from then on, and setting any other
+attribute of a fused module brings its original code back, which may depend on it. Code that a
+graph cannot stand for is left alone: with optional arguments, with random numbers, with changes to
+its module, with something else in training than in evaluation. torch.jit.script and torch.func's
+transforms do not take fused networks; fuse after them, or not at all.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,13 +33,14 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from blnet.expand_merge import conv_norm_merge, why_not_fusable
+from blnet.expand_merge import fused_tail, hooked, why_not_fusable
 from blnet.kernels import merge
 from blnet.tracing import trace_own_code
 
 _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_ADDS_IN_PLACE = (operator.iadd, "add_")
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
-_IN_PLACE = (operator.iadd, operator.imul, operator.isub, operator.itruediv, F.relu_, torch.relu_)
+_IN_PLACE_OPERATORS = [name for name in dir(operator) if name.startswith("i")]
 # Outputs per input channel from which the batch statistics are cheaper to take from the input:
 # its moments read K channels, where BatchNorm reads C. Every bottleneck has 2 or 4.
 LEAST_WIDENING = 2
@@ -72,13 +78,34 @@ class Fused:
     fused_from: ClassVar[type[nn.Module]]
     fused_sites: ClassVar[tuple[Fusion, ...]]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Bring the original code back where it may depend on what changes.
+
+        The mode is no such thing, nor is a layer in the place of a layer.
+        """
+        own, layers = self.fused_from, self.__dict__["_modules"]
+        exchange = isinstance(layers.get(name), nn.Module) and isinstance(value, nn.Module)
+        if name != "training" and not exchange:
+            object.__setattr__(self, "__class__", own)
+        own.__setattr__(self, name, value)  # type: ignore[arg-type]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the module as one of its own class, to be fused again: this class has no home."""
-        return _fuse_module, (_plain(self),)
+        if issubclass(self.fused_from, fx.GraphModule):
+            return _fuse_module, (_plain(self, self.__dict__),)
+        # The object first and what is in it later, so that it may hold itself.
+        return object.__new__, (self.fused_from,), self.__dict__, None, None, _restore
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Copy the module as one of its own class, and fuse the copy."""
-        return _fuse_module(copy.deepcopy(_plain(self), memo))
+        if issubclass(self.fused_from, fx.GraphModule):
+            return _fuse_module(copy.deepcopy(_plain(self, self.__dict__), memo))
+        twin = memo[id(self)] = _plain(self, {})
+        return _restore(twin, copy.deepcopy(self.__dict__, memo))
+
+    def __copy__(self) -> Any:
+        """Copy the module, but not its layers, and fuse the copy."""
+        return _fuse_module(_plain(self, dict(self.__dict__)))
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -151,12 +178,16 @@ def _fuse_module(module: nn.Module) -> nn.Module:
     return module
 
 
-def _plain(module: Any) -> nn.Module:
-    """Return a module of the class before fusing that shares everything with this one."""
-    own: type[nn.Module] = module.fused_from
-    plain = own.__new__(own)
-    plain.__dict__ = module.__dict__
+def _plain(module: Any, state: dict[str, Any]) -> nn.Module:
+    """Return a module of the class before fusing with this state."""
+    plain: nn.Module = object.__new__(module.fused_from)
+    object.__setattr__(plain, "__dict__", state)
     return plain
+
+
+def _restore(module: nn.Module, state: dict[str, Any]) -> nn.Module:
+    module.__dict__.update(state)
+    return _fuse_module(module)
 
 
 # Looking for places --------------------------------------------------------------------------
@@ -164,7 +195,7 @@ def _plain(module: Any) -> nn.Module:
 
 def _look(module: nn.Module) -> tuple[fx.Graph | None, list[Fusion]]:
     """Return a module's graph with every place that can be fused replaced, and the places."""
-    if not _has_layers_to_fuse(module):
+    if not _has_layers_to_fuse(module) or not _takes_one_argument_each(module):
         return None, []
     graph = trace_own_code(module)
     if graph is None:
@@ -177,6 +208,18 @@ def _look(module: nn.Module) -> tuple[fx.Graph | None, list[Fusion]]:
             if not site.reason:
                 site.replace(graph)
     return graph, sites
+
+
+def _takes_one_argument_each(module: nn.Module) -> bool:
+    """Return whether a module's forward is called in one way only: no defaults, no stars.
+
+    A graph is traced for one way of calling; "if mask is not None" would be decided in it.
+    """
+    if "forward" in vars(module):
+        return False
+    _, *parameters = inspect.signature(type(module).forward).parameters.values()
+    single = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return all(p.kind is single and p.default is p.empty for p in parameters)
 
 
 def _has_layers_to_fuse(module: nn.Module) -> bool:
@@ -208,16 +251,24 @@ def _is_add(node: fx.Node) -> bool:
 
 def _is_relu(module: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
-        return type(module.get_submodule(str(node.target))) is nn.ReLU
+        called = module.get_submodule(str(node.target))
+        return type(called) is nn.ReLU and not hooked(called)
     return node.op in ("call_function", "call_method") and node.target in _RELUS
 
 
 def _works_in_place(module: nn.Module, node: fx.Node) -> bool:
+    """Return whether a node may change a tensor that was there before it."""
     if node.op == "call_module":
-        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_method":
-        return str(node.target).endswith("_")
-    return node.target in _IN_PLACE or bool(node.kwargs.get("inplace"))
+        called = module.get_submodule(str(node.target))
+        if isinstance(called, nn.Sequential):  # what comes after its first layer is its own
+            called = called[0] if len(called) else called
+        return any(getattr(part, "inplace", False) for part in called.modules())
+    if node.kwargs.get("inplace") or "out" in node.kwargs:
+        return True
+    name = str(getattr(node.target, "__name__", node.target))
+    if getattr(node.target, "__module__", "") == "_operator":
+        return name == "setitem" or name in _IN_PLACE_OPERATORS
+    return name.endswith("_") and not name.endswith("__")
 
 
 @dataclass
@@ -227,7 +278,7 @@ class _Pair:
     names: tuple[str, str]
     layers: tuple[nn.Conv2d, nn.Module]
     x: fx.Node
-    nodes: tuple[fx.Node, ...]  # the last call first
+    nodes: tuple[fx.Node, ...]  # the last call first; one of a Sequential
 
     @staticmethod
     def ending_at(module: nn.Module, node: object) -> _Pair | None:
@@ -235,13 +286,15 @@ class _Pair:
         called = _called(module, node)
         if called is None or not isinstance(node, fx.Node) or len(node.users) != 1:
             return None
-        if isinstance(called, nn.Sequential):
+        if type(called) is nn.Sequential:
             layers = list(called.named_children())
             if len(layers) != 2:
                 return None
             (conv_name, conv), (norm_name, norm) = layers
             names = (f"{node.target}.{conv_name}", f"{node.target}.{norm_name}")
             nodes: tuple[fx.Node, ...] = (node,)
+            if hooked(called):
+                return None
         else:
             before = node.args[0] if node.args else None
             maybe = _called(module, before)
@@ -289,9 +342,11 @@ class _Site:
         # The little branch is merge's second argument; an add takes its summands in either order.
         candidates = [(right, left)] if _is_merge(node) else [(left, right), (right, left)]
         pairs = [(_Pair.ending_at(module, end), other) for end, other in candidates]
+        if node.target in _ADDS_IN_PLACE and pairs[0][0]:
+            pairs = pairs[:1]  # the other summand must be there as it was
         found = [(pair, other) for pair, other in pairs if pair and isinstance(other, fx.Node)]
         # Where a block's shortcut is a convolution as well, both summands are pairs.
-        found.sort(key=lambda item: (bool(_reason(module, item[0], node)), -item[0].widening))
+        found.sort(key=lambda item: (bool(_reason(item[0])), -item[0].widening))
         if not found or not _is_1x1(found[0][0]):
             return None
         pair, big = found[0]
@@ -302,7 +357,23 @@ class _Site:
     @property
     def reason(self) -> str:
         """Why it cannot run as one op; empty where it can."""
-        return _reason(self.module, self.pair, self.add)
+        reason = _reason(self.pair)
+        if reason:
+            return reason
+        if self.add.target in _ADDS_IN_PLACE and self.add.args[0] is self.big:
+            return "the add changes its other summand in place"
+        if any(_works_in_place(self.module, node) for node in self._between()):
+            return "something is changed in place between the convolution and the add"
+        return ""
+
+    def _between(self) -> Iterator[fx.Node]:
+        """Yield the nodes after the convolution and up to the end that are not of the place."""
+        own = (*self.pair.nodes, self.add, self.relu)
+        node, last = self.pair.nodes[-1], self.relu or self.add
+        while node is not last:
+            node = node.next
+            if node not in own:
+                yield node
 
     def describe(self) -> Fusion:
         merges = _is_merge(self.add)
@@ -312,12 +383,13 @@ class _Site:
         """Put one call in the place of the ReLU, or of the add where none follows."""
         last, merges = self.relu or self.add, _is_merge(self.add)
         with graph.inserting_before(last):
-            layers = [graph.get_attr(name) for name in self.pair.names]
-            fused = graph.call_function(
-                conv_norm_merge,
-                (*layers, self.pair.x, self.big),
-                {"relu": merges or self.relu is not None, "upsample": merges},
-            )
+            layers = tuple(graph.get_attr(str(n.target)) for n in reversed(self.pair.nodes))
+            activation: fx.Node | bool = merges or self.relu is not None
+            if self.relu is not None and self.relu.op == "call_module":
+                activation = graph.get_attr(str(self.relu.target))
+            arguments = (layers, self.pair.x, self.big, activation, merges)
+            fused = graph.call_function(fused_tail, arguments)
+        fused.meta["is_wrapped"] = True  # so that tracing a fused network keeps the call as it is
         last.replace_all_uses_with(fused)
         for node in (self.relu, self.add, *self.pair.nodes):
             if node is not None:
@@ -328,14 +400,12 @@ def _is_1x1(pair: _Pair) -> bool:
     return pair.layers[0].kernel_size == (1, 1)
 
 
-def _reason(module: nn.Module, pair: _Pair, add: fx.Node) -> str:
+def _reason(pair: _Pair) -> str:
     reason = why_not_fusable(*pair.layers)
     if reason:
         return reason
     if pair.widening < LEAST_WIDENING:
         return f"it widens by {pair.widening:g}, which saves nothing below {LEAST_WIDENING}"
-    if any(_works_in_place(module, user) for user in pair.x.users if user not in pair.nodes):
-        return "another layer changes the convolution's input in place"
     return ""
 
 

@@ -6,7 +6,9 @@ On the meta device every shape is there and no arithmetic; nothing of the networ
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import operator
+import random
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,8 +83,36 @@ def check_size(input_size: object) -> tuple[int, ...]:
     return size
 
 
+class _Proxy(fx.Proxy):
+    """A proxy to which ``x += y`` is not ``x = x + y``: others may hold the tensor that changes."""
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda self, other: self.tracer.create_proxy(
+        "call_function", function, (self, other), {}
+    )
+
+
+for _name in (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+):
+    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
 class _OwnCodeTracer(fx.Tracer):
     """Traces a module's own forward and takes every module it calls as one node."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -91,17 +121,60 @@ class _OwnCodeTracer(fx.Tracer):
 def trace_own_code(module: nn.Module) -> fx.Graph | None:
     """Return the graph of a module's own forward, in which every module it calls is one node.
 
-    None where its code cannot be traced, or does something else in training than in evaluation:
-    a graph would keep one of the two for good.
+    None where a graph would not do what the code does: where it cannot be traced, does something
+    else in training than in evaluation, draws random numbers, or changes the module. Nothing is
+    changed by tracing.
     """
-    mode, graphs = module.training, []
+    texts, graphs = [], []
+    for training in (not module.training, module.training):
+        graph = _trace_once(module, training)
+        if graph is None:
+            return None
+        graphs.append(graph)
+        texts.append(str(graph))
+    return graphs[1] if texts[0] == texts[1] else None
+
+
+def _trace_once(module: nn.Module, training: bool) -> fx.Graph | None:
+    # What the code does to its module, it does to a twin that shares the layers.
+    twin = object.__new__(type(module))
+    own = {key: _own(value) for key, value in vars(module).items()}
+    object.__setattr__(twin, "__dict__", {key: _own(value) for key, value in own.items()})
+    modes = {part: part.training for part in module.modules()}
+    drawn = _random_states()
     try:
-        for training in (not mode, mode):
-            module.training = training  # its own flag alone: what it calls is one node each
-            graphs.append(_OwnCodeTracer().trace(module))
+        for part in (twin, *modes):
+            part.training = own["training"] = training
+        graph = _OwnCodeTracer().trace(twin)
     except Exception:  # a user's forward may raise anything when it is given a proxy
         return None
     finally:
-        module.training = mode
-    texts = [str(graph) for graph in graphs]
-    return graphs[1] if texts[0] == texts[1] else None
+        for part, mode in modes.items():
+            part.training = mode
+        changed = _random_states() != drawn
+        _restore_random_states(drawn)
+    if changed or vars(twin).keys() != own.keys():
+        return None
+    return graph if all(_same(vars(twin)[key], value) for key, value in own.items()) else None
+
+
+def _own(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, dict | list | set) else value
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Return whether a value is what it was; of a container, whether it holds what it held."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        return [*map(id, left)] == [*map(id, right)] and all(left[k] is right[k] for k in left)
+    if isinstance(left, list | set) and isinstance(right, list | set):
+        return [*map(id, left)] == [*map(id, right)]
+    return left is right
+
+
+def _random_states() -> tuple[Any, bytes]:
+    return random.getstate(), torch.get_rng_state().numpy().tobytes()
+
+
+def _restore_random_states(states: tuple[Any, bytes]) -> None:
+    random.setstate(states[0])
+    torch.set_rng_state(torch.frombuffer(bytearray(states[1]), dtype=torch.uint8))

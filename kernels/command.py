@@ -157,6 +157,8 @@ def _device(text: str) -> torch.device:
         # PyTorch's messages run over many lines; the first says it.
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {text!r} cannot be used: {reason}") from None
+    if device.type == "meta":
+        raise ValueError("--device 'meta' cannot be used: it computes nothing")
     return device
 
 

@@ -83,9 +83,10 @@ def _train(
     relu: bool,
     group: str,
 ) -> torch.Tensor:
-    # mean and covariance are of x, variance of y: float64, over all processes. They are inputs so
-    # that processes can be asked for theirs outside, but the derivatives are those of a function
-    # of x alone. Where there is a group, the count of pixels and the local ones are given too.
+    # mean and covariance are of x, variance of y, over all processes: float64, but for the
+    # covariance of a single process, float32 because it is kept for backward. They are inputs so
+    # that processes can be asked for theirs outside, but the derivatives are those of a function of
+    # x alone. Where there is a group, the count of pixels and the local ones are given too.
     subtract = center if x.dtype is torch.float32 else None
     scale, shift = affine(weight, mean, subtract, variance, gamma, beta, eps)
     return forward(x, weight, scale, shift, subtract, big, relu)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import pickle
+import random
 from collections.abc import Callable
 
 import pytest
@@ -189,7 +190,7 @@ LEFT = {
     "GroupNorm": (lambda: with_norm(nn.GroupNorm(4, 16)), "GroupNorm is not a plain BatchNorm2d"),
     "a hook": (with_hook, "hooks"),
     "no widening": (lambda: Block(channels=9), "widens by 1.77778, which saves nothing below 2"),
-    "in place": (Overwriting, "changes the convolution's input in place"),
+    "in place": (Overwriting, "something is changed in place"),
 }
 
 
@@ -200,6 +201,225 @@ def test_places_that_are_left_as_they_are_say_why(name: str) -> None:
     assert reason in place_of(block).reason
     assert f"left as it is, {place_of(block).reason}" in str(place_of(block))
     assert not isinstance(holds(block), Fused)
+
+
+# Code that a graph cannot stand for ---------------------------------------------------------------
+
+
+class Optional(Block):
+    """timm's DLA: the residual is the input unless one is given."""
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        shortcut = x if shortcut is None else shortcut
+        return self.relu(self.norm(self.conv(self.conv1(x))) + shortcut)
+
+
+class Random(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(self.conv1(x)))
+        return self.relu(y + x) * (0.0 if self.training and random.random() < 0.5 else 1.0)
+
+
+class Noisy(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.norm(self.conv(self.conv1(x))) + x) * torch.rand(1)
+
+
+class Counting(Block):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.relu(self.norm(self.conv(self.conv1(x))) + x)
+
+
+class Keeping(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept.append(y := self.norm(self.conv(self.conv1(x))))
+        return self.relu(y + x)
+
+
+class OfLayersMode(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.norm(self.conv(self.conv1(x))) + x)
+        return y * 2 if self.norm.training else y
+
+
+@pytest.mark.parametrize("kind", [Optional, Random, Noisy, Counting, Keeping, OfLayersMode])
+def test_code_that_a_graph_cannot_stand_for_is_left_alone(kind: type[Block]) -> None:
+    for _ in range(20):  # the random one must not slip through by chance
+        block = kind()
+        states = random.getstate(), torch.get_rng_state()
+        assert not isinstance(blnet.fuse(block), Fused)
+        assert blnet.fusions(block) == []
+        assert random.getstate() == states[0]
+        assert torch.equal(torch.get_rng_state(), states[1])
+        assert getattr(block, "calls", 0) == len(getattr(block, "kept", [])) == 0
+        assert block.training
+        assert block.norm.training
+
+
+def test_dla_keeps_its_residuals() -> None:
+    torch.manual_seed(0)
+    model = initialised(timm.create_model("dla46_c", num_classes=3)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(blnet.fuse(model)(x), model(x))
+
+
+class Aliased(Block):
+    """x += y changes what skip holds as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        skip = x
+        x += self.norm(self.conv(self.conv1(x)))
+        return self.relu(x) + skip
+
+
+class Unused(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x.clone()
+        identity.add_(self.norm(self.conv(self.conv1(x))))
+        return F.relu(identity)
+
+
+class ViewCleared(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(x)
+        y = self.norm(self.conv(h))
+        h.view(-1).zero_()
+        return self.relu(y + x)
+
+
+class WrittenInto(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(x)
+        y = self.norm(self.conv(h))
+        torch.mul(h, 0, out=h)
+        return self.relu(y + x)
+
+
+class BigCleared(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        big = x.clone()
+        y = self.norm(self.conv(self.conv1(x))) + big
+        big.mul_(0)
+        return self.relu(y) + big
+
+
+@pytest.mark.parametrize("kind", [Aliased, Unused, ViewCleared, WrittenInto, BigCleared])
+@torch.no_grad()
+def test_changes_in_place_are_seen(kind: type[Block]) -> None:
+    torch.manual_seed(0)
+    assert not isinstance(holds(kind()), Fused)
+    assert "in place" in place_of(kind()).reason
+
+
+def test_an_attribute_set_later_counts() -> None:
+    class Scaled(Block):
+        scale = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.norm(self.conv(self.conv1(x))) + x) * self.scale
+
+    block = Scaled()
+    fused = blnet.fuse(block)
+    assert isinstance(fused, Fused)
+    fused.scale = block.scale = 3.0
+    assert not isinstance(fused, Fused)
+    x = torch.randn(2, 16, 3, 3)
+    assert torch.equal(fused(x), block(x))
+
+
+def test_activations_and_sequentials_exchanged_later_run_as_they_are() -> None:
+    x = torch.randn(2, 16, 4, 4)
+
+    class Down(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tail = nn.Sequential(self.conv, self.norm)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.tail(self.conv1(x)) + x)
+
+    block = Down()
+    fused = holds(block)
+    assert isinstance(fused, Fused)
+    for twin in (block, fused):
+        twin.relu = nn.SiLU()
+    assert torch.equal(fused(x), block(x))
+    for twin in (block, fused):
+        twin.tail = nn.Sequential(*twin.tail, nn.Tanh())
+    assert torch.equal(fused(x), block(x))
+    assert isinstance(fused, Fused)
+
+
+def test_hooks_are_called_whenever_they_come() -> None:
+    calls: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *arguments: calls.append(name)
+
+    early = Block()
+    early.relu.register_forward_hook(note("relu"))
+    late = blnet.fuse(Block())
+    late.relu.register_forward_hook(note("relu"))
+    late.norm.register_forward_pre_hook(note("norm"))
+    late.conv.register_full_backward_hook(note("conv"))
+    for block in (blnet.fuse(early), late):
+        block(torch.randn(2, 16, 3, 3)).sum().backward()
+    assert sorted(calls) == ["conv", "norm", "relu", "relu"]
+
+
+def test_a_layer_with_a_forward_of_its_own_is_called() -> None:
+    fused = blnet.fuse(Block())
+    fused.conv.forward = lambda x: torch.zeros(x.shape[0], 16, *x.shape[2:])
+    x = torch.randn(2, 16, 3, 3)
+    expected = fused.norm.eval()(torch.zeros(2, 16, 3, 3)) + x
+    assert torch.equal(fused(x), expected.relu())
+
+
+def test_a_block_may_hold_itself_and_its_methods() -> None:
+    class Bound(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.run = self.impl
+
+        def impl(self, x: Tensor) -> Tensor:
+            return self.relu(self.norm(self.conv(self.conv1(x))) + x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.run(x)
+            return result
+
+    fused = holds(Bound())
+    twin = copy.deepcopy(fused)
+    assert isinstance(twin, Fused)
+    assert twin.run.__self__ is twin
+
+
+def test_a_shallow_copy_has_a_mode_of_its_own() -> None:
+    fused = blnet.fuse(Block())
+    twin = copy.copy(fused)
+    twin.training = False
+    assert fused.training
+    assert twin.conv is fused.conv
+
+
+def test_a_fused_network_can_be_traced_and_converted() -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.resnet50(num_classes=4).eval()
+    fused, x = blnet.fuse(model), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(torch.fx.symbolic_trace(fused)(x), model(x))
+        converted = blnet.convert(fused)
+        assert converted(x).shape == (1, 4)
+    assert not any(isinstance(part, Fused) for part in converted.modules())
 
 
 def test_an_add_that_broadcasts_still_broadcasts() -> None:

@@ -42,6 +42,11 @@ def test_check_of_some_ops_in_several_processes(capsys):
     assert "expand_merge" not in results[0]
 
 
+def test_check_refuses_a_device_that_computes_nothing(capsys):
+    assert main(["kernels", "check", "--device", "meta"]) == 2
+    assert "--device 'meta' cannot be used: it computes nothing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("jobs", ["0", "257"])
 def test_check_needs_a_sane_number_of_processes(jobs, capsys):
     assert main(["kernels", "check", "--device", "cpu", "--jobs", jobs]) == 2

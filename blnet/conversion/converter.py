@@ -7,7 +7,6 @@ one. The network's own forward stays as it is, so whatever else it does, it stil
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -20,6 +19,7 @@ from blnet.conversion.initialise import mute, reset
 from blnet.conversion.plan import BranchPlan, ConversionPlan, StagePlan
 from blnet.conversion.stages import StageMaker
 from blnet.conversion.surgery import Layer, is_norm, norm_like
+from blnet.fusing import unfuse
 from blnet.module import BigLittleModule, branch_length, check_branching
 from blnet.stem import BigLittlePool
 from blnet.tracing import meta_twin, run_on_meta
@@ -64,7 +64,7 @@ def convert(
             f"{plan.network} holds Big-Little modules already; convert the plain network instead"
         )
     meta_twin(model)  # says in one sentence if the network cannot be copied
-    converted = copy.deepcopy(model)
+    converted = unfuse(model)  # a copy; fused code would keep to what it was made from
     if branches > 1:
         plan = _Conversion(converted, find_anatomy(converted, input_size), plan).run()
     converted.plan = plan  # type: ignore[assignment]  # nn.Module is typed to hold modules only
