@@ -71,8 +71,8 @@ gpu:  ## everything that needs a GPU: correctness, sanitizer, suites (GPU_PYTHON
 	  run sanitizer 50 compute-sanitizer --error-exitcode 9 \
 	    $(GPU_PYTHON) -m blnet.cli kernels check --device cuda --dtype bfloat16 --op expand_merge; \
 	else echo "compute-sanitizer is not installed here: not run"; fi; \
-	run kernels 120 $(GPU_PYTHON) -m blnet.cli bench kernels --device cuda --output $(OUT)/kernels; \
-	run models 180 $(GPU_PYTHON) -m blnet.cli bench models --device cuda --alpha 2 --beta 4 \
+	run kernels 100 $(GPU_PYTHON) -m blnet.cli bench kernels --device cuda --output $(OUT)/kernels; \
+	run models 200 $(GPU_PYTHON) -m blnet.cli bench models --device cuda --alpha 2 --beta 4 \
 	  --output $(OUT)/models; \
 	exit $$status
 

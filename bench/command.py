@@ -22,6 +22,10 @@ from blnet.bench.settings import (
 # Suite -> (its module, one line on it).
 SUITES = {
     "models": ("blnet.bench.suites.test_models", "whole networks, inference, every rung"),
+    "training": (
+        "blnet.bench.suites.test_training",
+        "whole networks, forward and backward pass, fused and not",
+    ),
     "merge": ("blnet.bench.suites.test_merge", "relu(upsample(big) + little) at the merge sites"),
     "expand_merge": (
         "blnet.bench.suites.test_expand_merge",

@@ -14,7 +14,15 @@ from rich.text import Text
 
 from blnet.bench.intervals import Ratio
 from blnet.bench.results import Results, write_json, write_text
-from blnet.bench.summary import BatchRow, ModelRow, OpRow, model_rows, op_rows, op_suites
+from blnet.bench.summary import (
+    NETWORK_SUITES,
+    BatchRow,
+    ModelRow,
+    OpRow,
+    model_rows,
+    op_rows,
+    op_suites,
+)
 
 NOTHING = "-"
 SHOWN_DROPPED = 6  # of the implementations left out; the report has all
@@ -159,11 +167,14 @@ def _batches(results: Results) -> list[int]:
 
 def print_tables(results: Results, console: Console) -> None:
     """Print the table of each suite that ran, and a red line for each failure."""
-    rows = model_rows(results)
-    if rows:
+    for suite, what in NETWORK_SUITES.items():
+        rows = model_rows(results, suite)
+        if not rows:
+            continue
         cells = [model_cells(results, row) for row in rows]
         header = model_header(results)
-        table = _rich_table(_title(results), header, left=(0, len(header) - 1), gap=0)
+        title = f"{what}: {_title(results)}"
+        table = _rich_table(title, header, left=(0, len(header) - 1), gap=0)
         for texts in cells:
             # An interval goes below its value: fourteen columns must fit a terminal.
             table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in texts))
@@ -265,9 +276,10 @@ def csv_text(results: Results) -> str:
 
     A network's speed-up and realised speed-up stand in the line of its fastest rung of each batch.
     """
-    gains: dict[tuple[str, Any, str], BatchRow] = {
-        (row.network.label, batch, found.rung): found
-        for row in model_rows(results)
+    gains: dict[tuple[str, str, Any, str], BatchRow] = {
+        (suite, row.network.label, batch, found.rung): found
+        for suite in NETWORK_SUITES
+        for row in model_rows(results, suite)
         for batch, found in row.batches.items()
     }
     text = io.StringIO()
@@ -284,7 +296,7 @@ def csv_text(results: Results) -> str:
                 len(m.samples),
                 *quantiles,
                 batch / m.median if m.timed and batch else "",
-                *_csv_gain(gains.get((m.family, batch, m.implementation))),
+                *_csv_gain(gains.get((m.suite, m.family, batch, m.implementation))),
                 m.facts.get("bytes"),
                 m.check.error if m.check else "",
                 m.peak_memory,
@@ -315,11 +327,13 @@ def markdown(results: Results) -> str:
     if results.interrupted:
         lines += ["**This run was interrupted: what was measured until then follows.**", ""]
     lines += [f"{_title(results)}; {results.environment['date']}; {results.seconds:.0f} s.", ""]
-    rows = model_rows(results)
-    if rows:
+    for suite, what in NETWORK_SUITES.items():
+        rows = model_rows(results, suite)
+        if not rows:
+            continue
         cells = [model_cells(results, row) for row in rows]
-        lines += ["## Models", "", *_table(model_header(results), cells), "", _reading(rows), ""]
-        lines += ["## Every rung", "", *_ladder_table(results), ""]
+        lines += [f"## {suite.capitalize()}: {what}", "", *_table(model_header(results), cells), ""]
+        lines += [_reading(rows), "", "### Every rung", "", *_ladder_table(results, suite), ""]
     for suite in op_suites(results):
         cells = [op_cells(results, row) for row in op_rows(results, suite)]
         lines += [f"## {_op_title(results, suite)}", "", *_table(op_header(results), cells), ""]
@@ -335,11 +349,11 @@ def markdown(results: Results) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _ladder_table(results: Results) -> list[str]:
+def _ladder_table(results: Results, suite: str) -> list[str]:
     header = ["network", "batch", "rung", "p20 (ms)", "p50 (ms)", "p90 (ms)", "rounds"]
     header += ["error", "build (s)", "memory (MB)", "note"]
     rows = []
-    for m in results.of("models"):
+    for m in results.of(suite):
         times = [milliseconds(m.quantile(p)) if m.timed else NOTHING for p in (20, 50, 90)]
         note = m.note if m.status == "ok" else f"{m.status}: {m.note}".removesuffix(": ")
         rows.append(

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from blnet.bench.intervals import Ratio, median_ratio
 from blnet.bench.results import Measurement, Network, Results
 
+# Suite of whole networks -> what it times.
+NETWORK_SUITES = {"models": "inference", "training": "training, forward and backward pass"}
+
 
 @dataclass(frozen=True)
 class BatchRow:
@@ -75,9 +78,16 @@ def fastest(measurements: list[Measurement]) -> Measurement | None:
     return min((m for m in measurements if m.timed), key=lambda m: m.median, default=None)
 
 
-def model_rows(results: Results) -> list[ModelRow]:
-    """Return a row for each network of the models suite, in their order."""
-    measurements = list(results.of("models"))
+def model_rows(results: Results, suite: str = "models") -> list[ModelRow]:
+    """Return a row for each network of a suite of whole networks, in their order.
+
+    Args:
+        results: of a run.
+        suite: one of `NETWORK_SUITES`; without measurements of it there are no rows.
+    """
+    measurements = list(results.of(suite))
+    if not measurements:
+        return []
     batches = sorted({m.facts["batch"] for m in measurements})
     macs = {network.label: network.macs for network in results.networks}
     rows = []

@@ -1,0 +1,186 @@
+"""Training suite: forward and backward pass of whole networks at the throughput batch.
+
+Plain and Big-Little networks get the same rungs, `blnet.fuse` among them, so that a reader sees
+what the architecture brings and what the kernels bring. Half precision is autocast over float32
+weights. The optimiser's step is left out: it is the same for all.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import blnet
+from blnet.bench.ladder import compiled
+from blnet.bench.measure import Call, Group, Implementation
+from blnet.bench.memory import tensor_bytes
+from blnet.bench.networks import Spec, facts, instance, specs
+from blnet.bench.replay import replay, virtual_clock
+from blnet.bench.results import Measurement
+from blnet.bench.session import Case, Session
+from blnet.bench.settings import Settings
+
+NAME = "training"
+# Of the logits and of the logarithms of all gradients' norms. The gradients themselves differ by
+# more between any two orders of summing, because ReLUs flip; the ops' own suites hold those.
+TOLERANCES = {"float32": 5e-3, "float16": 2e-2, "bfloat16": 5e-2}
+REFERENCE = "the same network in float64, eager"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to train a network.
+
+    Attributes:
+        name: what the tables call it.
+        description: one sentence on it.
+        fused: whether `blnet.fuse` comes first.
+        compiles: whether torch.compile comes last.
+        devices: where it runs.
+        quick: where it is part of a quick run.
+    """
+
+    name: str
+    description: str
+    fused: bool = False
+    compiles: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    quick: tuple[str, ...] = ("cpu", "cuda")
+
+
+RUNGS = (
+    Rung("channels-last", "Eager, weights and input in channels-last (NHWC) layout."),
+    Rung("compile", "torch.compile, default mode, channels-last.", compiles=True, quick=("cuda",)),
+    # On a CPU a fused network runs layer by layer: there it would be the first rung again.
+    Rung("fused", "blnet.fuse, eager, channels-last.", fused=True, devices=("cuda",)),
+    Rung(
+        "fused, compile",
+        "blnet.fuse, then torch.compile, channels-last.",
+        fused=True,
+        compiles=True,
+        devices=("cuda",),
+    ),
+)
+
+
+def rungs(settings: Settings) -> list[Rung]:
+    """Return the rungs of a run."""
+    device = settings.device
+    found = [rung for rung in RUNGS if device in rung.devices]
+    return found if settings.full else [rung for rung in found if device in rung.quick]
+
+
+def group_name(settings: Settings) -> str:
+    """Return the name of the group: there is one."""
+    return f"batch {settings.throughput_batch}"
+
+
+def cases(settings: Settings) -> list[Case]:
+    """Return every network on every rung."""
+    return [
+        Case(group_name(settings), spec.label, rung.name)
+        for spec in specs(settings)
+        for rung in rungs(settings)
+    ]
+
+
+def build(group: str, session: Session) -> Group:
+    """Return all networks on all rungs."""
+    settings = session.settings
+    images = session.images(settings.throughput_batch)
+    found = specs(settings)
+    if not session.results.networks:
+        session.results.networks += [facts(spec, settings) for spec in found]
+    models = {spec: instance(spec, images, settings).to(settings.device) for spec in found}
+    own = images.to(settings.device).contiguous(memory_format=torch.channels_last)
+    return Group(
+        suite=NAME,
+        name=group,
+        implementations=[
+            _implementation(spec, models[spec], rung, own, settings)
+            for spec in found
+            for rung in rungs(settings)
+        ],
+        references={spec.label: partial(_reference, models[spec], own) for spec in found},
+        tolerance=TOLERANCES[settings.dtype or "float32"],
+        reference_text=REFERENCE,
+        rounds=max(settings.rounds(settings.throughput_batch) // 2, 2),
+        budget=session.budget(NAME),
+    )
+
+
+def _results(logits: Tensor, model: nn.Module) -> Iterator[Tensor]:
+    """Yield the logits and the logarithms of the gradients' norms, of like weight.
+
+    A generator, so that a timed call, whose result nobody looks at, does not compute it.
+    """
+    yield logits.detach()
+    norms = torch.stack([p.grad.double().norm() for p in model.parameters() if p.grad is not None])
+    weight = (logits.numel() / norms.numel()) ** 0.5
+    yield norms.clamp_min(1e-12).log() * weight
+
+
+def _backward(logits: Tensor, model: nn.Module) -> Iterator[Tensor]:
+    """Compute all gradients of the cross-entropy; return the results."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    labels = torch.arange(len(logits), device=logits.device) * 7 % logits.shape[1]
+    F.cross_entropy(logits, labels).backward()
+    return _results(logits, model)
+
+
+def _reference(model: nn.Module, images: Tensor) -> list[Tensor]:
+    exact = copy.deepcopy(model).double().train()
+    return list(_backward(exact(images.double()), exact))
+
+
+def _implementation(
+    spec: Spec, model: nn.Module, rung: Rung, images: Tensor, settings: Settings
+) -> Implementation:
+    dtype, device = settings.torch_dtype, settings.device
+
+    precision = partial(torch.autocast, device, dtype, enabled=dtype is not torch.float32)
+
+    def make() -> Call:
+        own = blnet.fuse(model) if rung.fused else copy.deepcopy(model)
+        own.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        run: Callable[[Tensor], Tensor] = own
+        if rung.compiles:
+            with precision():
+                run = compiled(own, (images,))
+
+        def call() -> Any:
+            with precision():
+                logits = run(images)
+            return _backward(logits.float(), own)
+
+        return call
+
+    return Implementation(
+        name=rung.name,
+        family=spec.label,
+        build=make,
+        description=rung.description,
+        facts={
+            "network": spec.name,
+            "alpha": spec.alpha,
+            "beta": spec.beta,
+            "baseline": spec.baseline,
+            "batch": len(images),
+        },
+        held_bytes=tensor_bytes(model, images),
+        compiles=rung.compiles,
+    )
+
+
+@pytest.mark.benchmark(timer=virtual_clock)
+def test_training(case: Case, measured: Callable[[Case], Measurement], benchmark: Any) -> None:
+    replay(benchmark, measured(case))
