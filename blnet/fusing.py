@@ -81,13 +81,38 @@ class Fused:
     def __setattr__(self, name: str, value: Any) -> None:
         """Bring the original code back where it may depend on what changes.
 
-        The mode is no such thing, nor is a layer in the place of a layer.
+        The mode is no such thing, nor are torch's own notes, nor a layer in a layer's place.
         """
-        own, layers = self.fused_from, self.__dict__["_modules"]
-        exchange = isinstance(layers.get(name), nn.Module) and isinstance(value, nn.Module)
-        if name != "training" and not exchange:
-            object.__setattr__(self, "__class__", own)
+        own = self.fused_from
+        old = self.__dict__.get("_modules", {}).get(name)
+        exchange = isinstance(old, nn.Module) and isinstance(value, nn.Module)
+        if not (exchange or name == "training" or name.startswith("_")):
+            _give_back_code(self)
         own.__setattr__(self, name, value)  # type: ignore[arg-type]
+
+    def __delattr__(self, name: str) -> None:
+        """Bring the original code back, which may ask for what is gone."""
+        own = self.fused_from
+        _give_back_code(self)
+        own.__delattr__(self, name)  # type: ignore[arg-type]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Bring the original code back and register a parameter."""
+        _give_back_code(self)
+        nn.Module.register_parameter(self, name, param)  # type: ignore[arg-type]
+
+    def register_buffer(
+        self, name: str, tensor: torch.Tensor | None, persistent: bool = True
+    ) -> None:
+        """Bring the original code back and register a buffer."""
+        _give_back_code(self)
+        nn.Module.register_buffer(self, name, tensor, persistent)  # type: ignore[arg-type]
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Put a layer in a layer's place, or bring the original code back and add one."""
+        if not isinstance(self.__dict__["_modules"].get(name), nn.Module) or module is None:
+            _give_back_code(self)
+        nn.Module.add_module(self, name, module)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the module as one of its own class, to be fused again: this class has no home."""
@@ -106,6 +131,12 @@ class Fused:
     def __copy__(self) -> Any:
         """Copy the module, but not its layers, and fuse the copy."""
         return _fuse_module(_plain(self, dict(self.__dict__)))
+
+
+def _give_back_code(module: Any) -> None:
+    """Give a fused module its own class again, unless somebody derived another from the fused."""
+    if "fused_from" in vars(type(module)):
+        object.__setattr__(module, "__class__", module.fused_from)
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -132,8 +163,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     """Return a copy of a network that :func:`fuse` made, with its original code."""
     model = copy.deepcopy(model)
     for module in model.modules():
-        if isinstance(module, Fused):
-            object.__setattr__(module, "__class__", module.fused_from)
+        _give_back_code(module)
     return model
 
 
@@ -271,6 +301,12 @@ def _works_in_place(module: nn.Module, node: fx.Node) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
+def _is_torchs(module: nn.Module, node: fx.Node) -> bool:
+    """Return whether a node calls a layer of torch.nn, whose code is known."""
+    called = module.get_submodule(str(node.target))
+    return type(called).__module__.startswith("torch.nn.")
+
+
 @dataclass
 class _Pair:
     """A convolution and its normalisation as a module's code calls them."""
@@ -339,6 +375,8 @@ class _Site:
         if not (_is_merge(node) or _is_add(node)):
             return None
         left, right = node.args[:2]
+        if left is right:
+            return None
         # The little branch is merge's second argument; an add takes its summands in either order.
         candidates = [(right, left)] if _is_merge(node) else [(left, right), (right, left)]
         pairs = [(_Pair.ending_at(module, end), other) for end, other in candidates]
@@ -362,9 +400,16 @@ class _Site:
             return reason
         if self.add.target in _ADDS_IN_PLACE and self.add.args[0] is self.big:
             return "the add changes its other summand in place"
-        if any(_works_in_place(self.module, node) for node in self._between()):
-            return "something is changed in place between the convolution and the add"
+        if any(self._may_change(node) for node in self._between()):
+            return "something may be changed in place between the convolution and the add"
         return ""
+
+    def _may_change(self, node: fx.Node) -> bool:
+        """Return whether a node may change what the op will read after it."""
+        if _works_in_place(self.module, node):
+            return True
+        read = {self.pair.x, self.big} & set(node.all_input_nodes)
+        return bool(read) and node.op == "call_module" and not _is_torchs(self.module, node)
 
     def _between(self) -> Iterator[fx.Node]:
         """Yield the nodes after the convolution and up to the end that are not of the place."""

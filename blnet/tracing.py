@@ -10,10 +10,11 @@ import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
@@ -108,26 +109,127 @@ for _name in (
     setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
+class _RefusedError(Exception):
+    """A module's code does what a graph does not keep."""
+
+
 class _OwnCodeTracer(fx.Tracer):
-    """Traces a module's own forward and takes every module it calls as one node."""
+    """Traces a module's own forward and takes every module it calls as one node.
+
+    What a graph would not keep is refused: questions about values, and nodes in another mode of
+    autograd or autocast than the code was called in.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refused = False  # for code that swallows the exception
+        self.mode = _modes()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.mode:
+            self.refuse()
+        return super().create_node(*args, **kwargs)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.refuse()
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        self.refuse()
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        self.refuse()
+
+    def refuse(self) -> NoReturn:
+        self.refused = True
+        raise _RefusedError
+
+
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+
+
+def _modes() -> tuple[object, ...]:
+    """Return what a with-block around operations may change."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        hooks(False) if hooks else None,  # activation checkpointing
+        *(
+            (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in _AUTOCAST_DEVICES
+        ),
+    )
+
+
+class _NoArithmetic(TorchFunctionMode):
+    """Refuses operations on tensors that are there: on a buffer, on a weight, random draws."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = (*args, *kwargs.values())
+        traced = any(isinstance(part, fx.Proxy) for value in given for part in _flat(value))
+        reads = getattr(func, "__name__", "") == "__get__"  # a shape, a dtype
+        if not (traced or reads or func in _MODE_SETTERS):
+            raise _RefusedError
+        return func(*args, **kwargs)
+
+
+_MODE_SETTERS = (torch._C._set_grad_enabled,)
+
+
+def _flat(value: Any) -> Any:
+    return value if isinstance(value, tuple | list) else (value,)
+
+
+# Questions of type, which a proxy answers wrongly and without an error.
+_TYPE_QUESTIONS = {"isinstance", "is_tensor", "issubclass"}
+
+
+def _asks_for_types(module: nn.Module) -> bool:
+    """Return whether a module's forward, or a method that it names, asks what something is."""
+    seen: set[Any] = set()
+    codes: list[Any] = [getattr(type(module).forward, "__code__", None)]
+    while codes:
+        code = codes.pop()
+        if code is None or code in seen:
+            continue
+        seen.add(code)
+        if _TYPE_QUESTIONS & set(code.co_names):
+            return True
+        codes += [constant for constant in code.co_consts if hasattr(constant, "co_names")]
+        methods = (getattr(type(module), name, None) for name in code.co_names)
+        # torch.nn.Module's own methods ask, and nothing in a graph depends on it.
+        codes += [
+            getattr(method, "__code__", None)
+            for name, method in zip(code.co_names, methods, strict=True)
+            if not hasattr(nn.Module, name)
+        ]
+    return False
 
 
 def trace_own_code(module: nn.Module) -> fx.Graph | None:
     """Return the graph of a module's own forward, in which every module it calls is one node.
 
     None where a graph would not do what the code does: where it cannot be traced, does something
-    else in training than in evaluation, draws random numbers, or changes the module. Nothing is
-    changed by tracing.
+    else in training than in evaluation or without autograd, draws random numbers, works under a
+    mode of its own, asks for types, or changes the module or its layers. Nothing is changed by
+    tracing.
     """
+    if _asks_for_types(module):
+        return None
     texts, graphs = [], []
-    for training in (not module.training, module.training):
-        graph = _trace_once(module, training)
+    # Everything that code may ask for or switch is one thing the first time, another the second.
+    for training, on in ((not module.training, False), (module.training, True)):
+        with torch.set_grad_enabled(on), _autocast_switched(not on):
+            graph = _trace_once(module, training)
         if graph is None:
             return None
         graphs.append(graph)
@@ -135,46 +237,56 @@ def trace_own_code(module: nn.Module) -> fx.Graph | None:
     return graphs[1] if texts[0] == texts[1] else None
 
 
+@contextmanager
+def _autocast_switched(on: bool) -> Iterator[None]:
+    before = [(device, torch.is_autocast_enabled(device)) for device in _AUTOCAST_DEVICES]
+    try:
+        for device, _ in before:
+            torch.set_autocast_enabled(device, on)
+        yield
+    finally:
+        for device, was in before:
+            torch.set_autocast_enabled(device, was)
+
+
 def _trace_once(module: nn.Module, training: bool) -> fx.Graph | None:
     # What the code does to its module, it does to a twin that shares the layers.
     twin = object.__new__(type(module))
-    own = {key: _own(value) for key, value in vars(module).items()}
-    object.__setattr__(twin, "__dict__", {key: _own(value) for key, value in own.items()})
-    modes = {part: part.training for part in module.modules()}
-    drawn = _random_states()
+    object.__setattr__(twin, "__dict__", _copied(vars(module)))
+    parts = [twin, *module.modules()]
+    modes = [part.training for part in parts]
+    for part in parts:
+        part.__dict__["training"] = training
+    before = [_copied(vars(part)) for part in parts]
+    drawn, tracer = random.getstate(), _OwnCodeTracer()
     try:
-        for part in (twin, *modes):
-            part.training = own["training"] = training
-        graph = _OwnCodeTracer().trace(twin)
+        with _NoArithmetic():
+            graph = tracer.trace(twin)
     except Exception:  # a user's forward may raise anything when it is given a proxy
         return None
     finally:
-        for part, mode in modes.items():
-            part.training = mode
-        changed = _random_states() != drawn
-        _restore_random_states(drawn)
-    if changed or vars(twin).keys() != own.keys():
-        return None
-    return graph if all(_same(vars(twin)[key], value) for key, value in own.items()) else None
+        changed = [not _same(vars(part), own) for part, own in zip(parts, before, strict=True)]
+        for part, own, mode in zip(parts, before, modes, strict=True):
+            if not _same(vars(part), own):
+                object.__setattr__(part, "__dict__", own)
+            part.__dict__["training"] = mode
+        changed.append(random.getstate() != drawn)
+        random.setstate(drawn)
+    return None if tracer.refused or any(changed) else graph
 
 
-def _own(value: Any) -> Any:
-    return copy.copy(value) if isinstance(value, dict | list | set) else value
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """Copy a module's state and the containers in it, but not what they hold."""
+    return {
+        key: copy.copy(value) if isinstance(value, dict | list | set) else value
+        for key, value in state.items()
+    }
 
 
 def _same(left: Any, right: Any) -> bool:
     """Return whether a value is what it was; of a container, whether it holds what it held."""
     if isinstance(left, dict) and isinstance(right, dict):
-        return [*map(id, left)] == [*map(id, right)] and all(left[k] is right[k] for k in left)
+        return left.keys() == right.keys() and all(_same(left[k], right[k]) for k in left)
     if isinstance(left, list | set) and isinstance(right, list | set):
         return [*map(id, left)] == [*map(id, right)]
-    return left is right
-
-
-def _random_states() -> tuple[Any, bytes]:
-    return random.getstate(), torch.get_rng_state().numpy().tobytes()
-
-
-def _restore_random_states(states: tuple[Any, bytes]) -> None:
-    random.setstate(states[0])
-    torch.set_rng_state(torch.frombuffer(bytearray(states[1]), dtype=torch.uint8))
+    return left is right or (type(left) in (bool, int, float, str) and left == right)

@@ -3,8 +3,8 @@
 With g = dout where out > 0 and else 0 (dout itself without a ReLU), M pixels and z = x - center:
 
     reduce   products = g^T z (C x K), sums = sum of g (C), dbig = window sums of g
-    input    dx = ((g - offset) scale) weight + z second + constant,
-             offset and scale (C), weight (C x K), second (K x K), constant (K)
+    input    dx = ((g - offset) scale) weight + z second unit + constant,
+             offset and scale (C), weight (C x K), second (K x K), unit and constant (K)
 
 Neither the convolution's output nor its gradient appears, and g is not stored: it is two loads
 and a comparison. All else is arithmetic on small matrices between the two, in float64:
@@ -94,7 +94,7 @@ def affine_gradients(
     dx = None
     if needs_x:
         scale = None if scale is None else scale.float()
-        dx = input_op(grad, out, x, weight, scale, None, None, None, None)
+        dx = input_op(grad, out, x, weight, scale, None, None, None, None, None)
     return (
         dx,
         dweight if needs_weight else None,

@@ -1,7 +1,7 @@
 """Small matrices between the two backward passes of expand_merge_train over the maps.
 
     between   A and sum g, W, W S, ... -> dgamma, dbeta, dW, and U = -diag(gamma r q) W
-    second    W^T U -> its rounded form for the input pass, and that pass's constant
+    second    W^T U -> its rounded form for the input pass, that one's units, that pass's constant
 
 What for, and why so: ``expand_merge_matrices.py``. The symbols: ``expand_merge_train.py``.
 """
@@ -119,7 +119,8 @@ def _second_kernel(
     p_wide,  # W^T U, (channels_in, channels_in), float64
     p_mean,
     p_center,
-    p_second,  # the same in x's dtype
+    p_second,  # the same in x's dtype, each column divided by its unit
+    p_unit,  # the power of two above the column's largest, float32
     p_constant,  # -(m - center) second, float32
     channels_in,
     ROWS: tl.constexpr,
@@ -127,18 +128,29 @@ def _second_kernel(
 ):
     o_j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     m_j = o_j < channels_in
+    b_largest = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for i in tl.range(0, channels_in, ROWS):
+        o_i = i + tl.arange(0, ROWS)
+        b_wide = matrix_tile(p_wide, o_i, o_j, o_i < channels_in, m_j, channels_in)
+        b_largest = tl.maximum(b_largest, tl.max(tl.abs(b_wide.to(tl.float32)), 0))
+    # Columns of zeros and of what float32 rounds to nothing are in units of one.
+    b_usual = b_largest > 1e-30
+    b_unit = tl.where(b_usual, tl.exp2(tl.ceil(tl.log2(tl.where(b_usual, b_largest, 1.0)))), 1.0)
+    tl.store(p_unit + o_j, b_unit, mask=m_j)
+
     b_constant = tl.zeros((COLUMNS,), dtype=tl.float64)
+    b_unit = b_unit.to(tl.float64)
     for i in tl.range(0, channels_in, ROWS):
         o_i = i + tl.arange(0, ROWS)
         m_i = o_i < channels_in
-        b_second = matrix_tile(p_wide, o_i, o_j, m_i, m_j, channels_in).to(tl.float32)
-        b_second = b_second.to(p_second.dtype.element_ty)
+        b_wide = matrix_tile(p_wide, o_i, o_j, m_i, m_j, channels_in) / b_unit[None, :]
+        b_second = b_wide.to(tl.float32).to(p_second.dtype.element_ty)
         o_tile = o_i[:, None] * channels_in + o_j[None, :]
         tl.store(p_second + o_tile, b_second, mask=m_i[:, None] & m_j[None, :])
         b_far = far_from_center(p_mean, p_center, o_i, m_i)
         # Of the rounded matrix, which is what x is multiplied by.
         b_constant -= tl.sum(b_far[:, None] * b_second.to(tl.float32).to(tl.float64), 0)
-    tl.store(p_constant + o_j, b_constant.to(tl.float32), mask=m_j)
+    tl.store(p_constant + o_j, (b_constant * b_unit).to(tl.float32), mask=m_j)
 
 
 # Launchers -----------------------------------------------------------------------------------
@@ -189,16 +201,14 @@ def _between(
 
 def _second(
     wide: torch.Tensor, mean: torch.Tensor, center: torch.Tensor, like: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    # Returns W^T U in the dtype of ``like``, (K, K), and the input pass's constant, (K), float32,
-    # from W^T U (K, K) and the mean of x (K), float64.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # Returns W^T U in the dtype of ``like`` (K, K), its columns' units and the input pass's
+    # constant (K), both float32, from W^T U (K, K) and the mean of x (K), float64.
     channels_in = wide.shape[0]
-    rounded, constant = (
-        new(wide, like.dtype, *wide.shape),
-        new(center, torch.float32, channels_in),
-    )
+    rounded = new(wide, like.dtype, channels_in, channels_in)
+    unit, constant = (new(center, torch.float32, channels_in) for _ in range(2))
     if known(channels_in == 0):
-        return rounded, constant
+        return rounded, unit, constant
     launch = second_launch(channels_in)
     with device_guard(rounded):
         wrap_triton(_second_kernel)[launch.grid](
@@ -206,10 +216,11 @@ def _second(
             p_mean=mean,
             p_center=center,
             p_second=rounded,
+            p_unit=unit,
             p_constant=constant,
             **launch.arguments,
         )
-    return rounded, constant
+    return rounded, unit, constant
 
 
 # The registered ops --------------------------------------------------------------------------
@@ -235,7 +246,7 @@ def specializations() -> list[Specialization]:
             name = f"expand_merge between {short}"
             found.append(specialize(name, _between_kernel, launch, pointers))
             pointers = {"p_wide": wide, "p_mean": wide, "p_center": full, "p_second": dtype}
-            pointers["p_constant"] = full
+            pointers |= {"p_unit": full, "p_constant": full}
             name = f"expand_merge second {short}"
             found.append(specialize(name, _second_kernel, second_launch(k), pointers))
     return found

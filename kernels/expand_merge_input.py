@@ -108,7 +108,8 @@ def _input_kernel(
     p_weight,  # (channels, channels_in)
     p_scale,
     p_offset,
-    p_second,  # (channels_in, channels_in)
+    p_second,  # (channels_in, channels_in), each column in its unit
+    p_unit,
     p_constant,
     p_center,
     p_dx,
@@ -146,6 +147,9 @@ def _input_kernel(
         b_weight = tl.load(p_weight + o_weight, mask=m_c[:, None] & m_k[None, :], other=0.0)
         b_dx = tl.dot(b_g.to(dtype), b_weight, b_dx, input_precision="ieee")
     if STATISTICS:
+        # One accumulator for both products, so it is in second's units for a while.
+        b_unit = tl.load(p_unit + o_k, mask=m_k, other=1.0)[None, :]
+        b_dx *= 1.0 / b_unit
         for k in tl.range(0, channels_in, BLOCK_IN):
             o_in = k + tl.arange(0, BLOCK_IN)
             m_in = o_in < channels_in
@@ -154,6 +158,7 @@ def _input_kernel(
             o_second = o_in[:, None] * channels_in + o_k[None, :]
             b_second = tl.load(p_second + o_second, mask=m_in[:, None] & m_k[None, :], other=0.0)
             b_dx = tl.dot(b_z, b_second, b_dx, input_precision="ieee")
+        b_dx *= b_unit
         b_dx += tl.load(p_constant + o_k, mask=m_k, other=0.0)[None, :]
     o_dx = o_row[:, None] * channels_in + o_k[None, :]
     tl.store(p_dx + o_dx, b_dx.to(dtype), mask=m_row[:, None] & m_k[None, :])
@@ -174,10 +179,11 @@ def _input(
     scale: torch.Tensor | None,
     offset: torch.Tensor | None,
     second: torch.Tensor | None,
+    unit: torch.Tensor | None,
     constant: torch.Tensor | None,
     center: torch.Tensor | None,
 ) -> torch.Tensor:
-    # Returns dx. scale and offset are float32; offset, second, constant and center are given
+    # Returns dx. scale and what follows but for second are float32; what follows scale is given
     # together or not at all.
     memory_format = memory_format_of(x)
     dx = allocate(x, tuple(x.shape), torch.channels_last)
@@ -190,7 +196,9 @@ def _input(
     launch = input_launch(problem, choice, **flags)
     x, grad, weight = _last(x), _last(grad), weight.contiguous()
     # What is absent is never read.
-    vectors = [weight if v is None else v.contiguous() for v in (scale, offset, constant, center)]
+    vectors = [
+        weight if v is None else v.contiguous() for v in (scale, offset, unit, constant, center)
+    ]
     with device_guard(dx):
         wrap_triton(_input_kernel)[launch.grid](
             p_grad=grad,
@@ -200,8 +208,9 @@ def _input(
             p_scale=vectors[0],
             p_offset=vectors[1],
             p_second=weight if second is None else second.contiguous(),
-            p_constant=vectors[2],
-            p_center=vectors[3],
+            p_unit=vectors[2],
+            p_constant=vectors[3],
+            p_center=vectors[4],
             p_dx=dx,
             **launch.arguments,
         )
@@ -221,7 +230,7 @@ input_op = define_op("blnet::expand_merge_input", _input, flops=_input_flops)
 
 def _pointers(dtype: torch.dtype) -> dict[str, torch.dtype]:
     names = ("p_grad", "p_out", "p_x", "p_weight", "p_second", "p_dx")
-    vectors = ("p_scale", "p_offset", "p_constant", "p_center")
+    vectors = ("p_scale", "p_offset", "p_unit", "p_constant", "p_center")
     return dict.fromkeys(names, dtype) | dict.fromkeys(vectors, torch.float32)
 
 
@@ -233,7 +242,8 @@ def _timed(problem: Problem, dtype: torch.dtype, device: torch.device) -> Any:
     (x, weight, scale, shift, *_), grad, out = drawn(problem, dtype, device)
     second = weight.mT @ weight / len(weight)
     center = x.new_zeros(x.shape[1], dtype=torch.float32)
-    arguments = (grad, out, x, weight, scale, shift, second, center, center)
+    unit = torch.ones_like(center)
+    arguments = (grad, out, x, weight, scale, shift, second, unit, center, center)
     return lambda: (input_op(*arguments),)
 
 

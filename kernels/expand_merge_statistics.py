@@ -78,7 +78,7 @@ def _statistics_kernel(
     p_gram,  # (parts, channels, channels), written on and above the diagonal
     p_center,
     p_mean,  # (channels,)
-    p_covariance,  # (channels, channels), float32: it is kept for backward
+    p_covariance,  # (channels, channels)
     parts,
     rows,
     channels,
@@ -99,11 +99,11 @@ def _statistics_kernel(
         o_part = (part + tl.arange(0, SHARES)).to(tl.int64)
         o_tile = (o_part * channels * channels)[:, None, None] + o_pair[None, :, :]
         m_tile = (o_part < parts)[:, None, None] & m_pair[None, :, :]
-        # A share is a float32 sum of thousands of products: a few more lose nothing.
-        b_gram += tl.sum(tl.load(p_gram + o_tile, mask=m_tile, other=0.0), 0).to(tl.float64)
+        b_share = tl.load(p_gram + o_tile, mask=m_tile, other=0.0).to(tl.float64)
+        b_gram += tl.sum(b_share, 0)
     b_covariance = b_gram / rows - b_off_i[:, None] * b_off_j[None, :]
     o_out = o_i[:, None] * channels + o_j[None, :]
-    tl.store(p_covariance + o_out, b_covariance.to(tl.float32), mask=m_pair)
+    tl.store(p_covariance + o_out, b_covariance, mask=m_pair)
     b_mean = tl.load(p_center + o_i, mask=m_i, other=0.0).to(tl.float64) + b_off_i
     tl.store(p_mean + o_i, b_mean, mask=m_i & (tl.program_id(1) == 0))
 
@@ -183,12 +183,11 @@ def _affine_kernel(
 
 
 def _centered_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    # Returns center (K) and covariance (K, K) in float32 around mean (K) in float64; all 0 without
-    # pixels.
+    # Returns center (K) in float32, mean (K) and covariance (K, K) in float64; without pixels 0.
     rows, channels = row_count(x), x.shape[1]
     center = estimated_center(x)
     mean = new(center, torch.float64, channels)
-    covariance = new(center, torch.float32, channels, channels)
+    covariance = new(center, torch.float64, channels, channels)
     if known(rows * channels == 0):
         return center, mean.zero_(), covariance.zero_()
     sums, gram = shares(x, center)
@@ -287,7 +286,7 @@ def specializations() -> list[Specialization]:
     for title, (k, c) in PROBLEMS.items():
         launch = statistics_launch(512, 2**20, k)
         pointers = {"p_sums": full, "p_gram": full, "p_center": full}
-        pointers.update(p_mean=wide, p_covariance=full)
+        pointers.update(p_mean=wide, p_covariance=wide)
         name = f"expand_merge statistics {title}"
         found.append(specialize(name, _statistics_kernel, launch, pointers))
         for dtype in KERNEL_DTYPES:

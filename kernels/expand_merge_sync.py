@@ -32,7 +32,7 @@ class Statistics:
 def local_statistics(mean: torch.Tensor, covariance: torch.Tensor, rows: int) -> Statistics:
     """Return this process's statistics; without pixels all are 0."""
     count = torch.full((), rows, dtype=torch.float64, device=mean.device)
-    return Statistics(count, mean, covariance.double())
+    return Statistics(count, mean, covariance)
 
 
 def _all_reduce(tensor: torch.Tensor, group: str) -> torch.Tensor:

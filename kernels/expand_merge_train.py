@@ -29,7 +29,9 @@ Numerics. x is centred, in the moments and in backward, by an estimate of its me
 ``moments.estimate_center`` explains; float32 maps also before the product of the forward pass.
 The small matrices are float64 (``expand_merge_matrices.py``): a handful of operations on at most
 C x K numbers, in which tf32 or float32 would lose what the kernels kept. Saved for backward: x,
-out and small matrices.
+out and small matrices. The Gram matrix is a float32 sum: an output channel whose variance is far
+below that of its summands, two inputs that all but cancel, loses digits to that (at a hundredth of
+the deviation of either, 2e-4 of the output), as the convolution's own output does not.
 Bytes: x once more than in ``expand_merge``, for the moments. FLOPs count as the convolution's.
 """
 
@@ -83,8 +85,7 @@ def _train(
     relu: bool,
     group: str,
 ) -> torch.Tensor:
-    # mean and covariance are of x, variance of y, over all processes: float64, but for the
-    # covariance of a single process, float32 because it is kept for backward. They are inputs so
+    # mean and covariance are of x, variance of y, over all processes: float64. They are inputs so
     # that processes can be asked for theirs outside, but the derivatives are those of a function of
     # x alone. Where there is a group, the count of pixels and the local ones are given too.
     subtract = center if x.dtype is torch.float32 else None
@@ -125,8 +126,8 @@ def _autograd(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
             )  # fmt: skip
         dweight, dgamma, _, scale, offset, u = between
         if needs_x:
-            second, constant = second_op(small_product(wide.mT, u), mean, center, x)
-            dx = input_op(grad, out, x, weight, scale, offset, second, constant, center)
+            rest = second_op(small_product(wide.mT, u), mean, center, x)
+            dx = input_op(grad, out, x, weight, scale, offset, *rest, center)
     gradients = (dx, dweight if needs_weight else None, dgamma if needs_gamma else None,
                  sums if needs_beta else None, dbig)  # fmt: skip
     cast = (g if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes, strict=True))

@@ -197,7 +197,7 @@ def test_fused_training_saves_less() -> None:
     held = []
     for fused in FUSED:
         # Large enough for the statistics' K x K matrices not to count.
-        model, x = network(fused).train().bfloat16(), images(32, 160).bfloat16()
+        model, x = network(fused).train().bfloat16(), images(32, 224).bfloat16()
         model(x).sum().backward()  # what is made once: handles, gradients
         before = torch.cuda.memory_allocated()
         out = model(x)

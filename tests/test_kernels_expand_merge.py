@@ -299,7 +299,7 @@ def test_the_compiler_sees_the_kernels_and_which_arguments_are_written(form, dri
             ),
             "input": (
                 ops.expand_merge_input,
-                (out, out, x, weight, c, c, square.bfloat16(), k, k),
+                (out, out, x, weight, c, c, square.bfloat16(), k, k, k),
                 [["p_dx"]],
             ),
             "moments": (ops.moments, (x, k), [["p_gram", "p_sums"]]),
@@ -321,7 +321,7 @@ def test_the_compiler_sees_the_kernels_and_which_arguments_are_written(form, dri
             "second": (
                 ops.expand_merge_second,
                 (square.double(), k.double(), k, x),
-                [["p_constant", "p_second"]],
+                [["p_constant", "p_second", "p_unit"]],
             ),
         }[form]
 

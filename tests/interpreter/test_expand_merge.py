@@ -153,6 +153,15 @@ def test_every_gradient_is_no_worse_than_eager_where_g_has_a_large_mean(dtype):
     hold(expand_merge_train, tensors, (grad.float() + 10).to(dtype), dtype, relu=False)
 
 
+@pytest.mark.parametrize(("deviation", "size"), [(30.0, 0.01), (100.0, 0.1), (1000.0, 1.0)])
+def test_small_corrections_survive_float16(deviation, size):
+    # BN's correction for the variance is a matrix of size / deviation^2: below float16's numbers.
+    shape = testing.ExpandShape(4, 16, 32, 9, 9, 0, 0, "maps far wider than their gradient")
+    (x, weight, gamma, beta, big), grad = inputs(shape, torch.float16, offset=0.0)
+    tensors = ((x.float() * deviation).half(), weight, gamma, beta, big)
+    hold(expand_merge_train, tensors, (grad.float() * size).half(), torch.float16, relu=False)
+
+
 # Drawn shapes ------------------------------------------------------------------------------------
 
 
@@ -388,8 +397,8 @@ def test_opcheck(shape, layout):
         op = torch.ops.blnet.expand_merge_reduce.default
         torch.library.opcheck(op, arguments, test_utils=tests)
     op = torch.ops.blnet.expand_merge_input.default
-    torch.library.opcheck(op, (grad, None, x, weight, *(None,) * 5), test_utils=tests)
-    rest = (torch.ones(c), torch.ones(c), torch.eye(k), torch.ones(k), torch.zeros(k))
+    torch.library.opcheck(op, (grad, None, x, weight, *(None,) * 6), test_utils=tests)
+    rest = (torch.ones(c), torch.ones(c), torch.eye(k), *(torch.ones(k) for _ in range(3)))
     torch.library.opcheck(op, (grad, out, x, weight, *rest), test_utils=tests)
 
 
