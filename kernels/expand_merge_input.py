@@ -43,7 +43,7 @@ INPUT_BLOCKS = "BLOCK_ROWS BLOCK_C BLOCK_K"  # C: the summed channels; then warp
 # (bytes of an element, aligned) -> what runs where no table says otherwise
 INPUT_RULE = {
     (2, True): (64, 32, 128, 8, 2),
-    (2, False): (64, 32, 64, 8, 2),
+    (2, False): (64, 16, 64, 8, 2),
     (4, True): (64, 16, 64, 8, 1),
     (4, False): (64, 16, 64, 8, 1),
 }
