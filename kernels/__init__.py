@@ -22,10 +22,11 @@ from blnet.kernels.backend import (
     use_backend,
 )
 from blnet.kernels.bottleneck import bottleneck
+from blnet.kernels.center import estimate_center
 from blnet.kernels.expand_merge import expand_merge
 from blnet.kernels.expand_merge_train import expand_merge_train
 from blnet.kernels.merge import merge
-from blnet.kernels.moments import estimate_center, mean_and_covariance, moments
+from blnet.kernels.moments import mean_and_covariance, moments
 from blnet.kernels.stem import stem
 
 __all__ = [

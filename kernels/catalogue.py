@@ -11,6 +11,7 @@ import torch
 from blnet.kernels import reference, testing
 from blnet.kernels.bottleneck import bottleneck
 from blnet.kernels.bottleneck import specializations as of_bottleneck
+from blnet.kernels.center import specializations as of_center
 from blnet.kernels.conv3x3 import specializations as of_convolution
 from blnet.kernels.expand_merge import expand_merge
 from blnet.kernels.expand_merge import specializations as of_expand_merge
@@ -102,7 +103,7 @@ OPS = (
         reference=reference.moments,
         inputs=testing.moments_inputs,
         shapes=testing.EXPAND_SHAPES,
-        specializations=of_moments,
+        specializations=lambda: of_moments() + of_center(),
         differentiable=False,
     ),
     Op(

@@ -1,10 +1,10 @@
 """What expand_merge_train computes between its passes over the maps: small matrices.
 
-Written with PyTorch's operations this was about a hundred launches a layer and step, each of a few
-microseconds for matrices of at most C x K numbers: over the layers of a network as long as what
-the fusion saves. Now it is eight kernels, in ``expand_merge_statistics.py`` (forward) and
-``expand_merge_between.py`` (backward), beside three matrix products of PyTorch's. This file has
-what they share. All is in float64, as ``expand_merge_train.py`` explains, where the symbols are.
+Written with PyTorch's operations this was about a hundred launches a layer and step, for matrices
+of at most C x K numbers. Now it is five kernels, in ``expand_merge_statistics.py`` (forward) and
+``expand_merge_between.py`` (backward), beside three matrix products of PyTorch's. What that is
+worth on a GPU has not been measured. This file has what they share. All is in float64, as
+``expand_merge_train.py`` explains, where the symbols are.
 
 Everything is deterministic: a program owns its rows of the result and sums in a fixed order.
 Statistics shared between processes come between the kernels, in PyTorch's operations

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from blnet.kernels.backend import KERNEL_DTYPES
+from blnet.kernels.center import estimated_center, row_count
 from blnet.kernels.expand_merge_matrices import (
     PROBLEMS,
     far_from_center,
@@ -31,7 +32,7 @@ from blnet.kernels.launch import (
     known,
     specialize,
 )
-from blnet.kernels.moments import estimated_center, row_count, shares
+from blnet.kernels.moments import shares
 from blnet.kernels.registration import define_op, no_flops, wrap_triton
 from blnet.kernels.triton_shim import tl, triton
 

@@ -26,12 +26,12 @@ m' and covariance S' over M' pixels, e = m' - m, and with q = r dgamma / M
 which for one process is the line above.
 
 Numerics. x is centred, in the moments and in backward, by an estimate of its mean that
-``moments.estimate_center`` explains; float32 maps also before the product of the forward pass.
+``moments.py`` explains; float32 maps also before the product of the forward pass.
 The small matrices are float64 (``expand_merge_matrices.py``): a handful of operations on at most
 C x K numbers, in which tf32 or float32 would lose what the kernels kept. Saved for backward: x,
 out and small matrices. The Gram matrix is a float32 sum: an output channel whose variance is far
 below that of its summands, two inputs that all but cancel, loses digits to that (at a hundredth of
-the deviation of either, 2e-4 of the output), as the convolution's own output does not.
+the deviation of either, up to 1e-3 of the output), as the convolution's own output does not.
 Bytes: x once more than in ``expand_merge``, for the moments. FLOPs count as the convolution's.
 """
 
@@ -43,6 +43,7 @@ import torch
 
 from blnet.kernels import reference
 from blnet.kernels.backend import choose_backend
+from blnet.kernels.center import row_count
 from blnet.kernels.checks import check_expand_merge
 from blnet.kernels.expand_merge import flops, forward
 from blnet.kernels.expand_merge_backward import reduced
@@ -62,7 +63,6 @@ from blnet.kernels.expand_merge_sync import (
     share_of_weight,
 )
 from blnet.kernels.launch import known
-from blnet.kernels.moments import row_count
 from blnet.kernels.registration import cast_under_autocast, define_op
 
 # The launcher --------------------------------------------------------------------------------

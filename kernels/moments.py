@@ -10,11 +10,11 @@ float32. With d = sums / rows the mean is shift + d and the covariance gram / ro
 var(y) = diag(W covariance W^T): the statistics of C channels from one pass over K.
 
 The shift keeps digits: without it the covariance of a channel with |mean| = 30 std is the
-difference of two numbers 900 times as large. Any shift near the mean will do;
-:func:`estimate_center` takes one from a sample of rows. float32 products are exact to float32
-(no tf32). For 16-bit maps z is rounded to x's dtype before the product, on matrix units; that
-loses nothing if the shift is 0, or is itself of that dtype and within a factor of two of x
-(Sterbenz's lemma), so estimate_center answers 0 unless |mean| > 4 std, and rounds the rest.
+difference of two numbers 900 times as large. Any shift near the mean will do; ``center.py`` takes
+one from a sample of rows. float32 products are exact to float32 (no tf32). For 16-bit maps z is
+rounded to x's dtype before the product, on matrix units; that loses nothing if the shift is 0, or
+is itself of that dtype and within a factor of two of x (Sterbenz's lemma), so the estimate is 0
+unless |mean| > 4 std, and rounded where it is not.
 
 Deterministic in two stages, no atomics: each program adds up a share of the rows for one pair of
 channel tiles and writes it to a workspace, and torch.sum adds the shares. Only pairs on and above
@@ -31,13 +31,13 @@ kernels: expand_merge, whose statistics these are, has its own backward pass.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 from blnet.kernels import reference, testing
 from blnet.kernels.backend import KERNEL_DTYPES, choose_backend
+from blnet.kernels.center import row_count
 from blnet.kernels.checks import check_map, check_vector
 from blnet.kernels.expand_merge_sizes import sites
 from blnet.kernels.launch import (
@@ -51,7 +51,7 @@ from blnet.kernels.launch import (
     next_power_of_2,
     specialize,
 )
-from blnet.kernels.registration import define_op, no_flops, wrap_triton
+from blnet.kernels.registration import define_op, wrap_triton
 from blnet.kernels.triton_shim import tl, triton
 from blnet.kernels.tuning import Choice, Tunable, bucket, choices, choose, concrete, register
 
@@ -60,7 +60,6 @@ from blnet.kernels.tuning import Choice, Tunable, bucket, choices, choose, concr
 # No device was at hand to tune on. 128 x 128 float32 sums are 64 registers a thread on 8 warps.
 # float32 products run on the ordinary units, where a 64 x 64 tile is large enough to reuse.
 
-SAMPLE_ROWS = 128  # for the estimate of the mean: its error is then 0.09 std
 LARGEST_TILE = {2: 128, 4: 64}  # channels of a tile by bytes of an element
 BLOCK_ROWS = {2: 64, 4: 16}
 BLOCKS = "BLOCK_ROWS BLOCK"  # then warps and stages
@@ -126,42 +125,7 @@ def moments_key(rows: int, channels: int, itemsize: int) -> str | None:
     return bucket(itemsize, f"K={channels}", rows=rows, wide=wide)
 
 
-def center_launch(rows: int, channels: int, itemsize: int) -> Launch:
-    """Plan the estimate of the mean."""
-    block = min(next_power_of_2(channels), 32)
-    return Launch(
-        grid=(ceil_divide(channels, block),),
-        integers={"rows": rows, "channels": channels},
-        constants={"ROUND": itemsize == 2, "SAMPLE": SAMPLE_ROWS, "BLOCK": block},
-    )
-
-
 # Kernels: p_ is a pointer, o_ a tile of offsets, b_ a tile of values, m_ a mask -----------------
-
-
-@triton.jit
-def _center_kernel(
-    p_x,
-    p_center,
-    rows,
-    channels,
-    ROUND: tl.constexpr,  # 16-bit map: 0 or a number of that dtype, see the top of the file
-    SAMPLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    o_channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_channel = o_channel < channels
-    # Evenly spread over all images; repeated where there are fewer than SAMPLE.
-    o_row = tl.arange(0, SAMPLE).to(tl.int64) * rows // SAMPLE
-    o_tile = o_row[:, None] * channels + o_channel[None, :]
-    b_x = tl.load(p_x + o_tile, mask=m_channel[None, :], other=0.0).to(tl.float32)
-    b_mean = tl.sum(b_x, 0) / SAMPLE
-    if ROUND:
-        b_deviation = b_x - b_mean[None, :]
-        b_variance = tl.sum(b_deviation * b_deviation, 0) / SAMPLE
-        b_mean = tl.where(b_mean * b_mean > 16.0 * b_variance, b_mean, 0.0)
-        b_mean = b_mean.to(p_x.dtype.element_ty).to(tl.float32)
-    tl.store(p_center + o_channel, b_mean, mask=m_channel)
 
 
 @triton.jit
@@ -227,11 +191,6 @@ def _moments_kernel(
 # Launchers -----------------------------------------------------------------------------------
 
 
-def row_count(x: torch.Tensor) -> int:
-    """Return the number of pixels of a map, N H W."""
-    return x.shape[0] * x.shape[2] * x.shape[3]
-
-
 def shares(x: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the first stage: the sums and Gram matrices of shares of the pixels.
 
@@ -265,20 +224,6 @@ def _moments(x: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.
     return sums.sum(0), upper + upper.triu(1).mT
 
 
-def estimated_center(x: torch.Tensor) -> torch.Tensor:
-    """Launch the estimate of the mean: shape (K,), float32; see :func:`estimate_center`."""
-    rows, channels = row_count(x), x.shape[1]
-    like = x.new_empty(0, dtype=torch.float32)
-    if known(rows * channels == 0):
-        return like.new_zeros(channels)
-    x = x.contiguous(memory_format=torch.channels_last)
-    center = allocate(like, (channels,), torch.contiguous_format)
-    launch = center_launch(rows, channels, x.element_size())
-    with device_guard(x):
-        wrap_triton(_center_kernel)[launch.grid](p_x=x, p_center=center, **launch.arguments)
-    return center
-
-
 # The registered ops --------------------------------------------------------------------------
 
 
@@ -288,7 +233,6 @@ def _flops(x: Any, shift: Any, out_shape: Any = None, **keywords: Any) -> int:
 
 
 moments_op = define_op("blnet::moments", _moments, flops=_flops)
-center_op = define_op("blnet::center", estimated_center, flops=no_flops)
 
 
 # The public functions ------------------------------------------------------------------------
@@ -304,7 +248,7 @@ def moments(
 
     Args:
         x: shape (N, K, H, W), any layout; none of N, H, W need be above 0.
-        shift: shape (K,), an estimate of the mean, such as :func:`estimate_center` gives, on x's
+        shift: shape (K,), an estimate of the mean, such as ``estimate_center`` gives, on x's
             device and of any floating-point dtype; None for 0.
 
     Returns:
@@ -321,28 +265,6 @@ def moments(
     if shift is None:
         shift = x.new_zeros(x.shape[1], dtype=torch.float32)
     return moments_op(x, shift.float())  # type: ignore[no-any-return]
-
-
-def estimate_center(x: torch.Tensor) -> torch.Tensor:
-    """Estimate the mean of every channel from at most 128 pixels: a good ``shift``.
-
-    Args:
-        x: shape (N, K, H, W).
-
-    Returns:
-        Shape (K,), float32 (float64 for a float64 map). For 16-bit maps on the kernels 0 where
-        the mean is within 4 standard deviations of 0, and else a number of x's dtype.
-
-    Raises:
-        ValueError: if x is not a 4-dimensional floating-point tensor.
-    """
-    check_map("estimate_center", "x", x)
-    if choose_backend("estimate_center", x) == "torch":
-        rows = reference.rows_of(x.detach())
-        sample = rows[:: max(rows.shape[0] // SAMPLE_ROWS, 1)][:SAMPLE_ROWS]
-        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-        return sample.to(wide).sum(0) / max(sample.shape[0], 1)
-    return center_op(x.detach())  # type: ignore[no-any-return]
 
 
 def mean_and_covariance(
@@ -425,13 +347,9 @@ _PROBLEMS = {
 def specializations() -> list[Specialization]:
     """List what ``blnet kernels compile`` builds: every branch of the kernels, in every dtype."""
     found = []
-    full = torch.float32
     for dtype in KERNEL_DTYPES:
         for problem, (rows, channels) in _PROBLEMS.items():
             name = f"{problem} {str(dtype).removeprefix('torch.')}"
             launch = moments_launch(rows, channels, dtype.itemsize)
             found.append(specialize(f"moments {name}", _moments_kernel, launch, _pointers(dtype)))
-        launch = center_launch(math.prod((32, 28, 28)), 128, dtype.itemsize)
-        name = f"moments center {str(dtype).removeprefix('torch.')}"
-        found.append(specialize(name, _center_kernel, launch, {"p_x": dtype, "p_center": full}))
     return found

@@ -1,7 +1,6 @@
 """Helpers to hold a kernel to its reference: tolerances, shapes, inputs, poisoned outputs.
 
-Public: users can hold their own kernels to the same matrix, and the benchmarks build their inputs
-here, so that what is timed is what is tested. ::
+Public: users can hold their own kernels to the same matrix. ::
 
     from blnet.kernels import merge, reference, testing
 
@@ -225,7 +224,7 @@ def merge_inputs(
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Build big and little for ``merge``; the tests and the benchmarks both use this.
+    """Build big and little for ``merge``, as the correctness matrix draws them.
 
     Args:
         shape: the sizes.
@@ -254,7 +253,7 @@ def expand_merge_inputs(
     generator: torch.Generator | None = None,
     offset: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Build the tensors of ``expand_merge``; the tests and the benchmarks both use this.
+    """Build the tensors of ``expand_merge``, as the correctness matrix draws them.
 
     Args:
         shape: the sizes.
@@ -312,7 +311,7 @@ def bottleneck_inputs(
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Build the tensors of ``bottleneck``; the tests and the benchmarks both use this.
+    """Build the tensors of ``bottleneck``, as the correctness matrix draws them.
 
     Args:
         shape: the sizes.
@@ -367,7 +366,7 @@ def stem_inputs(
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Build the tensors of ``stem``; the tests and the benchmarks both use this.
+    """Build the tensors of ``stem``, as the correctness matrix draws them.
 
     Args:
         shape: the sizes.

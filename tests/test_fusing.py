@@ -7,6 +7,8 @@ import operator
 import pickle
 import random
 from collections.abc import Callable
+from pathlib import Path
+from typing import cast
 
 import pytest
 import timm
@@ -19,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 import blnet
 from blnet.fusing import Fused, Fusion
 from blnet.vision import bl_resnet18, bl_resnet50
+
+KERNELS_DOC = Path(__file__).parents[1] / "docs" / "kernels.md"
 
 
 def initialised(model: nn.Module) -> nn.Module:
@@ -604,6 +608,14 @@ def test_copies_and_pickles_are_fused(again: Callable[[nn.Module], nn.Module], n
     with torch.no_grad():
         assert torch.equal(twin(x), fused(x))
     assert not {id(p) for p in twin.parameters()} & {id(p) for p in fused.parameters()}
+
+
+def test_what_is_kept_beside_the_maps_is_what_the_docs_say() -> None:
+    model = bl_resnet50()
+    places = blnet.fusions(blnet.fuse(model))
+    convs = [cast("nn.Conv2d", model.get_submodule(place.conv)) for place in places]
+    kept = sum(8 * conv.in_channels**2 for conv in convs)  # a covariance each, float64
+    assert f"{kept / 1e6:.0f} MB in all for bL-ResNet-50" in KERNELS_DOC.read_text()
 
 
 def test_fusing_twice_and_unfusing() -> None:

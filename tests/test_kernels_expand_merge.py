@@ -13,11 +13,12 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blnet.kernels import expand_merge, expand_merge_train, moments, reference, testing
+from blnet.kernels.center import estimate_center
 from blnet.kernels.expand_merge import forward_launch
 from blnet.kernels.expand_merge_input import input_launch
 from blnet.kernels.expand_merge_reduce import reduce_launch
 from blnet.kernels.expand_merge_sizes import Problem
-from blnet.kernels.moments import estimate_center, moments_launch
+from blnet.kernels.moments import moments_launch
 
 # "blnet.kernels.expand_merge" as an attribute is the function; these are the modules.
 forward_module = importlib.import_module("blnet.kernels.expand_merge")

@@ -162,6 +162,18 @@ def test_small_corrections_survive_float16(deviation, size):
     hold(expand_merge_train, tensors, (grad.float() * size).half(), torch.float16, relu=False)
 
 
+@pytest.mark.parametrize("number", range(5))
+def test_inputs_that_all_but_cancel_lose_the_digits_that_the_docs_say(number):
+    # y = x1 - x2, a hundredth as wide as either: its variance is what is left of float32 sums.
+    generator = torch.Generator().manual_seed(number)
+    x = torch.randn(4, 2, 16, 16, generator=generator)
+    x[:, 1] = x[:, 0] + 0.01 * torch.randn(4, 16, 16, generator=generator)
+    weight = torch.tensor([[1.0, -1.0]])
+    out = expand_merge_train(x, weight, relu=False)
+    truth = reference.expand_merge_train(x.double(), weight.double(), relu=False)
+    assert testing.relative_error(out, truth) < 1e-3
+
+
 # Drawn shapes ------------------------------------------------------------------------------------
 
 
