@@ -94,9 +94,11 @@ def test_a_wrong_gradient_fails_the_backward_passes_alone() -> None:
 
 
 def test_what_one_implementation_changes_in_place_another_does_not_see() -> None:
+    # One implementation is called at most three times before its result is checked, all together
+    # more often.
     def counting(x: Tensor, y: Tensor, count: Tensor) -> Tensor:
         count.add_(1)
-        return x * y * count.clamp_max(1)
+        return x * y * (count <= 3)
 
     suite = dataclasses.replace(
         small(lambda x, y: x),

@@ -309,9 +309,9 @@ class Swallowing(Block):
         y = self.norm(self.conv(self.conv1(x)))
         try:
             if x.shape[0] > 1:
-                y = y * 2
+                x = x * 2
         except Exception:
-            y = y * 3
+            pass
         return self.relu(y + x)
 
 
@@ -391,6 +391,22 @@ def test_changes_in_place_are_seen(kind: type[Block]) -> None:
     torch.manual_seed(0)
     assert not isinstance(holds(kind()), Fused)
     assert "in place" in place_of(kind()).reason
+
+
+def test_an_add_in_place_fuses_the_summand_that_it_changes() -> None:
+    # As in the first block of a wide ResNet, whose shortcut widens more than its last convolution.
+    class Wide(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down = nn.Sequential(nn.Conv2d(4, 16, 1, bias=False), nn.BatchNorm2d(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.conv(self.conv1(x)))
+            y += self.down(x[:, :4])
+            return self.relu(y)
+
+    (place,) = blnet.fusions(holds(Wide()))
+    assert (place.conv, place.reason) == ("conv", "")
 
 
 def test_a_sum_with_itself_is_no_such_place() -> None:
