@@ -10,19 +10,26 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-# Command -> (module with configure(parser) and run(args), one line of help).
+# Command -> (its module, one line of help). A module has configure(parser) and run(args), or
+# main(words) where it parses by itself.
 COMMANDS = {
     "bench": ("blnet.bench.command", "measure speed against the plain network and write a report"),
     "convert": ("blnet.conversion.command", "turn a network or an official checkpoint into ours"),
     "table": ("blnet.vision.table", "print the paper's recognition table beside our recount"),
     "kernels": ("blnet.kernels.command", "list, check, compile, tune and time the kernels"),
+    "train vision": ("blnet.vision.train", "train a network on images"),
+    "evaluate vision": ("blnet.vision.evaluate", "measure a trained network's accuracy"),
+    "predict vision": ("blnet.vision.predict", "say what is on pictures"),
     "doctor": ("blnet.doctor", "say what works on this machine and what to do about the rest"),
 }
 # Two words -> the command they stand for. The kernels may not import the suites that time them.
 _ALIASES: dict[tuple[str, ...], list[str]] = {("kernels", "bench"): ["bench", "kernels"]}
 # Optional package -> the extra that installs it.
 _EXTRAS = {
-    **dict.fromkeys(("torchvision", "timm", "PIL"), "vision"),
+    **dict.fromkeys(("torchvision", "PIL", "webdataset"), "vision"),
+    **dict.fromkeys(
+        ("accelerate", "jsonargparse", "matplotlib", "tensorboard", "timm", "torchmetrics"), "train"
+    ),
     **dict.fromkeys(("torchaudio", "librosa", "soundfile", "espeakng_loader"), "speech"),
     **dict.fromkeys(("pytest", "pytest_benchmark", "rich", "sklearn"), "bench"),
 }
@@ -40,7 +47,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def _overview() -> str:
-    rows = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
     return (
         "usage: blnet COMMAND [options]\n\nBig-Little networks that are really faster.\n\n"
         f"commands:\n{rows}\n\noptions:\n"
@@ -90,12 +98,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     words = _ALIASES.get((*words[:2],), words[:2]) + words[2:]
-    name = words[0] if words else ""
-    if name not in COMMANDS:
-        known = ", ".join(COMMANDS)
-        print(f"blnet: error: no command {name!r}; choose one of {known}", file=sys.stderr)
-        return 2
-    return _run(name, words[1:], debug)
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in COMMANDS:
+            return _run(name, words[length:], debug)
+    print(f"blnet: error: {_what_is_near(words)}", file=sys.stderr)
+    return 2
+
+
+def _what_is_near(words: Sequence[str]) -> str:
+    """Return what to say of words that are no command."""
+    first = words[0] if words else ""
+    tasks = [name for name in COMMANDS if name.startswith(f"{first} ")]
+    if tasks:
+        return f"'blnet {first}' needs one word more: {' or '.join(f'blnet {t}' for t in tasks)}"
+    return f"no command {first!r}; choose one of {', '.join(COMMANDS)}"
 
 
 def _register_networks(command: str) -> None:
@@ -111,6 +128,8 @@ def _run(name: str, words: Sequence[str], debug: bool) -> int:
     try:
         module = importlib.import_module(module_name)
         _register_networks(name)
+        if hasattr(module, "main"):
+            return int(module.main(words))
         parser = Parser(
             prog=f"blnet {name}", description=f"{description[0].upper()}{description[1:]}."
         )

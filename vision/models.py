@@ -26,6 +26,7 @@ DEPTHS = {
 PLAIN_DEPTHS = {**DEPTHS, 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 BASIC_WIDTHS = (64, 128, 256, 512)
 BOTTLENECK_WIDTHS = (256, 512, 1024, 2048)
+STEM_WIDTH = 64
 SE_REDUCTION = 16
 
 PLAIN_MODELS = (
@@ -42,6 +43,21 @@ PLAIN_MODELS = (
 )
 
 
+def _scaled(channels: int, width: float) -> int:
+    """Return channels times a width.
+
+    Raises:
+        ValueError: if that is no whole number of at least 1.
+    """
+    product = channels * width
+    if not (product >= 1 and product == int(product)):
+        raise ValueError(
+            f"width {width:g} makes {product:g} channels of {channels}; take one that gives whole "
+            "numbers, 0.5 say"
+        )
+    return int(product)
+
+
 def _bl_net(
     depth: int,
     alpha: int,
@@ -53,13 +69,14 @@ def _bl_net(
     cardinality: int = 1,
     base_width: int = 64,
     se_reduction: int = 0,
+    width: float = 1.0,
 ) -> BigLittleNet:
     basic = depth < 50
     return BigLittleNet(
         BigLittleConfig(
             block="basic" if basic else "bottleneck",
             depths=(DEPTHS if branches > 1 else PLAIN_DEPTHS)[depth],
-            widths=BASIC_WIDTHS if basic else BOTTLENECK_WIDTHS,
+            widths=tuple(_scaled(w, width) for w in (BASIC_WIDTHS if basic else BOTTLENECK_WIDTHS)),
             alpha=alpha,
             beta=beta,
             branches=branches,
@@ -67,6 +84,7 @@ def _bl_net(
             base_width=base_width,
             se_reduction=se_reduction,
             stem=stem,
+            stem_width=_scaled(STEM_WIDTH, width),
             in_channels=in_channels,
             num_classes=num_classes,
         )
@@ -83,6 +101,7 @@ def _builder(
         num_classes: int = 1000,
         in_channels: int = 3,
         stem: StemName = "imagenet",
+        width: float = 1.0,
     ) -> BigLittleNet:
         return _bl_net(
             depth,
@@ -95,6 +114,7 @@ def _builder(
             cardinality,
             base_width,
             SE_REDUCTION if se else 0,
+            width,
         )
 
     build.__name__ = build.__qualname__ = name
@@ -107,6 +127,7 @@ def _builder(
         num_classes: classes; 0 leaves the classifier out.
         in_channels: channels of the image.
         stem: "imagenet" shrinks the image to a quarter, "small" (8 to 64 pixels a side) keeps it.
+        width: all widths times this.
 
     Returns:
         A network from images (N, in_channels, H, W) to logits (N, num_classes).
@@ -135,7 +156,11 @@ bl_seresnext101_32x4d = _builder(
 
 
 def plain(
-    name: str, num_classes: int = 1000, in_channels: int = 3, stem: StemName = "imagenet"
+    name: str,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    stem: StemName = "imagenet",
+    width: float = 1.0,
 ) -> nn.Module:
     """Return one of torchvision's networks, untrained, with the options that ours have.
 
@@ -144,6 +169,8 @@ def plain(
         num_classes: classes; 0 leaves the classifier out.
         in_channels: channels of the image.
         stem: "small" puts a 3x3 convolution in place of the 7x7 one and leaves the pool out.
+        width: all widths times this; other than 1, which torchvision's do not know, the network is
+            ours with one branch, and only for ResNets.
 
     Raises:
         ValueError: if a value is out of range.
@@ -153,6 +180,11 @@ def plain(
             raise ValueError(f"{option} must be a whole number of at least {least}, got {value!r}")
     if stem not in ("imagenet", "small"):
         raise ValueError(f"stem must be one of imagenet, small, got {stem!r}")
+    if width != 1:
+        depth = name.removeprefix("resnet")
+        if not depth.isdecimal():
+            raise ValueError(f"width must be 1 for {name}, got {width:g}; ResNets take any")
+        return _bl_net(int(depth), 2, 4, 1, num_classes, in_channels, stem, width=width)
     model: nn.Module = torchvision.models.get_model(
         name, weights=None, num_classes=max(num_classes, 1)
     )
@@ -168,9 +200,12 @@ def plain(
 
 def _register_plain(name: str) -> None:
     def build(
-        num_classes: int = 1000, in_channels: int = 3, stem: StemName = "imagenet"
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        stem: StemName = "imagenet",
+        width: float = 1.0,
     ) -> nn.Module:
-        return plain(name, num_classes, in_channels, stem)
+        return plain(name, num_classes, in_channels, stem, width)
 
     register(name, build, big_little=False)
 

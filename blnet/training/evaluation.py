@@ -1,0 +1,84 @@
+"""Evaluation: every sample once, over all devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from blnet.training.loading import Loader
+from blnet.training.task import Task, to_device
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What an evaluation found.
+
+    Attributes:
+        values: metric -> number, "loss" among them.
+        samples: how many were evaluated.
+        corrupt: (name, reason) of those that this process could not read.
+    """
+
+    values: dict[str, float]
+    samples: int
+    corrupt: list[tuple[str, str]]
+
+
+@torch.no_grad()
+def evaluate(
+    task: Task,
+    model: nn.Module,
+    loader: Loader,
+    accelerator: Accelerator,
+    batch_size: int,
+    metrics: Any = None,
+) -> Findings:
+    """Return what the task's metrics are over its evaluation data.
+
+    Args:
+        task: the task.
+        model: the network, on the accelerator's device; it is in evaluation mode meanwhile.
+        loader: of the evaluation data.
+        accelerator: the devices; each evaluates its share.
+        batch_size: samples a device takes at once.
+        metrics: a metric collection in place of the task's own; it is left filled.
+
+    Raises:
+        ValueError: if nothing could be read.
+    """
+    metrics = (task.metrics() if metrics is None else metrics).to(accelerator.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    corrupt: list[tuple[str, str]] = []
+    training = model.training
+    model.eval()
+    try:
+        for loaded in _batches(task, loader, accelerator, batch_size):
+            corrupt += loaded.corrupt
+            if loaded.batch is None:
+                continue
+            batch = task.prepare(to_device(loaded.batch, accelerator.device), training=False)
+            with accelerator.autocast():
+                outputs = task.forward(model, batch).float()
+            count = task.samples(batch)
+            loss = task.loss(outputs, batch, training=False).double()
+            sums += torch.stack([loss * count, loss.new_tensor(count)])
+            task.update(metrics, outputs, batch)
+    finally:
+        model.train(training)
+    loss, samples = accelerator.reduce(sums, "sum").tolist()
+    if not samples:
+        raise ValueError("the evaluation data has no sample that could be read; check its path")
+    values = {name: float(value) for name, value in metrics.compute().items() if value.ndim == 0}
+    return Findings({"loss": loss / samples, **values}, int(samples), corrupt)
+
+
+def _batches(task: Task, loader: Loader, accelerator: Accelerator, size: int) -> Any:
+    if loader.is_stream:
+        return loader.stream(size, epoch=0)
+    own = range(accelerator.process_index, len(task.eval_data), accelerator.num_processes)
+    order = [own[start : start + size] for start in range(0, len(own), size)]
+    return loader.batches(order, seed=0, epoch=0)

@@ -1,0 +1,241 @@
+"""Batches in an order that seed, epoch and step decide, so that a run can go on anywhere.
+
+Nothing random has a past: each sample's randomness is seeded by (seed, epoch, index), wherever and
+whenever it is loaded. A run that goes on from step n therefore sees what it would have seen, with
+any number of loading processes, and so does a run on several devices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+Collate = Callable[[list[Any]], dict[str, Any]]
+_MOST_TRIES = 100  # samples tried in place of one that cannot be read
+
+
+class CorruptSample(Exception):  # noqa: N818 - it is a finding, not a fault of the program
+    """A sample that cannot be read; a data set raises it, and the loop counts and skips it.
+
+    Args:
+        name: the file or entry.
+        reason: what was wrong with it, one line.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+
+def mixed_seed(*numbers: int) -> int:
+    """Return a seed of 63 bits that depends on every one of some whole numbers, in their order."""
+    text = ",".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the samples of a step are shared out.
+
+    Attributes:
+        batch_size: samples in a step, over all devices.
+        accumulate: micro-batches that each device takes one after the other in a step.
+        devices: number of processes, one a device.
+        rank: which of them this is.
+    """
+
+    batch_size: int
+    accumulate: int = 1
+    devices: int = 1
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        parts = self.accumulate * self.devices
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide by {self.devices} devices times "
+                f"accumulate {self.accumulate}; choose a multiple of {parts}"
+            )
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples that go through the network at once."""
+        return self.batch_size // (self.accumulate * self.devices)
+
+    def steps(self, micro_batches: int) -> int:
+        """Return how many whole steps so many micro-batches of an epoch are."""
+        return micro_batches // (self.accumulate * self.devices)
+
+    def own(self, micro_batches: Sequence[Any]) -> Sequence[Any]:
+        """Return this device's micro-batches of those of an epoch, of its whole steps."""
+        whole = self.steps(len(micro_batches)) * self.accumulate * self.devices
+        return micro_batches[self.rank : whole : self.devices]
+
+
+def shuffled_batches(count: int, size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Return the indices 0 ... count - 1, shuffled and cut into whole batches.
+
+    Args:
+        count: number of samples; those that fill no batch are left out.
+        size: samples in a batch.
+        seed: of the run.
+        epoch: counted from 0; each has an order of its own.
+    """
+    generator = torch.Generator().manual_seed(mixed_seed(seed, epoch))
+    order = torch.randperm(count, generator=generator).tolist()
+    return [order[start : start + size] for start in range(0, count - size + 1, size)]
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """A data set that is read from one end to the other: shards that no machine holds all of.
+
+    Attributes:
+        samples: samples in an epoch, over all devices.
+    """
+
+    samples: int
+
+    def set_epoch(self, epoch: int, batches: int, batch_size: int) -> None:
+        """Say which epoch comes, and how many batches of it this device has had already."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield this device's and loading process's samples, and `CorruptSample` objects."""
+
+
+class _Guarded(Dataset[Any]):
+    """Seeds the drawing for each sample, and reads past those that are corrupt.
+
+    An item is (sample or None, what was corrupt). With `replace` the next readable sample takes the
+    place of a corrupt one, which keeps every batch as large as it was to be.
+    """
+
+    def __init__(self, dataset: Any, replace: bool) -> None:
+        self.dataset = dataset
+        self.replace = replace
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, list[tuple[str, str]]]:
+        index, seed = key
+        corrupt: list[tuple[str, str]] = []
+        count = len(self.dataset)
+        for offset in range(min(count, _MOST_TRIES) if self.replace else 1):
+            torch.default_generator.manual_seed(seed)
+            try:
+                return self.dataset[(index + offset) % count], corrupt
+            except CorruptSample as error:
+                corrupt.append((error.name, error.reason))
+        return None, corrupt
+
+
+class _GuardedStream(IterableDataset[Any]):
+    """The same over a stream: a corrupt sample leaves its batch one smaller."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[tuple[Any, list[tuple[str, str]]]]:
+        for sample in self.stream:
+            if isinstance(sample, CorruptSample):
+                yield None, [(sample.name, sample.reason)]
+            else:
+                yield sample, []
+
+
+@dataclass
+class Loaded:
+    """What a loading process hands over.
+
+    Attributes:
+        batch: the collated samples; None where all were corrupt.
+        corrupt: (name, reason) of every sample that could not be read.
+    """
+
+    batch: dict[str, Any] | None
+    corrupt: list[tuple[str, str]]
+
+    def pin_memory(self) -> Loaded:
+        """Move the tensors to page-locked memory; DataLoader calls it."""
+        pin = torch.utils.data._utils.pin_memory.pin_memory
+        return Loaded(None if self.batch is None else pin(self.batch), self.corrupt)
+
+
+class _Collate:
+    def __init__(self, collate: Collate) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[tuple[Any, list[tuple[str, str]]]]) -> Loaded:
+        samples = [sample for sample, _ in items if sample is not None]
+        corrupt = [entry for _, found in items for entry in found]
+        return Loaded(self.collate(samples) if samples else None, corrupt)
+
+
+class _Keys:
+    """The batch sampler: lists of (index, seed). It lives in the main process and can change."""
+
+    def __init__(self) -> None:
+        self.batches: Sequence[Sequence[int]] = ()
+        self.seeds = (0, 0)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in self.batches:
+            yield [(index, mixed_seed(*self.seeds, index)) for index in batch]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class Loader:
+    """Loads the batches of one data set, in this process or in others.
+
+    Args:
+        dataset: map-style (item i of `len`), or a `Stream`.
+        collate: makes a dict of tensors from a list of samples.
+        workers: loading processes; 0 loads in this one.
+        replace: whether the next sample takes the place of a corrupt one (map-style, training).
+        pin: whether to put batches into page-locked memory, from which a GPU reads faster.
+    """
+
+    def __init__(
+        self, dataset: Any, collate: Collate, workers: int = 0, replace: bool = False,
+        pin: bool = False,
+    ) -> None:  # fmt: skip
+        self._dataset = dataset
+        self._keys = _Keys()
+        self._options: dict[str, Any] = {
+            "collate_fn": _Collate(collate),
+            "num_workers": workers,
+            "pin_memory": pin,
+            # Not from the process's own random state, which a loader must not move.
+            "generator": torch.Generator(),
+        }
+        self._loader: DataLoader[Any] | None = None
+        if not isinstance(dataset, Stream):
+            self._loader = DataLoader(
+                _Guarded(dataset, replace),
+                batch_sampler=self._keys,
+                persistent_workers=workers > 0,
+                **self._options,
+            )
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the data set is read from one end to the other."""
+        return self._loader is None
+
+    def batches(self, order: Sequence[Sequence[int]], seed: int, epoch: int) -> Iterator[Loaded]:
+        """Return the batches of a map-style data set whose indices are given, in that order."""
+        assert self._loader is not None
+        self._keys.batches, self._keys.seeds = order, (seed, epoch)
+        return iter(self._loader)
+
+    def stream(self, batch_size: int, epoch: int, skipped: int = 0) -> Iterator[Loaded]:
+        """Return the batches of a `Stream`'s epoch after those that this device has had already."""
+        self._dataset.set_epoch(epoch, skipped, batch_size)
+        guarded = _GuardedStream(self._dataset)
+        return iter(DataLoader(guarded, batch_size=batch_size, **self._options))

@@ -1,0 +1,60 @@
+"""Trained networks out of whatever holds them: a run's folder, our checkpoints, published ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from blnet import checkpoint, registry
+from blnet.files import StrPath
+from blnet.official import load_official
+from blnet.training.checkpoints import BEST
+
+_LIBRARIES = ("torchvision", "timm")
+
+
+def load_network(name: StrPath) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a trained network on the CPU, in evaluation mode, and what its checkpoint says of it.
+
+    Args:
+        name: a checkpoint of ours (.safetensors), the folder of a run, whose best network it is
+            then, or a published checkpoint (.pth).
+
+    Returns:
+        The network, and what the run that trained it wrote beside the weights; {} for a published
+        checkpoint or a file that no run wrote.
+
+    Raises:
+        ValueError: if it is none of these, or its network cannot be built again.
+        OSError: if the file cannot be read.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / BEST).is_file():
+            raise ValueError(f"{path} is a folder without {BEST}; name a run's folder or a file")
+        path = path / BEST
+    if path.suffix != ".safetensors":
+        return load_official(path).eval(), {}
+    header = checkpoint.read_header(path)
+    extra = header.get("extra")
+    extra = extra if isinstance(extra, dict) else {}
+    twin = _twin(path, extra) if header.get("kind") == "weights" else None
+    return checkpoint.load(path, twin), extra
+
+
+def _twin(path: Path, extra: dict[str, Any]) -> nn.Module | None:
+    """Return a new network of the kind that a checkpoint of weights alone was trained as."""
+    network = extra.get("network")
+    if not isinstance(network, dict) or not isinstance(network.get("name"), str):
+        return None
+    name, options = network["name"], network.get("options")
+    library, colon, _ = name.partition(":")
+    if colon and library not in _LIBRARIES:
+        # Else a file of weights could run any function of any module: os:system, say.
+        raise ValueError(
+            f"{path} was trained as {name}, and rebuilding it would import and call that; build "
+            "the network yourself and fill it: blnet.load(path, model)"
+        )
+    return registry.build(name, **(options if isinstance(options, dict) else {}))

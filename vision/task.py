@@ -1,0 +1,223 @@
+"""Image classification as a task of the training loop: network, pictures, loss and accuracy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+import blnet.vision.models  # noqa: F401  (registers the networks by name)
+from blnet import registry
+from blnet.conversion import convert
+from blnet.profiling import profile
+from blnet.training.networks import load_network
+from blnet.training.task import Batch, Task
+from blnet.vision.augment import Mix
+from blnet.vision.config import ModelConfig, VisionConfig
+from blnet.vision.data import ImageData, load_data
+from blnet.vision.preprocessing import Preprocessing
+
+TOP = 5
+
+
+def accuracies(classes: int) -> MetricCollection:
+    """Return an evaluation's metrics: top-1 and, of more than five classes, top-5 accuracy."""
+    options: dict[str, Any] = {"num_classes": classes, "average": "micro", "validate_args": False}
+    found = {"accuracy": MulticlassAccuracy(**options)}
+    if classes > TOP:
+        found["top5"] = MulticlassAccuracy(**options, top_k=TOP)
+    return MetricCollection(found)
+
+
+def model_options(config: ModelConfig, classes: int, channels: int) -> dict[str, Any]:
+    """Return the options that the network of a configuration is built with, by its name."""
+    library, colon, _ = config.name.partition(":")
+    if colon:
+        names = {
+            "num_classes": classes,
+            "in_chans" if library == "timm" else "in_channels": channels,
+        }
+        if library != "timm" and channels == 3:
+            del names["in_channels"]  # what most networks cannot choose
+        return names
+    options: dict[str, Any] = {
+        "num_classes": classes,
+        "in_channels": channels,
+        "stem": config.stem,
+        "width": config.width,
+    }
+    if registry.is_big_little(config.name):
+        options |= {"alpha": config.alpha, "beta": config.beta, "branches": config.branches}
+    return options
+
+
+def build_network(config: ModelConfig, classes: int, preprocessing: Preprocessing) -> nn.Module:
+    """Return the network of a configuration, new or converted from a trained plain one.
+
+    Raises:
+        ValueError: if nothing goes by its name, an option is wrong, or the network to inherit from
+            does not fit the data.
+    """
+    if config.inherit is None:
+        return registry.build(config.name, **model_options(config, classes, preprocessing.channels))
+    plain, extra = load_network(config.inherit)
+    check_classes(plain, extra, classes, preprocessing, f"--model.inherit {config.inherit}")
+    size = (1, preprocessing.channels, preprocessing.size, preprocessing.size)
+    converted: nn.Module = convert(
+        plain, config.alpha, config.beta, config.branches, inherit_weights=True, input_size=size
+    )
+    return converted
+
+
+def check_classes(
+    model: nn.Module,
+    extra: Mapping[str, Any],
+    classes: int,
+    preprocessing: Preprocessing,
+    what: str,
+) -> None:
+    """Check that a trained network answers for pictures and classes like the data's.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    shape = (1, preprocessing.channels, preprocessing.size, preprocessing.size)
+    try:
+        with torch.no_grad():
+            found = model.eval()(torch.zeros(shape)).shape[-1]
+    except RuntimeError as error:
+        raise ValueError(
+            f"{what} does not take pictures of {shape[1]} channels and {shape[2]} x {shape[3]} "
+            "pixels, as the data has; choose data like those it was trained on"
+        ) from error
+    if found != classes:
+        raise ValueError(f"{what} knows {found} classes and the data has {classes}; choose data "
+                         "with the classes that it was trained on")  # fmt: skip
+    theirs = extra.get("preprocessing")
+    mine = preprocessing.as_dict()
+    if isinstance(theirs, Mapping) and any(
+        list(_listed(theirs.get(name))) != list(_listed(mine[name])) for name in ("mean", "std")
+    ):
+        raise ValueError(f"{what} was trained on pictures that are normalised otherwise; choose "
+                         "the data that it was trained on")  # fmt: skip
+
+
+def _listed(values: Any) -> list[float]:
+    return [float(value) for value in values] if isinstance(values, list | tuple) else []
+
+
+class ImageTask(Task):
+    """Image classification.
+
+    Batches are {"inputs": images (N, C, H, W), "targets": labels (N,), "shares": (N, classes)};
+    images are bytes until they are on the device, and shares are there where pictures are mixed.
+
+    Args:
+        config: model, data and augmentation.
+        data: what `load_data` gave for it; None loads it.
+    """
+
+    name = "vision"
+    unit = "images"
+    monitor = "accuracy"
+
+    def __init__(self, config: VisionConfig, data: ImageData | None = None) -> None:
+        self.config = config
+        self.data = load_data(config.data, config.augment) if data is None else data
+        self.train_data = self.data.train
+        self.eval_data = self.data.evaluation
+        self.classes = len(self.data.classes)
+        mixes = config.augment.mixup or config.augment.cutmix
+        self._mix = Mix(config.augment, self.classes) if mixes else None
+
+    def build_model(self) -> nn.Module:
+        """Return the network."""
+        return build_network(self.config.model, self.classes, self.data.preprocessing)
+
+    def collate(self, samples: list[tuple[Tensor, int]]) -> Batch:
+        """Return images (N, C, H, W) of bytes and labels (N,)."""
+        images, labels = zip(*samples, strict=True)
+        return {"inputs": torch.stack(images), "targets": torch.tensor(labels)}
+
+    def prepare(self, batch: Batch, training: bool) -> Batch:
+        """Return the images normalised, in the layout of the network, and mixed in training."""
+        images = self.data.preprocessing.normalize(batch["inputs"])
+        ready = {**batch, "inputs": images}
+        if training and self._mix is not None:
+            ready["inputs"], ready["shares"] = self._mix(images, batch["targets"])
+        if self.config.channels_last:
+            ready["inputs"] = ready["inputs"].contiguous(memory_format=torch.channels_last)
+        return ready
+
+    def loss(self, outputs: Tensor, batch: Batch, training: bool) -> Tensor:
+        """Return the cross-entropy, in training against smoothed and mixed labels."""
+        targets: Tensor = batch["shares"] if "shares" in batch else batch["targets"]
+        smoothing = self.config.label_smoothing if training else 0.0
+        return F.cross_entropy(outputs.float(), targets, label_smoothing=smoothing)
+
+    def metrics(self) -> MetricCollection:
+        """Return top-1 and top-5 accuracy."""
+        return accuracies(self.classes)
+
+    def update(self, metrics: Any, outputs: Tensor, batch: Batch) -> None:
+        """Add a batch's logits."""
+        metrics.update(outputs, batch["targets"])
+
+    def correct(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return how many have the label's logit on top; of mixed pictures, the larger label's."""
+        targets = batch["shares"].argmax(1) if "shares" in batch else batch["targets"]
+        right: Tensor = (outputs.argmax(1) == targets).sum()
+        return right
+
+    def check_teacher(self, teacher: nn.Module, extra: Mapping[str, Any]) -> None:
+        """Check that a teacher knows these classes and takes these pictures.
+
+        Raises:
+            ValueError: if not.
+        """
+        name = f"--distillation.teacher {self.config.distillation.teacher}"
+        check_classes(teacher, extra, self.classes, self.data.preprocessing, name)
+
+    def header(self) -> dict[str, Any]:
+        """Return what `blnet evaluate` and `blnet predict` need beside the weights."""
+        preprocessing = self.data.preprocessing
+        network: dict[str, Any] = {}
+        if self.config.model.inherit is None:
+            options = model_options(self.config.model, self.classes, preprocessing.channels)
+            network = {"name": self.config.model.name, "options": options}
+        return {
+            "network": network,
+            "classes": list(self.data.classes),
+            "preprocessing": preprocessing.as_dict(),
+            "data": dataclasses.asdict(self.config.data),
+        }
+
+    def facts(self, model: nn.Module) -> dict[str, str]:
+        """Return the network with its cost, and the data."""
+        preprocessing = self.data.preprocessing
+        shape = (1, preprocessing.channels, preprocessing.size, preprocessing.size)
+        cost = profile(model, shape)
+        return {
+            "network": f"{describe(self.config.model)}, {cost.parameters:,} parameters, "
+            f"{cost.macs / 1e9:.4g} GMACs at {'x'.join(map(str, shape[1:]))}",
+            "data": self.data.name,
+        }
+
+
+def describe(config: ModelConfig) -> str:
+    """Return a network's name with what makes it that: 'bl_resnet50 (alpha 2, beta 4)'."""
+    if config.inherit is not None:
+        return f"{config.inherit}, converted (alpha {config.alpha}, beta {config.beta})"
+    width = f", width {config.width:g}" if config.width != 1 else ""
+    if not registry.is_big_little(config.name):
+        return f"{config.name}{f' ({width[2:]})' if width else ''}"
+    if config.branches == 1:
+        return f"{config.name.removeprefix('bl_')}{f' ({width[2:]})' if width else ''}"
+    branches = f", {config.branches} branches" if config.branches != 2 else ""
+    return f"{config.name} (alpha {config.alpha}, beta {config.beta}{branches}{width})"
