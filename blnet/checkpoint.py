@@ -140,7 +140,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         # A network whose classifier was exchanged, say, is no longer what its configuration says.
         if _shapes(rebuilt) == _shapes(model):
             return {"kind": "big-little", "config": dataclasses.asdict(model.config)}
-        return {"kind": "weights"}
+    # One of ours with one branch can be converted like any other plain network.
     plan = getattr(model, "plan", None)
     to_dict = None if isinstance(plan, nn.Module) else getattr(plan, "to_dict", None)
     return {"kind": "converted", "plan": to_dict()} if to_dict else {"kind": "weights"}

@@ -136,7 +136,7 @@ def metadata(wheel: Path, name: str) -> str:
 
 def test_the_wheel_declares_what_it_needs(wheel: Path) -> None:
     found = Parser().parsestr(metadata(wheel, "METADATA"))
-    extras = {"vision", "speech", "bench", "dev", "all"}
+    extras = {"train", "vision", "speech", "bench", "dev", "all"}
     assert set(found.get_all("Provides-Extra")) == extras
     needs: dict[str, set[str]] = {name: set() for name in ("", *extras)}
     for line in found.get_all("Requires-Dist"):

@@ -164,6 +164,8 @@ def plain(
 ) -> nn.Module:
     """Return one of torchvision's networks, untrained, with the options that ours have.
 
+    The last BN weight of each residual branch is 0, as in the paper and in our networks.
+
     Args:
         name: one of `PLAIN_MODELS`.
         num_classes: classes; 0 leaves the classifier out.
@@ -185,8 +187,9 @@ def plain(
         if not depth.isdecimal():
             raise ValueError(f"width must be 1 for {name}, got {width:g}; ResNets take any")
         return _bl_net(int(depth), 2, 4, 1, num_classes, in_channels, stem, width=width)
+    # Residual branches start silent, as ours do: then both train with the same recipe.
     model: nn.Module = torchvision.models.get_model(
-        name, weights=None, num_classes=max(num_classes, 1)
+        name, weights=None, num_classes=max(num_classes, 1), zero_init_residual=True
     )
     if num_classes == 0:
         model.fc = nn.Identity()

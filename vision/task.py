@@ -57,22 +57,39 @@ def model_options(config: ModelConfig, classes: int, channels: int) -> dict[str,
     return options
 
 
-def build_network(config: ModelConfig, classes: int, preprocessing: Preprocessing) -> nn.Module:
-    """Return the network of a configuration, new or converted from a trained plain one.
+def build_network(
+    config: ModelConfig, classes: int, preprocessing: Preprocessing
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network of a configuration: new, trained before, or converted from a plain one.
+
+    Returns:
+        The network, and {"name", "options"} that `blnet.registry.build` makes one like it with;
+        {} where the network itself tells.
 
     Raises:
-        ValueError: if nothing goes by its name, an option is wrong, or the network to inherit from
+        ValueError: if nothing goes by its name, an option is wrong, or the network to start from
             does not fit the data.
     """
+    source = config.start or config.inherit
+    if source is None:
+        options = model_options(config, classes, preprocessing.channels)
+        return registry.build(config.name, **options), {"name": config.name, "options": options}
+    flag = "--model.start" if config.start else "--model.inherit"
+    found, extra = load_network(source)
+    check_classes(found, extra, classes, preprocessing, f"{flag} {source}")
+    made = extra.get("network") or {}
     if config.inherit is None:
-        return registry.build(config.name, **model_options(config, classes, preprocessing.channels))
-    plain, extra = load_network(config.inherit)
-    check_classes(plain, extra, classes, preprocessing, f"--model.inherit {config.inherit}")
+        return found.train(), made
     size = (1, preprocessing.channels, preprocessing.size, preprocessing.size)
-    converted: nn.Module = convert(
-        plain, config.alpha, config.beta, config.branches, inherit_weights=True, input_size=size
+    converted: Any = convert(
+        found, config.alpha, config.beta, config.branches, inherit_weights=True, input_size=size
     )
-    return converted
+    if made:
+        # What rebuilds the network when its checkpoint is read.
+        converted.plan = dataclasses.replace(
+            converted.plan, source=made["name"], source_options=made["options"]
+        )
+    return converted, {}
 
 
 def check_classes(
@@ -112,6 +129,10 @@ def _listed(values: Any) -> list[float]:
     return [float(value) for value in values] if isinstance(values, list | tuple) else []
 
 
+def _load(config: VisionConfig) -> ImageData:
+    return load_data(config.data, config.augment, seed=config.seed)
+
+
 class ImageTask(Task):
     """Image classification.
 
@@ -129,16 +150,20 @@ class ImageTask(Task):
 
     def __init__(self, config: VisionConfig, data: ImageData | None = None) -> None:
         self.config = config
-        self.data = load_data(config.data, config.augment) if data is None else data
+        self.data = _load(config) if data is None else data
         self.train_data = self.data.train
         self.eval_data = self.data.evaluation
         self.classes = len(self.data.classes)
         mixes = config.augment.mixup or config.augment.cutmix
+        self._made: dict[str, Any] = {}
         self._mix = Mix(config.augment, self.classes) if mixes else None
 
     def build_model(self) -> nn.Module:
         """Return the network."""
-        return build_network(self.config.model, self.classes, self.data.preprocessing)
+        network, self._made = build_network(
+            self.config.model, self.classes, self.data.preprocessing
+        )
+        return network
 
     def collate(self, samples: list[tuple[Tensor, int]]) -> Batch:
         """Return images (N, C, H, W) of bytes and labels (N,)."""
@@ -186,15 +211,10 @@ class ImageTask(Task):
 
     def header(self) -> dict[str, Any]:
         """Return what `blnet evaluate` and `blnet predict` need beside the weights."""
-        preprocessing = self.data.preprocessing
-        network: dict[str, Any] = {}
-        if self.config.model.inherit is None:
-            options = model_options(self.config.model, self.classes, preprocessing.channels)
-            network = {"name": self.config.model.name, "options": options}
         return {
-            "network": network,
+            "network": self._made,
             "classes": list(self.data.classes),
-            "preprocessing": preprocessing.as_dict(),
+            "preprocessing": self.data.preprocessing.as_dict(),
             "data": dataclasses.asdict(self.config.data),
         }
 
@@ -212,6 +232,8 @@ class ImageTask(Task):
 
 def describe(config: ModelConfig) -> str:
     """Return a network's name with what makes it that: 'bl_resnet50 (alpha 2, beta 4)'."""
+    if config.start is not None:
+        return config.start
     if config.inherit is not None:
         return f"{config.inherit}, converted (alpha {config.alpha}, beta {config.beta})"
     width = f", width {config.width:g}" if config.width != 1 else ""

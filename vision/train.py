@@ -45,7 +45,9 @@ def train(config: VisionConfig, recipe: str) -> int:
     """Train the network of a configuration, and its plain one if it says so; print both."""
     accelerator = make_accelerator(config)
     folder = Path(shared(config.output or str(default_folder("vision", recipe)), accelerator))
-    task = ImageTask(config)
+    # On each machine one process first, which downloads where that was asked for.
+    with accelerator.local_main_process_first():
+        task = ImageTask(config)
     lines = []
     for each, place in _runs(config, folder):
         task = ImageTask(each, task.data)

@@ -1,0 +1,166 @@
+"""The image task, and the command that trains it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from blnet.checkpoint import read_header
+from blnet.cli import main
+from blnet.training.config import DistillationConfig
+from blnet.training.journal import read_rows
+from blnet.training.networks import load_network
+from blnet.vision.config import AugmentConfig, DataConfig, ModelConfig, VisionConfig
+from blnet.vision.task import ImageTask, accuracies, describe
+
+SMALL = ["--width=0.125", "--limit=120", "--batch-size=32", "--tensorboard=false", "--device=cpu"]
+MODEL = ModelConfig(stem="small", width=0.125)
+DATA = DataConfig(limit=40)
+
+
+def train(*words: str) -> int:
+    return main(["train", "vision", *SMALL, *words])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs, with its plain network beside it."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    assert train("--epochs=2", f"--output={folder}") == 0
+    return folder
+
+
+def test_a_run_leaves_networks_figures_and_a_plot(run: Path, capsys) -> None:
+    for folder in (run, run / "baseline"):
+        rows = list(read_rows(folder, "epoch"))
+        assert [row["epoch"] for row in rows] == [1, 2]
+        assert {"loss", "accuracy", "top5", "train_loss", "waiting", "seconds"} <= rows[0].keys()
+        assert (folder / "summary.png").read_bytes()[:4] == b"\x89PNG"
+        head = json.loads((folder / "run.json").read_text())
+        assert head["config"]["model"]["width"] == 0.125
+        assert "torch" in head["facts"]["versions"]
+        extra = read_header(folder / "best.safetensors")["extra"]
+        assert extra["classes"] == [str(digit) for digit in range(10)]
+        assert extra["preprocessing"]["size"] == 8
+    big_little, _ = load_network(run)
+    plain, _ = load_network(run / "baseline")
+    assert big_little.config.branches == 2
+    assert plain.config.branches == 1
+
+
+def test_the_plain_network_s_figure_stands_beside(run: Path, capsys) -> None:
+    # A finished run says what it came to, and trains nothing.
+    began = (run / "best.safetensors").stat().st_mtime
+    assert train("--epochs=2", f"--output={run}", "--resume=auto") == 0
+    out = capsys.readouterr().out
+    assert "bl_resnet18 (alpha 2, beta 4, width 0.125): best accuracy" in out
+    assert "\nresnet18 (width 0.125): best accuracy" in out
+    assert (run / "best.safetensors").stat().st_mtime == began
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--epochs=3", "--output={run}"], "holds a run already"),
+        (["--epochs=3", "--output={run}", "--resume=auto"], "--epochs was 2 and is 3"),
+        (["--resume=auto"], "--output"),
+        (["--batch-size=500"], "more than the 120 training images"),
+        (["--model.name=bl_resnet19"], "near it are"),
+        (["--model.start={run}", "--model.inherit={run}"], "not both"),
+        (["--model.start={run}"], "--baseline false"),
+        (["--model.start=/nonexistent.safetensors", "--baseline=false"], "does not exist"),
+        (["--model.start={run}", "--baseline=false", "--data.name=fake", "--data.classes=7",
+          "--train-images=64", "--eval-images=8", "--data.size=8"], "pictures of 3 channels"),
+        (["--width=0.3"], "whole numbers"),
+        (["--data.name=cifar10"], "cifar"),
+        (["--lr=1e6", "--baseline=false", "--output={new}"], "loss became"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_sentence(words, said, run, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [word.format(run=run, new=tmp_path / "new") for word in words]
+    assert train(*words) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+    assert told.startswith("blnet train vision: error: ")
+
+
+def test_a_network_goes_on_from_another_s_weights(run: Path, tmp_path: Path) -> None:
+    words = ["--epochs=1", "--lr=1e-12", "--weight-decay=0", "--baseline=false"]
+    assert train(f"--model.start={run}", f"--output={tmp_path / 'on'}", *words) == 0
+    first, _ = load_network(run)
+    second, extra = load_network(tmp_path / "on")
+    own = dict(second.named_parameters())
+    for name, value in first.named_parameters():
+        torch.testing.assert_close(own[name], value, msg=name)
+    assert extra["network"]["name"] == "bl_resnet18"
+
+
+def test_a_plain_network_is_converted_and_taught_by_itself(run: Path, tmp_path: Path) -> None:
+    plain = run / "baseline"
+    words = [f"--model.inherit={plain}", f"--distillation.teacher={plain}", "--baseline=false"]
+    assert train("--epochs=1", f"--output={tmp_path / 'bl'}", *words) == 0
+    found, _ = load_network(tmp_path / "bl")  # a checkpoint that rebuilds itself
+    assert found.plan.alpha == 2
+    assert found(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+def test_a_teacher_of_other_pictures_is_refused(run: Path) -> None:
+    config = VisionConfig(
+        model=MODEL,
+        data=DataConfig("fake", size=8, classes=10, train_images=32, eval_images=8),
+        distillation=DistillationConfig(teacher=str(run)),
+    )
+    task = ImageTask(config)
+    with pytest.raises(ValueError, match=r"--distillation.teacher .* 3 channels"):
+        task.check_teacher(*load_network(run))
+
+
+def test_loss_is_smoothed_in_training_only() -> None:
+    task = ImageTask(VisionConfig(model=MODEL, data=DATA, label_smoothing=0.2))
+    logits, targets = torch.randn(4, 10), torch.tensor([1, 2, 3, 4])
+    batch = {"inputs": logits, "targets": targets}
+    exact = F.cross_entropy(logits, targets)
+    torch.testing.assert_close(task.loss(logits, batch, training=False), exact)
+    shares = torch.full((4, 10), 0.02).scatter_(1, targets[:, None], 0.82)
+    by_hand = -(shares * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(task.loss(logits, batch, training=True), by_hand)
+
+
+def test_pictures_are_mixed_in_training_only_and_normalised_always() -> None:
+    task = ImageTask(VisionConfig(model=MODEL, data=DATA, augment=AugmentConfig(mixup=1.0)))
+    batch = task.collate([task.train_data[i] for i in range(8)])
+    assert batch["inputs"].dtype == torch.uint8
+    still = task.prepare(batch, training=False)
+    assert "shares" not in still
+    assert still["inputs"].dtype == torch.float32
+    assert still["inputs"].is_contiguous(memory_format=torch.channels_last)
+    torch.manual_seed(3)
+    mixed = task.prepare(batch, training=True)
+    assert mixed["shares"].shape == (8, 10)
+    assert not torch.equal(mixed["inputs"], still["inputs"])
+    logits = F.one_hot(mixed["shares"].argmax(1), 10).float()
+    assert task.correct(logits, mixed) == 8
+
+
+def test_top5_is_measured_where_there_are_more_classes_than_five() -> None:
+    assert set(accuracies(10)) == {"accuracy", "top5"}
+    assert set(accuracies(5)) == {"accuracy"}
+    metrics = accuracies(10)
+    logits = torch.eye(10)[[0, 1, 2]] + torch.arange(10) / 100
+    metrics.update(logits, torch.tensor([0, 9, 4]))
+    found = metrics.compute()
+    assert found["accuracy"] == pytest.approx(1 / 3)
+    assert found["top5"] == pytest.approx(2 / 3)
+
+
+def test_names_of_networks() -> None:
+    assert describe(ModelConfig("bl_resnet50", 4, 2)) == "bl_resnet50 (alpha 4, beta 2)"
+    assert describe(ModelConfig("bl_resnet50", branches=1)) == "resnet50"
+    assert describe(ModelConfig("resnet18", width=0.5)) == "resnet18 (width 0.5)"
+    assert "3 branches" in describe(ModelConfig("bl_resnet50", branches=3))
