@@ -18,6 +18,7 @@ from blnet.bench.settings import (
     check_writable,
     resolve,
 )
+from blnet.bench.studies import SCALES
 
 # Suite -> (its module, one line on it).
 SUITES = {
@@ -34,7 +35,17 @@ SUITES = {
     "moments": ("blnet.bench.suites.test_moments", "the batch statistics of expand_merge"),
     "bottleneck": ("blnet.bench.suites.test_bottleneck", "the little branches, inference"),
     "stem": ("blnet.bench.suites.test_stem", "the end of the stem, inference"),
+    "accuracy": (
+        "blnet.bench.suites.test_accuracy",
+        "study: plain and Big-Little networks trained alike, several seeds",
+    ),
+    "conversion": (
+        "blnet.bench.suites.test_conversion",
+        "study: a converted network, fine-tuned, against training anew",
+    ),
 }
+# Those that train: minutes to days, so only by name.
+STUDIES = ("accuracy", "conversion")
 # Those of a quick run on a CPU, where no kernel runs.
 QUICK_CPU_SUITES = ("models", "merge")
 OPS = "kernels"  # stands for the suite of every op: those named as an op is
@@ -62,7 +73,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="SUITE",
         help=f"suites to run: {', '.join(SUITES)}; {OPS} for all of the ops "
-        f"(default: all; a quick run on a CPU: {', '.join(QUICK_CPU_SUITES)})",
+        f"(default: all but {' and '.join(STUDIES)}, which train; a quick run on a CPU: "
+        f"{', '.join(QUICK_CPU_SUITES)})",
     )
     add = parser.add_argument
     add("--device", choices=DEVICES, default="auto", help="default: auto, a GPU if there is one")
@@ -95,7 +107,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="A",
         help="width divisors of the little branch, paired with --beta (default: "
-        f"{' '.join(str(a) for a, _ in DEFAULT_BRANCHINGS)})",
+        f"{' '.join(str(a) for a, _ in DEFAULT_BRANCHINGS)}; the accuracy study takes the paper's "
+        "four settings)",
     )
     add(
         "--beta",
@@ -141,6 +154,21 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         help="CPU threads of PyTorch (default: PyTorch's own choice, one a core)",
     )
     add("--seed", type=int, default=0, help="of weights, crops and random inputs (default: 0)")
+    _add_studies(parser)
+
+
+def _add_studies(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the studies, which train networks."""
+    add = parser.add_argument_group("studies (accuracy, conversion)").add_argument
+    add(
+        "--scale",
+        choices=tuple(SCALES),
+        default="digits",
+        help="what to train on (default: digits, minutes on a CPU; 'blnet bench --list' explains)",
+    )
+    add("--seeds", type=int, default=3, metavar="N", help="runs of each network (default: 3)")
+    add("--epochs", type=int, metavar="N", help="epochs of each run (default: the recipe's)")
+    add("--data", metavar="PATH", help="pictures of the scale, where it is not digits")
 
 
 def parse_settings(words: Sequence[str]) -> Settings:
@@ -187,7 +215,8 @@ def _expanded(names: Sequence[str]) -> tuple[str, ...]:
 
 def _default(settings: Settings) -> tuple[str, ...]:
     everything = settings.full or settings.on_gpu
-    return tuple(SUITES) if everything else QUICK_CPU_SUITES
+    timed = tuple(name for name in SUITES if name not in STUDIES)
+    return timed if everything else QUICK_CPU_SUITES
 
 
 def op_suites() -> list[str]:
@@ -198,9 +227,11 @@ def op_suites() -> list[str]:
     return [suite for suite in SUITES if suite in ops]
 
 
-def _branchings(alphas: list[int] | None, betas: list[int] | None) -> tuple[tuple[int, int], ...]:
+def _branchings(
+    alphas: list[int] | None, betas: list[int] | None
+) -> tuple[tuple[int, int], ...] | None:
     if alphas is None and betas is None:
-        return DEFAULT_BRANCHINGS
+        return None
     alphas = alphas or [2]
     betas = betas or [4]
     if len(betas) == 1:
@@ -218,9 +249,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the suites; see `blnet bench --help`. Returns 0, 1 if a check failed, 130 if stopped."""
     _check_extra()
     settings = resolve(settings_of(arguments))
-    from blnet.bench import networks
+    from blnet.bench import networks, studies
 
     networks.check(settings)
+    if set(settings.suites) & set(STUDIES) and not arguments.list:
+        studies.check(settings)
     if arguments.list:
         print(_listing(settings))
         return 0
@@ -231,7 +264,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.output or _default_folder(settings))
     check_writable(folder)
     with Progress() as progress:
-        session = Session(settings, progress.watch)
+        session = Session(settings, progress.watch, folder)
         for note in session.results.notes:
             progress.say(f"blnet bench: {note}")
         suites = {name: SUITES[name][0] for name in settings.suites or _default(session.settings)}
@@ -256,7 +289,9 @@ def _listing(settings: Settings) -> str:
     from blnet.bench import networks
     from blnet.bench.ladder import rungs
 
-    lines = ["suites:"]
+    lines = ["scales of the studies:"]
+    lines += [f"  {name:<24}{scale.about}" for name, scale in SCALES.items()]
+    lines.append("suites:")
     lines += [f"  {name:<24}{text}" for name, (_, text) in SUITES.items()]
     lines.append("networks of this run:")
     lines += [f"  {s.label:<24}compared with {s.baseline}" for s in networks.specs(settings)]

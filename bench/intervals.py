@@ -1,7 +1,8 @@
-"""Percentiles, and ratios of medians with a bootstrap interval."""
+"""Percentiles, ratios of medians with a bootstrap interval, and means of a few runs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,40 @@ def percentile(samples: Sequence[float], percent: float) -> float:
     if not len(samples):
         raise ValueError("a percentile needs one sample at least")
     return float(np.percentile(np.asarray(samples, dtype=np.float64), percent))
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean of a few runs.
+
+    Attributes:
+        value: the mean.
+        half_width: half of its 95 % interval (Student's t); None of a single run.
+        runs: how many there were.
+    """
+
+    value: float
+    half_width: float | None
+    runs: int
+
+
+def mean(samples: Sequence[float]) -> Mean:
+    """Return a mean with the 95 % interval of Student's t distribution, n - 1 degrees of freedom.
+
+    Raises:
+        ValueError: if there are no samples.
+    """
+    if not len(samples):
+        raise ValueError("a mean needs one sample at least")
+    values = np.asarray(samples, dtype=np.float64)
+    runs = len(values)
+    if runs == 1:
+        return Mean(float(values[0]), None, 1)
+    from scipy.stats import t
+
+    spread = float(values.std(ddof=1)) / math.sqrt(runs)
+    width = float(t.ppf(0.5 + CONFIDENCE / 2, runs - 1)) * spread
+    return Mean(float(values.mean()), width, runs)
 
 
 def median_ratio(above: Sequence[float], below: Sequence[float], seed: int = 0) -> Ratio:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from blnet.bench.results import Network
-from blnet.bench.settings import Settings
+from blnet.bench.settings import DEFAULT_BRANCHINGS, Settings
 
 DEFAULT_BASELINE = "resnet50"
 CALIBRATION_IMAGES = 8
@@ -50,8 +50,14 @@ class Spec:
         return made
 
 
-def specs(settings: Settings) -> list[Spec]:
+def specs(
+    settings: Settings, branchings: tuple[tuple[int, int], ...] = DEFAULT_BRANCHINGS
+) -> list[Spec]:
     """Return the networks of a run, the plain ones first: they are what others are held against.
+
+    Args:
+        settings: of the run.
+        branchings: (alpha, beta) pairs where the settings name none.
 
     Raises:
         ValueError: if a name is not known, or the baseline is no plain network.
@@ -68,7 +74,9 @@ def specs(settings: Settings) -> list[Spec]:
             found.append(Spec(name, None, None, settings.baseline or name))
             continue
         baseline = settings.baseline or baseline_of(name)
-        found += [Spec(name, alpha, beta, baseline) for alpha, beta in settings.branchings]
+        found += [
+            Spec(name, alpha, beta, baseline) for alpha, beta in settings.branchings or branchings
+        ]
     plain = [Spec(spec.baseline, None, None, spec.baseline) for spec in found]
     # dict.fromkeys drops what is asked for twice and keeps the order.
     return list(dict.fromkeys([*plain, *found]))

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from blnet.bench import accuracy
 from blnet.bench.intervals import Ratio
 from blnet.bench.results import Results, write_json, write_text
 from blnet.bench.summary import (
@@ -50,6 +51,11 @@ CSV_COLUMNS = (
     "error",
     "peak_memory_bytes",
     "build_s",
+    "accuracy",
+    "seed",
+    "epochs",
+    "parameters",
+    "macs",
     "note",
 )
 
@@ -71,10 +77,15 @@ statistics of the pictures themselves."""
 
 
 def write_all(results: Results, folder: Path) -> None:
-    """Write results.json, results.csv and report.md into a folder, each of them whole."""
+    """Write results.json, results.csv and report.md into a folder, each of them whole.
+
+    Of a study there is a plot as well, <study>.png.
+    """
     write_json(folder / "results.json", results)
     write_text(folder / "results.csv", csv_text(results))
     write_text(folder / "report.md", markdown(results))
+    for suite in accuracy.studies_of(results):
+        accuracy.plot(results, suite, folder / f"{suite}.png")
 
 
 # ---------------------------------------------------------------------------- numbers as text
@@ -186,6 +197,12 @@ def print_tables(results: Results, console: Console) -> None:
             style = "red" if op_row.measurement.failed else ""
             table.add_row(*map(Text, op_cells(results, op_row)), style=style)
         console.print(table)
+    for suite in accuracy.studies_of(results):
+        table = _rich_table(accuracy.title(results, suite), accuracy.HEADER[suite], left=(0,))
+        for row in accuracy.rows(results, suite):
+            table.add_row(*map(Text, accuracy.cells(row, suite)))
+        console.print(table)
+        console.print(accuracy.notes(suite), soft_wrap=True, markup=False, highlight=False)
     dropped = [m for m in results.measurements if m.status in ("dropped", "skipped")]
     for m in dropped[:SHOWN_DROPPED]:
         text = f"left out: {m.suite}, {m.group}, {m.family}, {m.implementation}: {m.note}"
@@ -301,6 +318,7 @@ def csv_text(results: Results) -> str:
                 m.check.error if m.check else "",
                 m.peak_memory,
                 m.build_seconds,
+                *(m.facts.get(k) for k in ("accuracy", "seed", "epochs", "parameters", "macs")),
                 m.note,
             ]
         )
@@ -338,6 +356,12 @@ def markdown(results: Results) -> str:
         cells = [op_cells(results, row) for row in op_rows(results, suite)]
         lines += [f"## {_op_title(results, suite)}", "", *_table(op_header(results), cells), ""]
         lines += [*_op_notes(results, suite), ""]
+    for suite in accuracy.studies_of(results):
+        study = [accuracy.cells(row, suite) for row in accuracy.rows(results, suite)]
+        lines += [f"## {suite.capitalize()}: {accuracy.title(results, suite)}", ""]
+        lines += [*_table(accuracy.HEADER[suite], study), "", accuracy.notes(suite), ""]
+        if study:
+            lines += [f"![{suite}]({suite}.png)", ""]
     lines += [
         f"- **Failed**: {f.group}, {f.family}, {f.implementation}: {f.note}"
         for f in results.failures

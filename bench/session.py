@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from blnet.bench import measure
@@ -55,6 +57,7 @@ class Session:
     Args:
         settings: of the run; `resolve` fills in what is missing.
         watch: is told the group and step that comes next, and its share of the work.
+        folder: where studies keep their training runs; None for a new folder under results/.
 
     Attributes:
         settings: of the run, complete.
@@ -65,9 +68,15 @@ class Session:
         ValueError: if a setting is wrong or the images cannot be read.
     """
 
-    def __init__(self, settings: Settings, watch: Watch = lambda step, share: None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        watch: Watch = lambda step, share: None,
+        folder: Path | None = None,
+    ) -> None:
         self.settings = resolve(settings)
         self.watch = watch
+        self.folder = folder or Path("results") / f"study-{datetime.now():%Y%m%d-%H%M%S}"
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             self._pictures = load_pictures(self.settings.images)
@@ -140,6 +149,10 @@ class Session:
         raise KeyError(f"{suite.NAME}, {case.id}")
 
     def _measure(self, suite: Suite, name: str, measurements: list[Measurement]) -> None:
+        study = getattr(suite, "study", None)
+        if study is not None:
+            self._study(study, measurements)
+            return
         self.watch(f"{suite.NAME}, {name}: making the input", 0.0)
         group = suite.build(name, self)
         measurements += measure.declare(group)
@@ -153,6 +166,15 @@ class Session:
                 lambda call: peak_bytes(call, device),
                 lambda step, share: self.watch(f"{suite.NAME}, {name}: {step}", share),
             )
+
+    def _study(self, study: Any, measurements: list[Measurement]) -> None:
+        """Let a suite train; each run is kept as soon as it is finished."""
+
+        def add(measurement: Measurement) -> None:
+            measurements.append(measurement)
+            self.results.measurements.append(measurement)
+
+        study(self, add)
 
 
 @contextmanager

@@ -23,6 +23,8 @@ BOUNDS = {
     "--repeat": (2, 1_000_000),
     "--threads": (1, 1024),
     "--seed": (0, 2**63 - 1),
+    "--seeds": (1, 1000),
+    "--epochs": (1, 100_000),
 }
 MAX_PIXELS = 2**31  # of the throughput batch: 26 GB of float32 images
 
@@ -38,13 +40,18 @@ class Settings:
         batch: images in the throughput batch; None for the device's default (8, on a GPU 256).
         size: height and width of the images, pixels.
         models: names of networks, as `blnet.registry` knows them.
-        branchings: (alpha, beta) pairs measured of every Big-Little network.
+        branchings: (alpha, beta) pairs measured of every Big-Little network; None for those that
+            each suite has by default.
         baseline: name of the plain network to compare with; None for each network's own.
         images: a folder of pictures; None for scikit-learn's two photographs.
         full: take every rung and more rounds, not only those that fit a few minutes.
         repeat: rounds of each group; None for as many as the mode asks for.
         threads: CPU threads of PyTorch; None leaves them as they are.
-        seed: of weights, crops and random inputs.
+        seed: of weights, crops and random inputs; the first seed of a study's runs.
+        scale: what studies train on, one of `blnet.bench.studies.SCALES`.
+        seeds: runs of each network in a study, each with a seed of its own.
+        epochs: of a study's runs; None for the recipe's.
+        data: pictures of a study's scale, where it needs any.
     """
 
     suites: tuple[str, ...] = ()
@@ -53,13 +60,17 @@ class Settings:
     batch: int | None = None
     size: int = 224
     models: tuple[str, ...] = DEFAULT_MODELS
-    branchings: tuple[tuple[int, int], ...] = DEFAULT_BRANCHINGS
+    branchings: tuple[tuple[int, int], ...] | None = None
     baseline: str | None = None
     images: str | None = None
     full: bool = False
     repeat: int | None = None
     threads: int | None = None
     seed: int = 0
+    scale: str = "digits"
+    seeds: int = 3
+    epochs: int | None = None
+    data: str | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -86,6 +97,11 @@ class Settings:
     def batches(self) -> tuple[int, ...]:
         """Batches measured: 1 for latency, and the throughput batch."""
         return (1,) if self.throughput_batch == 1 else (1, self.throughput_batch)
+
+    @property
+    def run_seeds(self) -> range:
+        """The seeds of a study's runs."""
+        return range(self.seed, self.seed + self.seeds)
 
     @property
     def build_seconds(self) -> tuple[float, float]:

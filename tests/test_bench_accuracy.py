@@ -1,0 +1,256 @@
+"""The studies of accuracy: what they train, what they make of it, and that nothing is filled in."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from rich.console import Console
+
+from blnet.bench import accuracy, studies
+from blnet.bench.command import STUDIES, SUITES, _default, parse_settings
+from blnet.bench.intervals import mean
+from blnet.bench.report import csv_text, markdown, print_tables
+from blnet.bench.results import Measurement, Results, read_json
+from blnet.bench.runner import finish
+from blnet.bench.session import Session
+from blnet.bench.settings import Settings
+from blnet.bench.suites import test_accuracy as accuracy_suite
+from blnet.bench.suites import test_conversion as conversion_suite
+from blnet.cli import main
+from blnet.training.journal import read_rows
+
+
+def result(family: str, seed: int, top1: float, macs: int = 100, **facts) -> Measurement:
+    plain = family in ("resnet50", "plain")
+    return Measurement(
+        facts.pop("suite", "accuracy"),
+        "digits",
+        family,
+        f"seed {seed}",
+        facts={
+            "network": family,
+            "alpha": None if plain else 2,
+            "beta": None if plain else 4,
+            "baseline": "resnet50",
+            "seed": seed,
+            "accuracy": top1,
+            "macs": macs,
+            "parameters": 1000,
+            "epochs": 3,
+            "evaluation_images": 360,
+            **facts,
+        },
+        status="ok",
+        samples=[2.0, 1.0, 3.0],
+    )
+
+
+def results(*measurements: Measurement) -> Results:
+    settings = Settings(device="cpu", dtype="float32", batch=8).as_dict()
+    environment = {"cpu": "a CPU", "threads": 2, "date": "now"}
+    return Results(environment, settings, measurements=list(measurements))
+
+
+def test_mean_is_student_s() -> None:
+    # By hand: t with 2 degrees of freedom at 97.5 % is 4.30265, the standard error 1 / sqrt(3).
+    found = mean([1.0, 2.0, 3.0])
+    assert found.value == 2.0
+    assert found.half_width == pytest.approx(4.30265 / 3**0.5, rel=1e-5)
+    assert mean([5.0]).half_width is None
+    with pytest.raises(ValueError, match="one sample"):
+        mean([])
+
+
+def test_rows_are_means_over_seeds_and_differences_seed_by_seed() -> None:
+    found = results(
+        result("resnet50", 0, 0.90, 200),
+        result("bl_resnet50 a2 b4", 0, 0.92),
+        result("resnet50", 1, 0.94, 200),
+        result("bl_resnet50 a2 b4", 1, 0.96),
+    )
+    plain, ours = accuracy.rows(found, "accuracy")
+    assert plain.accuracy.value == pytest.approx(92)
+    assert plain.difference is None
+    assert ours.accuracy.value == pytest.approx(94)
+    assert ours.difference.value == pytest.approx(2)
+    assert ours.difference.half_width == pytest.approx(0, abs=1e-9)  # each seed gained the same
+    assert ours.mac_ratio == 2
+    assert ours.epoch_seconds == 2.0
+
+
+def test_a_run_that_failed_fills_no_cell() -> None:
+    broken = result("bl_resnet50 a2 b4", 0, 0.5)
+    broken.status, broken.note, broken.facts = "error", "the loss became nan", {"seed": 0}
+    found = results(result("resnet50", 0, 0.9), broken)
+    assert [row.family for row in accuracy.rows(found, "accuracy")] == ["resnet50"]
+    text = markdown(found)
+    assert "**Failed**" in text
+    assert "the loss became nan" in text
+    alone = results(result("bl_resnet50 a2 b4", 0, 0.9))
+    row = accuracy.rows(alone, "accuracy")[0]
+    assert (row.difference, row.mac_ratio) == (None, None)
+    assert accuracy.cells(row, "accuracy").count("-") == 2
+
+
+def test_tables_files_and_plot(tmp_path: Path) -> None:
+    found = results(result("resnet50", 0, 0.9, 200), result("bl_resnet50 a2 b4", 0, 0.92))
+    out = Console(file=io.StringIO(), width=140)
+    print_tables(found, out)
+    shown = out.file.getvalue()
+    assert "92.00" in shown
+    assert "+2.00" in shown
+    text = markdown(found)
+    assert "| resnet50 | - | - | 0.00 | 0.0000 | 1.00 | 90.00 |" in text
+    assert "![accuracy](accuracy.png)" in text
+    lines = list(csv.DictReader(io.StringIO(csv_text(found))))
+    assert [line["accuracy"] for line in lines] == ["0.9", "0.92"]
+    assert accuracy.plot(found, "accuracy", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    assert not accuracy.plot(results(), "accuracy", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_conversion_is_held_against_the_converted_one() -> None:
+    options = {"suite": "conversion", "baseline": "plain"}
+    found = results(
+        result("plain", 0, 0.90, 200, **options, cost=6e12),
+        result(accuracy.CONVERTED, 0, 0.95, **options, cost=7e12),
+        result(conversion_suite.SAME_TOTAL, 0, 0.93, **options, cost=7e12),
+    )
+    _, converted, anew = accuracy.rows(found, "conversion")
+    assert converted.difference is None
+    assert anew.difference.value == pytest.approx(2)
+    assert accuracy.cells(anew, "conversion")[3] == "7.00"
+    assert accuracy.CONVERTED == conversion_suite.CONVERTED
+
+
+def test_studies_run_by_name_only_and_are_the_paper_s_settings() -> None:
+    assert set(STUDIES) <= set(SUITES)
+    for full in (True, False):
+        assert not set(STUDIES) & set(_default(Settings(device="cpu", full=full)))
+    settings = parse_settings(["accuracy", "--seeds", "2", "--seed", "5"])
+    found = accuracy_suite.cases(settings)
+    assert len(found) == 10
+    assert [case.family for case in found[:5]] == [
+        "resnet50",
+        "bl_resnet50 a2 b2",
+        "bl_resnet50 a2 b4",
+        "bl_resnet50 a4 b2",
+        "bl_resnet50 a4 b4",
+    ]
+    assert {case.implementation for case in found} == {"seed 5", "seed 6"}
+
+
+def test_runs_of_a_scale_are_those_of_its_recipe() -> None:
+    settings = Settings(scale="imagenet", data="pictures", epochs=90)
+    flags = ["--model.name=bl_resnet50", "--model.alpha=4"]
+    config, command = studies.configure(settings, flags, Path("out"), 7)
+    assert (config.epochs, config.seed, config.optimizer.lr) == (90, 7, 0.1)
+    assert (config.model.alpha, config.data.path, config.resume) == (4, "pictures", "auto")
+    assert not config.baseline
+    assert command.startswith("blnet train vision --recipe imagenet_paper")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["accuracy", "--scale", "imagenet"], "--scale imagenet needs --data"),
+        (["conversion", "--scale", "cifar10"], "--scale cifar10 needs --data"),
+        (["accuracy", "--scale", "mnist"], "invalid choice"),
+        (["accuracy", "--seeds", "0"], "--seeds must be at least 1"),
+        (["accuracy", "--epochs", "0"], "--epochs must be at least 1"),
+    ],
+)
+def test_wrong_input_is_one_line(words, said, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(["bench", *words, "--device", "cpu"])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digits, few and with narrow networks."""
+    flags = ("--model.width=0.125", "--data.limit=64", "--batch-size=32", "--device=cpu")
+    monkeypatch.setitem(studies.SCALES, "digits", studies.Scale("digits", "tiny", flags))
+
+
+def bench(suite: ModuleType, epochs: int, folder: Path) -> int:
+    """Run a study as `blnet bench` does, without pytest inside pytest."""
+    small = ["--models", "bl_resnet18", "--alpha", "2", "--seeds", "1", "--threads", "1"]
+    settings = parse_settings([*small, "--device", "cpu", "--epochs", str(epochs)])
+    session = Session(settings, folder=folder)
+    for case in suite.cases(settings):
+        session.measured(suite, case)
+    return finish(session.results, folder)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_study_trains_keeps_its_runs_and_goes_on(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "study"
+    assert bench(accuracy_suite, 1, folder) == 0
+    found = read_json(folder / "results.json")
+    assert [(m.family, m.status) for m in found.measurements] == [
+        ("resnet18", "ok"),
+        ("bl_resnet18 a2 b4", "ok"),
+    ]
+    for m in found.measurements:
+        run = folder / "runs" / "accuracy" / f"{m.family.replace(' ', '-')}-seed0"
+        row = list(read_rows(run, "epoch"))[-1]
+        assert m.facts["accuracy"] == row["accuracy"], "the last epoch's, not the best one's"
+        assert m.samples == [row["seconds"]]
+        assert m.description.startswith("blnet train vision --recipe digits")
+    assert (folder / "accuracy.png").is_file()
+    # Finished runs are taken over, not trained again.
+    (folder / "results.json").unlink()
+    before = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("step-*/model.safetensors"))
+    assert bench(accuracy_suite, 1, folder) == 0
+    after = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("step-*/model.safetensors"))
+    assert before == after
+    again = read_json(folder / "results.json")
+    assert [m.facts["accuracy"] for m in again.measurements] == [
+        m.facts["accuracy"] for m in found.measurements
+    ]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_conversion_study_costs_what_it_says(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "study"
+    assert bench(conversion_suite, 3, folder) == 0
+    found = {m.family: m for m in read_json(folder / "results.json").measurements}
+    assert tuple(found) == conversion_suite.FAMILIES
+    assert all(m.status == "ok" for m in found.values()), json.dumps(
+        {name: m.note for name, m in found.items()}
+    )
+    plain, tuned = found["plain"].facts, found[conversion_suite.CONVERTED].facts
+    own, other = tuned["macs"], plain["macs"]
+    assert plain["images"] == 3 * 64
+    assert plain["cost"] == 3 * 64 * 3 * other
+    assert tuned["epochs"] == 1
+    assert tuned["cost"] == plain["cost"] + 64 * (3 * own + other)
+    for family, least in (
+        (conversion_suite.SAME_TUNING, tuned["cost"] - plain["cost"]),
+        (conversion_suite.SAME_TOTAL, tuned["cost"]),
+    ):
+        facts = found[family].facts
+        assert facts["cost"] == facts["epochs"] * 64 * 3 * facts["macs"]
+        assert least <= facts["cost"] < least + 64 * 3 * facts["macs"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_that_cannot_be_trained_is_a_red_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    flags = (*studies.SCALES["digits"].flags, "--lr=1e6")
+    monkeypatch.setitem(studies.SCALES, "digits", studies.Scale("digits", "tiny", flags))
+    assert bench(accuracy_suite, 3, tmp_path / "study") == 1
+    out = capsys.readouterr().out
+    assert "FAILED accuracy, digits, resnet18, seed 0" in out
+    assert "loss became" in out
