@@ -1,0 +1,273 @@
+"""``blnet evaluate vision``: measures the accuracy of trained networks on images."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from accelerate import Accelerator
+
+from blnet.environment import collect
+from blnet.files import reason
+from blnet.training.config import Precision
+from blnet.training.devices import by_first, make_accelerator
+from blnet.vision import reproduction
+from blnet.vision.config import DataConfig, DataName, VisionConfig
+from blnet.vision.data import ImageData, class_names, load_data
+from blnet.vision.inference import Trained, load_trained, plain_console, positive
+from blnet.vision.measurement import Measurement, measure
+from blnet.vision.preprocessing import Preprocessing
+from blnet.vision.report import Evaluation, as_table, write_results
+from blnet.vision.shards import ShardStream
+from blnet.vision.sources import Images
+
+__all__ = ["Measurement", "configure", "evaluation_data", "measure", "run"]
+
+_BATCH = 128
+_NAMELESS = ("webdataset", "fake")  # sets whose classes are numbers
+_EXAMPLES = """examples:
+  blnet evaluate vision results/digits
+  blnet evaluate vision results/digits results/digits/baseline --output results/digits/evaluation
+  blnet evaluate vision bL-ResNet-50.pth --data imagenet --data-path /data/imagenet --paper
+  torchrun --nproc-per-node 8 -m blnet.cli evaluate vision best.safetensors --eval-path /data/val"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.epilog = _EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="a .safetensors file, a run's folder (its best network) or a published .pth file",
+    )
+    _add_data_flags(parser.add_argument_group("data, by default what the network was trained on"))
+    parser.add_argument(
+        "--batch", type=positive, default=_BATCH, metavar="N",
+        help=f"images that a device takes at once ({_BATCH})",
+    )  # fmt: skip
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                        help="auto is a GPU if there is one")  # fmt: skip
+    parser.add_argument("--workers", type=int, metavar="N",
+                        help="processes that load images for each device (chosen for it)")  # fmt: skip # noqa: E501
+    parser.add_argument("--precision", choices=get_args(Precision), default="fp32",
+                        help="fp32, or automatic mixed precision in bf16 or fp16")  # fmt: skip
+    parser.add_argument(
+        "--output", metavar="DIR",
+        help="write results.json, per_class.csv, confusion.csv and confusion.png there",
+    )  # fmt: skip
+    parser.add_argument(
+        "--paper", action="store_true",
+        help="print the errors beside those of the paper's table (ImageNet's validation set only)",
+    )  # fmt: skip
+
+
+def _add_data_flags(group: Any) -> None:
+    """Add the data's flags; the names that training gives them, which errors use, are known too."""
+    group.add_argument("--data", "--data.name", dest="data", choices=get_args(DataName),
+                       metavar="NAME", help=f"{', '.join(get_args(DataName))}")  # fmt: skip
+    group.add_argument("--data-path", "--data.path", dest="path", metavar="PATH",
+                       help="folder or .npz file of the whole set")  # fmt: skip
+    group.add_argument("--eval-path", "--data.eval-path", dest="eval_path", metavar="PATH",
+                       help="the images to evaluate on: a folder of class folders, an .npz file "
+                       "or shards")  # fmt: skip
+    group.add_argument("--download", "--data.download", dest="download", action="store_true",
+                       default=None, help="fetch cifar10 or cifar100 into --data-path")  # fmt: skip
+    for flag, text in (
+        ("--limit", "at most so many images, balanced over the classes"),
+        ("--eval-images", "webdataset and fake: number of images"),
+        ("--classes", "webdataset and fake: number of classes"),
+    ):
+        group.add_argument(flag, flag.replace("--", "--data."), dest=flag[2:].replace("-", "_"),
+                           type=positive, metavar="N", help=text)  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate every checkpoint, print the table and write the files that were asked for."""
+    config = VisionConfig(batch_size=args.batch, device=args.device, workers=args.workers,
+                          precision=args.precision)  # fmt: skip
+    config.check()
+    accelerator = make_accelerator(config)
+    if args.output is not None:
+        by_first(lambda: _make_folder(args.output), accelerator)
+    evaluations = []
+    for trained, settings, data in _prepared(args):
+        try:
+            measured = measure(trained.model, data, config, accelerator)
+        except ValueError as error:
+            raise ValueError(f"{trained.source}: {error}") from error
+        trained.model.cpu()
+        evaluations.append(Evaluation(trained, settings, data, measured))
+    if accelerator.is_main_process:
+        _report(args, config, evaluations, accelerator)
+    return 0
+
+
+def _prepared(args: argparse.Namespace) -> list[tuple[Trained, DataConfig, ImageData]]:
+    """Load every network and its data, so that whatever is wrong shows before the work begins."""
+    sets: dict[tuple[DataConfig, Preprocessing], ImageData] = {}
+    prepared = []
+    for name in args.checkpoints:
+        trained = load_trained(name)
+        settings = data_settings(trained, vars(args))
+        if args.paper:
+            reproduction.check_data(settings)
+            reproduction.check_preprocessing(name, trained.preprocessing)
+        key = settings, trained.preprocessing
+        if key not in sets:
+            sets[key] = evaluation_data(settings, trained.preprocessing)
+        check_same_classes(trained, settings, sets[key])
+        if args.paper:
+            reproduction.check_classes(len(sets[key].classes))
+        prepared.append((trained, settings, sets[key]))
+    return prepared
+
+
+def data_settings(trained: Trained, given: Mapping[str, Any]) -> DataConfig:
+    """Return which data to evaluate a network on: what it was trained on, changed by flags.
+
+    Args:
+        trained: the network.
+        given: flag -> value: data (the set's name), path, eval_path, download, limit, eval_images
+            and classes; None where it was not given.
+
+    Raises:
+        ValueError: if nobody says which data, or a setting makes no sense.
+    """
+    name = given.get("data")
+    settings = _recorded(trained)
+    if name is not None and (settings is None or settings.name != name):
+        settings = DataConfig(name=name)
+    if settings is None:
+        raise ValueError(
+            f"{trained.source} does not say what it was trained on; name the data with --data, and "
+            "where they are with --data-path"
+        )
+    changes = {
+        field: given[field]
+        for field in ("path", "eval_path", "download", "limit", "eval_images", "classes")
+        if given.get(field) is not None
+    }
+    if "path" in changes:  # the evaluation part that was beside the old path is not meant
+        changes.setdefault("eval_path", None)
+    settings = dataclasses.replace(settings, **changes)
+    settings.check()
+    return settings
+
+
+def _recorded(trained: Trained) -> DataConfig | None:
+    found = trained.extra.get("data")
+    if found is None:
+        return None
+    known = {field.name for field in dataclasses.fields(DataConfig)}
+    try:
+        settings = DataConfig(**{k: v for k, v in found.items() if k in known})
+        settings.check()
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{trained.source} has data settings that make no sense "
+                         f"({reason(error)}); name the data with --data") from error  # fmt: skip
+    return settings
+
+
+def evaluation_data(settings: DataConfig, preprocessing: Preprocessing) -> ImageData:
+    """Return the evaluation part of a set as a network is to see it.
+
+    Args:
+        settings: which set.
+        preprocessing: of the network, whatever the set's own may be.
+
+    Raises:
+        ValueError: if the images are not there or cannot be read.
+    """
+    sized = dataclasses.replace(
+        settings, size=preprocessing.size, crop_ratio=preprocessing.crop_ratio
+    )
+    data = load_data(sized, parts="evaluation")
+    if data.preprocessing == preprocessing:
+        return data
+    part = data.evaluation
+    evaluation: Any
+    if isinstance(part, ShardStream):
+        evaluation = copy.copy(part)
+        evaluation.convert, evaluation.transform = preprocessing.convert, preprocessing
+    else:
+        assert isinstance(part, Images)
+        evaluation = Images(part.part, preprocessing.convert, preprocessing)
+    return dataclasses.replace(data, evaluation=evaluation, preprocessing=preprocessing)
+
+
+def check_same_classes(trained: Trained, settings: DataConfig, data: ImageData) -> None:
+    """Check that a network answers for the classes of the data, in number and, if known, by name.
+
+    Raises:
+        ValueError: naming both and the first class that differs.
+    """
+    advice = "evaluate it on data with the classes that it was trained on"
+    if trained.classes != len(data.classes):
+        raise ValueError(f"{trained.source} knows {trained.classes} classes and {data.name} has "
+                         f"{len(data.classes)}; {advice}")  # fmt: skip
+    recorded = _recorded(trained)
+    nameless = settings.name in _NAMELESS or (recorded and recorded.name in _NAMELESS)
+    if trained.names is None or nameless:
+        return
+    # ImageNet's classes have ids as folders and English names elsewhere.
+    pairs = zip(class_names(trained.names), class_names(data.classes), strict=True)
+    for index, (mine, other) in enumerate(pairs):
+        if mine != other:
+            raise ValueError(f"{trained.source} knows class {index} as {mine!r} and {data.name} "
+                             f"has {other!r} there; {advice}")  # fmt: skip
+
+
+def _make_folder(name: str) -> None:
+    """Make the output's folder before any work is done.
+
+    Raises:
+        OSError: if it cannot be made or written to.
+    """
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+        probe = Path(name, ".writable")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"--output {name} is no folder that can be written to ({error.strerror}); "
+                      "choose another") from error  # fmt: skip
+
+
+def _report(
+    args: argparse.Namespace,
+    config: VisionConfig,
+    evaluations: Sequence[Evaluation],
+    accelerator: Accelerator,
+) -> None:
+    """Print the tables and write the files."""
+    kind = accelerator.device.type
+    device = collect("cpu" if kind == "cpu" else None).device
+    console = plain_console()
+    console.print(as_table(evaluations, device, config.precision))
+    rows = None
+    if args.paper:
+        measured = [_as_row(one) for one in evaluations]
+        rows = reproduction.reproduce(measured)
+        console.print(reproduction.as_table(rows, evaluations[0].measured.images))
+        for line in reproduction.strangers(measured):
+            print(line)
+    if args.output is not None:
+        write_results(Path(args.output), evaluations, config, kind, accelerator.num_processes, rows)
+        print(f"wrote {args.output}")
+
+
+def _as_row(one: Evaluation) -> reproduction.Measured:
+    low, high = one.measured.interval
+    return reproduction.Measured(
+        one.trained.source,
+        reproduction.matching(one.trained.model),
+        100 * (1 - one.measured.accuracy),
+        (100 * (1 - high), 100 * (1 - low)),
+        one.measured.images,
+    )
