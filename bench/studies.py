@@ -160,7 +160,7 @@ def _trained(session: Session, config: VisionConfig, folder: Path) -> dict[str, 
     config.check()
     # The runs differ in network and seed only, so all see the same pictures.
     data = session.cached(
-        ("data", config.data, config.augment), lambda: load_data(config.data, config.augment, seed=config.seed)
+        ("data", config.data, config.augment), lambda: load_data(config.data, config.augment)
     )
     task = ImageTask(config, data)
     folder.mkdir(parents=True, exist_ok=True)

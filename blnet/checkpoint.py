@@ -250,10 +250,13 @@ def _reconvert(path: StrPath, plan: dict[str, Any], trust_source: bool) -> nn.Mo
             built = registry.build(source, **options)
             settings = {name: plan[name] for name in ("alpha", "beta", "branches")}
             size = plan.get("input_size") or None
-            converted: nn.Module = convert(built, **settings, input_size=size)
+            converted: Any = convert(built, **settings, input_size=size)
     except ValueError as error:
         raise ValueError(f"{path} cannot be rebuilt from {source}: {error}") from error
-    return converted
+    # So that the network can be saved and rebuilt again.
+    converted.plan = dataclasses.replace(converted.plan, source=source, source_options=options)
+    rebuilt: nn.Module = converted
+    return rebuilt
 
 
 def _fill(path: StrPath, model: nn.Module, weights: dict[str, Tensor]) -> None:

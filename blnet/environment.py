@@ -198,4 +198,7 @@ def command_line() -> str:
     """Return the command that started this process, as a reader would type it."""
     import shlex
 
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    # Started as a module (torchrun -m blnet.cli), the program has its file's name.
+    name = "blnet" if program.parts[-2:] == ("blnet", "cli.py") else program.name
+    return shlex.join([name, *sys.argv[1:]])

@@ -40,6 +40,8 @@ def read_torch_file(path: StrPath) -> Mapping[str, Any]:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the checkpoint file itself")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; check the path of the checkpoint")
     with path.open("rb") as file:
         try:
             loaded = torch.load(file, map_location="cpu", weights_only=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import multiprocessing
+import socket
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +62,51 @@ def driver() -> Iterator[None]:
     config.set_active(NoDriver())
     yield
     config._active = before
+
+
+@pytest.fixture(scope="session")
+def forkserver() -> Any:
+    """Give processes that begin with the training loop imported and nothing computed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["blnet.training.testing", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+    )
+    first = context.Process(target=time.sleep, args=(0,))  # waits for the imports
+    first.start()
+    first.join()
+    return context
+
+
+@pytest.fixture
+def launch(forkserver: Any) -> Iterator[Callable[..., Any]]:
+    """Give a function that starts a process with a function in it; none outlives the test."""
+    started = []
+
+    def start(target: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        process = forkserver.Process(target=target, args=arguments, kwargs=named)
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.is_alive():
+            process.kill()
+        process.join()
+
+
+@pytest.fixture
+def launch_together(launch: Callable[..., Any]) -> Callable[..., list[Any]]:
+    """Give a function that trains the small task in several processes, and returns those."""
+    from blnet.training.testing import train_together
+
+    def start(folder: Path, devices: int = 2, **changes: Any) -> list[Any]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        return [
+            launch(train_together, rank, devices, port, str(folder), **changes)
+            for rank in range(devices)
+        ]
+
+    return start

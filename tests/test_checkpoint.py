@@ -306,6 +306,9 @@ def test_converted_network(path, source, options, branches):
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(loaded(images), model(images))
+    # What was loaded can be saved and loaded again.
+    blnet.save(loaded, path)
+    assert_same_state(blnet.load(path), model)
 
 
 def test_converted_from_a_users_object_needs_the_model(path):

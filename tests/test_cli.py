@@ -33,7 +33,7 @@ BAD_INPUTS = [
     (["convert", "torchvision:resnet18", "--output", "net.pth"], "must end with .safetensors"),
     (["convert", "torchvision:resnet18", "--output", "no/folder/x.safetensors"], "create the fold"),
     (["convert", "--official", "missing.pth"], "--official needs --output"),
-    (["convert", "--official", "missing.pth", "--output", "x.safetensors"], "missing.pth"),
+    (["convert", "--official", "missing.pth", "--output", "x.safetensors"], "pth does not exist;"),
     (["convert", "missing.module:make"], "cannot be imported"),
     (["convert", "torchvision:resnet18", "--input", "3x224x99999999"], "write it as 3x224x224"),
     (["convert", "torchvision:resnet18", "--input", f"3x224x{MANY}"], "write it as 3x224x224"),

@@ -144,7 +144,8 @@ def test_the_wheel_declares_what_it_needs(wheel: Path) -> None:
         extra = marker.partition("extra == ")[2].strip(" \"'")
         needs[extra].add(re.split(r"[<>=!~ ]", need.strip())[0])
     assert needs[""] == {"torch", "numpy", "safetensors"}
-    assert needs["vision"] >= {"torchvision", "timm", "pillow"}
+    assert needs["train"] >= {"accelerate", "jsonargparse[signatures]", "timm", "torchmetrics"}
+    assert needs["vision"] >= {"blnet[train]", "torchvision", "pillow"}
     assert needs["speech"] >= {"torchaudio", "librosa", "soundfile", "espeakng-loader"}
     assert needs["bench"] >= {"blnet[vision]", "pytest", "pytest-benchmark", "rich"}
     assert needs["dev"] >= {"pytest", "ruff", "mypy", "hypothesis"}

@@ -62,6 +62,12 @@ def test_the_plain_network_s_figure_stands_beside(run: Path, capsys) -> None:
     assert (run / "best.safetensors").stat().st_mtime == began
 
 
+def test_a_plain_network_has_no_baseline(tmp_path: Path) -> None:
+    assert train("--epochs=1", "--model.name=resnet18", f"--output={tmp_path / 'out'}") == 0
+    assert (tmp_path / "out" / "best.safetensors").is_file()
+    assert not (tmp_path / "out" / "baseline").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -164,3 +170,12 @@ def test_names_of_networks() -> None:
     assert describe(ModelConfig("bl_resnet50", branches=1)) == "resnet50"
     assert describe(ModelConfig("resnet18", width=0.5)) == "resnet18 (width 0.5)"
     assert "3 branches" in describe(ModelConfig("bl_resnet50", branches=3))
+
+
+def test_the_default_recipe_learns_digits(tmp_path: Path, capsys) -> None:
+    # At half the width and without the plain network, to be quick; whole it does better.
+    words = ["--width=0.5", "--baseline=false", "--tensorboard=false", "--device=cpu"]
+    assert main(["train", "vision", *words, f"--output={tmp_path / 'out'}"]) == 0
+    last = list(read_rows(tmp_path / "out", "epoch"))[-1]
+    assert last["accuracy"] >= 0.97
+    assert "GMACs at 1x8x8" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from blnet.registry import is_big_little
 from blnet.training.devices import make_accelerator, shared
 from blnet.training.options import parse
 from blnet.training.run import default_folder, describe, report_stop, run
@@ -64,13 +65,14 @@ def train(config: VisionConfig, recipe: str) -> int:
 
 
 def _runs(config: VisionConfig, folder: Path) -> list[tuple[VisionConfig, Path]]:
+    """Return the runs: the network's and, where it has a plain one, that one's."""
     runs = [(config, folder)]
-    if config.baseline:
-        plain = dataclasses.replace(config, model=plain_of(config), baseline=False)
-        runs.append((plain, folder / BASELINE))
+    plain = plain_of(config.model)
+    if config.baseline and plain != config.model:
+        runs.append((dataclasses.replace(config, model=plain, baseline=False), folder / BASELINE))
     return runs
 
 
-def plain_of(config: VisionConfig) -> ModelConfig:
-    """Return the plain network's configuration: one branch."""
-    return dataclasses.replace(config.model, branches=1)
+def plain_of(model: ModelConfig) -> ModelConfig:
+    """Return a Big-Little network's plain one, which has one branch; of any other, itself."""
+    return dataclasses.replace(model, branches=1) if is_big_little(model.name) else model

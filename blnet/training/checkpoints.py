@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,9 @@ EMA = "ema.safetensors"
 TRAINING = "training.safetensors"
 VERSION = 1
 _FOLDER = "checkpoints"
-_NAME = re.compile(r"step-(\d{8,})$")
+_NAME = re.compile(r"step-(\d{8,})(\.old)?$")
 _ENTRY = "blnet-training"
+_GROUP = "group "
 
 
 @dataclass
@@ -77,7 +79,7 @@ class CheckpointFolder:
         if not self.folder.is_dir():
             return []
         found = [path for path in self.folder.iterdir() if _NAME.match(path.name)]
-        return sorted(found, key=_step_of)
+        return sorted(found, key=_age)
 
     def latest(self) -> Path | None:
         """Return the newest checkpoint; None where there is none."""
@@ -116,15 +118,18 @@ class CheckpointFolder:
                 checkpoint.save(ema, aside / EMA, **extra)
             _write_training(aside / TRAINING, optimizer, saved)
             _sync(aside)
-            if target.exists():  # of a run that was resumed from before it and came here again
-                self._remove(target)
+            if target.exists():
+                # One of before the epoch's evaluation. At no moment is there neither of the two.
+                old = target.with_name(f"{target.name}.old")
+                self._remove(old)
+                os.replace(target, old)
             os.replace(aside, target)
             _sync(self.folder)
         except OSError as error:
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {self.folder} "
-                f"({error.strerror or reason(error)}); earlier ones are untouched: free some space "
-                "and go on with --resume auto"
+                f"({_why(error)}); earlier ones are untouched: free some space and go on with "
+                "--resume auto"
             ) from error
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -144,8 +149,11 @@ class CheckpointFolder:
     def _prune(self) -> None:
         for path in self.all()[: -self.keep]:
             self._remove(path)
-        for path in self.folder.glob(".*.partial"):  # of runs that were killed
+        # What runs left behind that were killed.
+        for path in self.folder.glob(".*.partial"):
             shutil.rmtree(path, ignore_errors=True)
+        for path in self.run.glob(".blnet-*.partial"):
+            path.unlink(missing_ok=True)
 
     def _remove(self, path: Path) -> None:
         # Renamed first: half of a checkpoint must not have the name of a whole one.
@@ -155,10 +163,28 @@ class CheckpointFolder:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _step_of(path: Path) -> int:
+def _age(path: Path) -> tuple[int, bool]:
     found = _NAME.match(path.name)
     assert found is not None
-    return int(found.group(1))
+    return int(found.group(1)), not found.group(2)
+
+
+def _why(error: BaseException) -> str:
+    """Return what the system said in the first place."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return getattr(error, "strerror", None) or reason(error)
+
+
+@contextlib.contextmanager
+def _damage_told(folder: Path, file: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} of checkpoint {folder} cannot be used ({_why(error)}); remove that folder to "
+            "go on from an earlier one, or name another --output if it is of another network"
+        ) from error
 
 
 def _sync(folder: Path) -> None:
@@ -181,10 +207,17 @@ def _write_training(path: Path, optimizer: Optimizer, saved: Saved) -> None:
                 tensors[f"{index}.{name}"] = value.detach().cpu().contiguous().clone()
             elif value is not None:
                 numbers.setdefault(str(index), {})[name] = value
+    groups: list[dict[str, Any]] = [{} for _ in state["param_groups"]]
+    for index, group in enumerate(state["param_groups"]):
+        for name, value in group.items():
+            if isinstance(value, Tensor):  # LAMB counts its steps there
+                tensors[f"{_GROUP}{index}.{name}"] = value.detach().cpu().clone()
+            else:
+                groups[index][name] = value
     header = {
         "version": VERSION,
         "numbers": numbers,
-        "groups": state["param_groups"],
+        "groups": groups,
         **vars(saved),
     }
     with written_aside(path) as aside:
@@ -198,28 +231,27 @@ def read_training(path: Path) -> tuple[Saved, dict[str, Any]]:
         ValueError: if the file is damaged, missing or of another version.
     """
     file = path / TRAINING
-    try:
+    with _damage_told(path, TRAINING):
         with safetensors.safe_open(file, framework="pt") as opened:
             header = json.loads((opened.metadata() or {})[_ENTRY])
         tensors = safetensors.torch.load_file(file)
         version = header["version"]
-        fields = {name: header[name] for name in ("progress", "config", "layout", "scaler")}
-        state: dict[int, dict[str, Any]] = {
-            int(index): dict(values) for index, values in header["numbers"].items()
-        }
-        groups = header["groups"]
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{file} is not the training state of a checkpoint ({reason(error)}); remove folder "
-            f"{path.name} to go on from an earlier one"
-        ) from error
     if version != VERSION:
         raise ValueError(f"{file} is of version {version}, and {VERSION} is read here; use the "
                          "blnet that wrote it")  # fmt: skip
-    for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = tensor
-    return Saved(**fields), {"state": state, "param_groups": groups}
+    with _damage_told(path, TRAINING):
+        fields = {name: dict(header[name]) for name in ("progress", "config", "layout", "scaler")}
+        state: dict[int, dict[str, Any]] = {
+            int(index): dict(values) for index, values in dict(header["numbers"]).items()
+        }
+        groups = [dict(group) for group in header["groups"]]
+        for key, tensor in tensors.items():
+            index, _, name = key.removeprefix(_GROUP).partition(".")
+            place = (
+                groups[int(index)] if key.startswith(_GROUP) else state.setdefault(int(index), {})
+            )
+            place[name] = tensor
+        return Saved(**fields), {"state": state, "param_groups": groups}
 
 
 def restore_model(path: Path, model: nn.Module) -> None:
@@ -229,9 +261,17 @@ def restore_model(path: Path, model: nn.Module) -> None:
     elements can be rounded otherwise by vectorised code.
 
     Raises:
-        ValueError: if they do not fit.
+        ValueError: if the file is damaged or missing, or does not fit.
     """
-    model.load_state_dict(checkpoint.load(path, copy.deepcopy(model)).state_dict())
+    # A copy of the network without its weights, for the file's: a GPU need not hold them twice.
+    empty: dict[int, Any] = {}
+    for parameter in model.parameters():
+        twin = torch.empty_like(parameter, device="meta")
+        empty[id(parameter)] = nn.Parameter(twin, requires_grad=parameter.requires_grad)
+    empty |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
+    with _damage_told(path.parent, path.name):
+        loaded = checkpoint.load(path, copy.deepcopy(model, empty))
+    model.load_state_dict(loaded.state_dict())
 
 
 def restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -244,7 +284,9 @@ def restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     for index, values in state["state"].items():
         for name, value in values.items():
             like = parameters[index] if index < len(parameters) else None
-            if like is not None and isinstance(value, Tensor) and value.shape == like.shape:
+            if name == "step" or like is None or not isinstance(value, Tensor):
+                continue
+            if value.shape == like.shape:
                 values[name] = torch.empty_like(like, dtype=value.dtype).copy_(value)
     for group in state["param_groups"]:  # JSON has no tuples
         group.update(

@@ -16,6 +16,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 # was when the run is resumed.
 FREE = frozenset(
     {
+        "accumulate",  # with the number of devices it gives the micro-batch, which is compared
+        "baseline",
         "output",
         "resume",
         "device",
@@ -172,17 +174,34 @@ class TrainingConfig:
             # Written so that NaN fails as well.
             if not least <= value <= most:
                 raise ValueError(
-                    f"--{name.replace('_', '-')} must be from {least:g} to {most:g}, got {value:g}"
+                    f"--{name.replace('_', '-')} must be from {least} to {most}, got {value}"
                 )
         if self.schedule.warmup_epochs > self.epochs:
             raise ValueError(
                 f"--schedule.warmup-epochs {self.schedule.warmup_epochs:g} is longer than the run "
                 f"of --epochs {self.epochs}; shorten it"
             )
-        if self.schedule.name == "step" and not self.schedule.step_epochs:
-            raise ValueError("--schedule.name step needs --schedule.step-epochs, [30, 60] say")
+        if self.schedule.min_lr > self.optimizer.lr:
+            raise ValueError(
+                f"--schedule.min-lr {self.schedule.min_lr:g} is above --optimizer.lr "
+                f"{self.optimizer.lr:g}; lower it"
+            )
+        self._check_steps()
         if self.optimizer.nesterov and self.optimizer.name == "sgd" and not self.optimizer.momentum:
-            raise ValueError("Nesterov's momentum needs --optimizer.momentum above 0")
+            raise ValueError("Nesterov's momentum needs --optimizer.momentum above 0; or give "
+                             "--optimizer.nesterov false")  # fmt: skip
+        if self.resume == "auto" and self.output is None:
+            raise ValueError("--resume auto needs --output, the folder of the run to go on with")
+
+    def _check_steps(self) -> None:
+        epochs = self.schedule.step_epochs
+        if self.schedule.name == "step" and not epochs:
+            raise ValueError("--schedule.name step needs --schedule.step-epochs, [30, 60] say")
+        if sorted(set(epochs)) != list(epochs) or any(epoch < 1 for epoch in epochs):
+            raise ValueError(
+                f"--schedule.step-epochs {epochs} must be epochs from 1 in rising order, "
+                "[30, 60] say"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the configuration as plain values, fit for JSON and YAML."""

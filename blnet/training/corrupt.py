@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from blnet.training.devices import by_first
+
 MOST = 0.01  # share of the samples that may be corrupt
 _NAMED = 20  # on the screen; the journal has them all
+_Found = tuple[str, str, str, int]  # name, reason, part of the data, samples of that part
 
 
 class CorruptLog:
@@ -19,6 +22,7 @@ class CorruptLog:
         accelerator: the devices; what one finds, the first one names.
         tell: prints a line.
         note: writes (name, reason) to the journal.
+        known: names that were noted before.
     """
 
     def __init__(
@@ -27,16 +31,19 @@ class CorruptLog:
         accelerator: Accelerator,
         tell: Callable[[str], None],
         note: Callable[[str, str], None],
+        known: Iterable[str] = (),
     ) -> None:
         self._unit = unit
         self._accelerator = accelerator
         self._tell = tell
         self._note = note
-        self._known: dict[str, dict[str, str]] = {}
-        self._new: list[tuple[str, str, str, int]] = []
+        self._named = set(known)
+        self._counted: dict[str, set[str]] = {}
+        self._new: list[_Found] = []
+        self._shown = 0
 
     def add(self, found: list[tuple[str, str]], part: str, samples: int) -> None:
-        """Count what could not be read.
+        """Note what could not be read; a process alone shares it at once.
 
         Args:
             found: (name, reason) of each.
@@ -46,38 +53,42 @@ class CorruptLog:
         Raises:
             ValueError: if more than 1 % of the part is corrupt.
         """
-        known = self._known.setdefault(part, {})
-        for name, why in found:
-            if name not in known:
-                self._new.append((name, why, part, samples))
-            self._count(name, why, part, samples)
+        counted = self._counted.setdefault(part, set())
+        self._new += [(name, why, part, samples) for name, why in found if name not in counted]
         if self._accelerator.num_processes == 1:
             self.share()
 
     def share(self) -> None:
-        """Name what is new, of all devices; they call this together.
+        """Count and name what is new, of all devices; they call this together.
 
         Raises:
             ValueError: if more than 1 % of a part is corrupt.
+            OSError: if a name cannot be noted.
         """
-        fresh, self._new = self._new, []
+        found, self._new = self._new, []
         if self._accelerator.num_processes > 1:
-            fresh = gather_object(fresh)
-        if self._accelerator.is_main_process:
-            for number, (name, why, _, _) in enumerate(fresh):
-                self._note(name, why)
-                if number < _NAMED:
-                    self._tell(f"warning: skipped {name}, which cannot be read: {why}")
-            if len(fresh) > _NAMED:
-                self._tell(f"warning: ... and {len(fresh) - _NAMED} more; metrics.jsonl has them")
-        for name, why, part, samples in fresh:
-            self._count(name, why, part, samples)
+            found = gather_object(found)
+        if not found:
+            return
+        by_first(lambda: self._name(found), self._accelerator)
+        for name, _, part, _ in found:
+            self._counted.setdefault(part, set()).add(name)
+        for name, why, part, samples in found:
+            count = len(self._counted[part])
+            if count > MOST * samples:
+                raise ValueError(
+                    f"{count} of the {samples} {part} {self._unit} cannot be read, more than "
+                    f"{MOST:.0%}, {name} among them ({why}); mend or remove them"
+                )
 
-    def _count(self, name: str, why: str, part: str, samples: int) -> None:
-        known = self._known.setdefault(part, {})
-        known[name] = why
-        if len(known) > MOST * samples:
-            raise ValueError(
-                f"{len(known)} of the {samples} {part} {self._unit} cannot be read, more than "
-                f"{MOST:.0%}, {name} among them ({why}); mend or remove them"
-            )
+    def _name(self, found: list[_Found]) -> None:
+        for name, why, _, _ in found:
+            if name in self._named:
+                continue
+            self._named.add(name)
+            self._note(name, why)
+            self._shown += 1
+            if self._shown <= _NAMED:
+                self._tell(f"warning: skipped {name}, which cannot be read: {why}")
+            elif self._shown == _NAMED + 1:
+                self._tell("warning: skipped more that cannot be read, which are not named here")

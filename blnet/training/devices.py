@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from blnet.environment import core_count
@@ -35,15 +37,23 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         raise ValueError("--precision fp16 needs a GPU; choose bf16 or fp32 on a CPU")
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-    elif not cpu:
-        torch.backends.cudnn.benchmark = True
-    return Accelerator(
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.benchmark = not (cpu or config.deterministic)
+    # Accelerate keeps the settings of a process's first run for all later ones; only the
+    # connection between processes has to stay.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    GradientState._reset_state()
+    accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=_PRECISIONS[config.precision],
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    if (accelerator.device.type == "cpu") != cpu:
+        raise ValueError(
+            f"--device {config.device}: the processes of this run are connected for "
+            f"{accelerator.device.type}; start the run in processes of its own"
+        )
+    return accelerator
 
 
 def choose_workers(config: TrainingConfig, device: torch.device, local_devices: int) -> int:
@@ -71,7 +81,8 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and any(
-        sign in text for sign in ("not enough memory", "can't allocate memory", "out of memory")
+        sign in text
+        for sign in ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
     )
 
 
@@ -82,3 +93,26 @@ def shared(value: Any, accelerator: Accelerator) -> Any:
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def by_first(action: Callable[[], object], accelerator: Accelerator) -> None:
+    """Call a function in the first process; if it fails there, every process fails with its words.
+
+    Otherwise the others would wait for the first one.
+
+    Raises:
+        ValueError: if the function raised one.
+        OSError: likewise.
+    """
+    failure: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            action()
+        except (ValueError, OSError) as error:
+            failure = error
+    kind = OSError if isinstance(failure, OSError) else ValueError
+    told = shared(None if failure is None else (kind, str(failure)), accelerator)
+    if failure is not None:
+        raise failure
+    if told is not None:
+        raise told[0](told[1])

@@ -24,8 +24,9 @@ class Display:
 
     def __init__(self, unit: str, shows: bool = True, console: Console | None = None) -> None:
         self.unit = unit
+        self._shows = shows
         width = None if sys.stdout.isatty() else PLAIN_WIDTH
-        self.console = console or Console(width=width, quiet=not shows, highlight=False)
+        self.console = console or Console(width=width, highlight=False)
         self._bar = Progress(
             TextColumn("{task.percentage:>3.0f} %"),
             BarColumn(bar_width=24),
@@ -33,6 +34,9 @@ class Display:
             console=self.console,
             transient=True,
             refresh_per_second=4,
+            # Loading processes are forked: none may inherit a stream whose lock a thread holds.
+            redirect_stdout=False,
+            redirect_stderr=False,
             disable=not (shows and self.console.is_terminal),
         )
         self._task = self._bar.add_task("", total=1)
@@ -54,7 +58,8 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        if self._shows:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def head(self, facts: dict[str, str]) -> None:
         """Print the head of the log."""

@@ -48,7 +48,7 @@ def evaluate(
         metrics: a metric collection in place of the task's own; it is left filled.
 
     Raises:
-        ValueError: if nothing could be read.
+        ValueError: if nothing could be read, or a loading process dies.
     """
     metrics = (task.metrics() if metrics is None else metrics).to(accelerator.device)
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)

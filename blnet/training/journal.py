@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,35 +23,50 @@ class Journal:
 
     A line of metrics.jsonl is {"kind": "train" | "epoch" | "start", "step": n, ...}: means over the
     steps since the last such line, what the evaluation after an epoch found, and the head of the
-    log, again for each time the run was resumed.
+    log, again for each time the run was resumed. {"kind": "corrupt"} names what could not be read.
+    A number that is none (NaN, infinite) is null, which JSON has no other word for.
 
     Args:
         folder: the run's folder.
         writes: whether this process writes.
         tensorboard: whether to write event files as well.
-        step: the step from which the run goes on; later lines, of a run that was killed, go.
-
-    Raises:
-        OSError: if the files cannot be written.
     """
 
-    def __init__(self, folder: Path, writes: bool, tensorboard: bool, step: int = 0) -> None:
+    def __init__(self, folder: Path, writes: bool, tensorboard: bool) -> None:
         self.folder = folder
+        self._writes = writes
+        self._tensorboard = tensorboard
         self._file: Any = None
         self._events: Any = None
-        if not writes:
-            return
-        kept = [row for row in read_rows(folder) if row.get("step", 0) <= step]
-        if not step:
-            kept = []
-        path = folder / METRICS
-        with written_aside(path) as aside:
-            aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a", encoding="utf-8")
-        if tensorboard:
-            from torch.utils.tensorboard.writer import SummaryWriter
 
-            self._events = SummaryWriter(str(folder / _EVENTS), purge_step=step + 1)
+    def begin(self, step: int = 0, epoch: int = 0) -> None:
+        """Open the files.
+
+        Args:
+            step: the step from which the run goes on; lines on later steps, of a run that was
+                killed, go.
+            epoch: epochs that were over then. A run that goes on from an epoch's last step finds
+                anew what its evaluation finds.
+
+        Raises:
+            OSError: if the files cannot be written.
+        """
+        if not self._writes:
+            return
+        rows = read_rows(self.folder) if step else ()
+        kept = [
+            row
+            for row in rows
+            if row["step"] <= step and not (row["kind"] == "epoch" and row["epoch"] > epoch)
+        ]
+        path = self.folder / METRICS
+        with written_aside(path) as aside:
+            aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        if self._tensorboard:
+            from blnet.training.events import Events
+
+            self._events = Events(self.folder / _EVENTS, step)
 
     def head(self, values: dict[str, Any]) -> None:
         """Write run.json: versions, device, seed, command and configuration of the run."""
@@ -65,32 +82,34 @@ class Journal:
         """
         if self._file is None:
             return
+        row = {"kind": kind, "step": step, **{name: _plain(v) for name, v in values.items()}}
+        numbers = {f"{kind}/{n}": v for n, v in values.items() if isinstance(v, int | float)}
         try:
-            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
+            if self._events is not None and numbers:
+                self._events.write(numbers, step)
         except OSError as error:
             raise OSError(
-                f"{self.folder / METRICS} cannot be written ({error.strerror}); free some space "
-                "and go on with --resume auto"
+                f"{self.folder / METRICS} or the files of {_EVENTS} beside it cannot be written "
+                f"({error.strerror}); free some space and go on with --resume auto"
             ) from error
-        if self._events is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def flush(self) -> None:
         """Have everything on the disk, before a checkpoint that counts on it."""
         if self._file is not None:
             os.fsync(self._file.fileno())
-        if self._events is not None:
-            self._events.flush()
 
     def close(self) -> None:
-        """Close the files."""
-        if self._file is not None:
-            self._file.close()
-        if self._events is not None:
-            self._events.close()
+        """Close the files; what a full disk did not take, `write` has told already."""
+        for file in (self._file, self._events):
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_rows(folder: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
@@ -137,13 +156,15 @@ def plot(folder: Path, monitor: str, title: str) -> Path | None:
             values = [row.get(name) for row in rows]
             if any(value is not None for value in values):
                 text = "training" if name.startswith("train_") else "evaluation"
-                axes.plot(epochs, [float("nan") if v is None else v for v in values],
+                axes.plot(epochs, [math.nan if v is None else v for v in values],
                           style, marker=".", label=text)  # fmt: skip
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
+        axes.set(xlabel="epoch", ylabel=label)
         axes.grid(alpha=0.3)
-        axes.legend()
-    loss.set_yscale("log")
+        if axes.lines:
+            axes.legend()
+    if all(row.get(name, 1) is None or row.get(name, 1) > 0 for row in rows
+           for name in ("train_loss", "loss")):  # fmt: skip
+        loss.set_yscale("log")
     figure.suptitle(title)
     path = folder / PLOT
     with written_aside(path) as aside:

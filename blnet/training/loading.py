@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from blnet.training.failures import in_words
+from blnet.training.stopping import endure
 
 Collate = Callable[[list[Any]], dict[str, Any]]
 _MOST_TRIES = 100  # samples tried in place of one that cannot be read
@@ -59,8 +62,8 @@ class Layout:
         parts = self.accumulate * self.devices
         if self.batch_size % parts:
             raise ValueError(
-                f"batch_size {self.batch_size} does not divide by {self.devices} devices times "
-                f"accumulate {self.accumulate}; choose a multiple of {parts}"
+                f"--batch-size {self.batch_size} does not divide by {self.devices} devices times "
+                f"--accumulate {self.accumulate}; choose a multiple of {parts}"
             )
 
     @property
@@ -96,17 +99,28 @@ def shuffled_batches(count: int, size: int, seed: int, epoch: int) -> list[list[
 class Stream(Protocol):
     """A data set that is read from one end to the other: shards that no machine holds all of.
 
+    Its readers are the loading processes of all devices. Each reads a share of its own, in an order
+    that depends on the arguments of `read` and on nothing that was read before. For training a
+    share must be long enough for its part of an epoch; one that starts over at its end always is.
+
     Attributes:
-        samples: samples in an epoch, over all devices.
+        samples: samples in an epoch, of all readers together.
     """
 
     samples: int
 
-    def set_epoch(self, epoch: int, batches: int, batch_size: int) -> None:
-        """Say which epoch comes, and how many batches of it this device has had already."""
+    def read(self, epoch: int, reader: int, readers: int, skip: int) -> Iterator[Any]:
+        """Yield a reader's samples of an epoch, and a `CorruptSample` for each that is unreadable.
 
-    def __iter__(self) -> Iterator[Any]:
-        """Yield this device's and loading process's samples, and `CorruptSample` objects."""
+        Torch's global random state is seeded before each of them is asked for.
+
+        Args:
+            epoch: counted from 0.
+            reader: which reader, from 0 to readers - 1.
+            readers: how many there are.
+            skip: items that this reader gave earlier, corrupt ones counted; the first item now is
+                the one after those. They need not be decoded.
+        """
 
 
 class _Guarded(Dataset[Any]):
@@ -133,14 +147,44 @@ class _Guarded(Dataset[Any]):
         return None, corrupt
 
 
+@dataclass
 class _GuardedStream(IterableDataset[Any]):
-    """The same over a stream: a corrupt sample leaves its batch one smaller."""
+    """The same over a stream: a corrupt sample leaves its batch one smaller.
 
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
+    Attributes:
+        stream: what is read.
+        seed: of the run.
+        epoch: counted from 0.
+        batch_size: items in a batch.
+        skipped: batches that this device has had already.
+        rank: which device this is.
+        devices: how many there are.
+    """
+
+    stream: Any
+    seed: int
+    epoch: int
+    batch_size: int
+    skipped: int
+    rank: int
+    devices: int
 
     def __iter__(self) -> Iterator[tuple[Any, list[tuple[str, str]]]]:
-        for sample in self.stream:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        # Loading processes take turns giving a batch, from the first. After some batches another
+        # one's turn has come, so the first process reads what that one would have.
+        turn = (worker + self.skipped) % workers
+        skip = -(-max(0, self.skipped - turn) // workers) * self.batch_size
+        reader, readers = self.rank * workers + turn, self.devices * workers
+        samples = iter(self.stream.read(self.epoch, reader, readers, skip))
+        while True:
+            torch.default_generator.manual_seed(mixed_seed(self.seed, self.epoch, reader, skip))
+            try:
+                sample = next(samples)
+            except StopIteration:
+                return
+            skip += 1
             if isinstance(sample, CorruptSample):
                 yield None, [(sample.name, sample.reason)]
             else:
@@ -213,8 +257,10 @@ class Loader:
             "pin_memory": pin,
             # Not from the process's own random state, which a loader must not move.
             "generator": torch.Generator(),
+            "worker_init_fn": endure,
         }
         self._loader: DataLoader[Any] | None = None
+        self._running: Any = None
         if not isinstance(dataset, Stream):
             self._loader = DataLoader(
                 _Guarded(dataset, replace),
@@ -229,13 +275,45 @@ class Loader:
         return self._loader is None
 
     def batches(self, order: Sequence[Sequence[int]], seed: int, epoch: int) -> Iterator[Loaded]:
-        """Return the batches of a map-style data set whose indices are given, in that order."""
+        """Yield the batches of a map-style data set whose indices are given, in that order.
+
+        Raises:
+            ValueError: if a loading process dies.
+        """
         assert self._loader is not None
         self._keys.batches, self._keys.seeds = order, (seed, epoch)
-        return iter(self._loader)
+        yield from self._told(self._loader)
 
-    def stream(self, batch_size: int, epoch: int, skipped: int = 0) -> Iterator[Loaded]:
-        """Return the batches of a `Stream`'s epoch after those that this device has had already."""
-        self._dataset.set_epoch(epoch, skipped, batch_size)
-        guarded = _GuardedStream(self._dataset)
-        return iter(DataLoader(guarded, batch_size=batch_size, **self._options))
+    def stream(
+        self, batch_size: int, epoch: int, skipped: int = 0, seed: int = 0
+    ) -> Iterator[Loaded]:
+        """Yield the batches of a `Stream`'s epoch after those that this device has had already.
+
+        Raises:
+            ValueError: if a loading process dies.
+        """
+        here = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if here else 0
+        devices = torch.distributed.get_world_size() if here else 1
+        guarded = _GuardedStream(self._dataset, seed, epoch, batch_size, skipped, rank, devices)
+        yield from self._told(DataLoader(guarded, batch_size=batch_size, **self._options))
+
+    def _told(self, batches: DataLoader[Any]) -> Iterator[Loaded]:
+        try:
+            self._running = iter(batches)
+            yield from self._running
+        except (ValueError, OSError, RuntimeError) as error:
+            told = in_words(error)
+            if told is None:
+                raise
+            raise told from error
+
+    def close(self) -> None:
+        """End the loading processes.
+
+        Python's garbage collector would do it too, but it may first close what tells them to end,
+        and PyTorch then waits five seconds for each.
+        """
+        running, self._running = self._running, None
+        if hasattr(running, "_shutdown_workers"):
+            running._shutdown_workers()

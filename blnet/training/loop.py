@@ -9,10 +9,8 @@ goes on to the same bits, on a CPU and wherever the device's own arithmetic repe
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,43 +21,19 @@ from torch import Tensor
 from blnet.training.checkpoints import CheckpointFolder
 from blnet.training.config import TrainingConfig
 from blnet.training.corrupt import CorruptLog
-from blnet.training.devices import choose_workers, out_of_memory, seed_all
+from blnet.training.devices import by_first, choose_workers, out_of_memory, seed_all
 from blnet.training.display import Display
 from blnet.training.evaluation import Findings, evaluate
-from blnet.training.journal import Journal
+from blnet.training.failures import in_words
+from blnet.training.journal import Journal, read_rows
 from blnet.training.loading import Layout, Loaded, Loader, Stream, mixed_seed
 from blnet.training.progress import Means, RunProgress, Sums
+from blnet.training.reporting import Reporter, Summary
 from blnet.training.state import STEP_SEED, RunState
 from blnet.training.stopping import Interrupted, Stopper
 from blnet.training.task import Batch, Task, to_device
 
-# Above this share of an epoch's time, if that is a second at least, data is the bottleneck.
-WAITING_TOLD = 0.1
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a run came to.
-
-    Attributes:
-        best: best value of the task's monitored metric.
-        best_epoch: the epoch after which it was found, counted from 1.
-        last: what the last evaluation found, metric -> number.
-        seconds: time in all, of every session.
-        train_seconds: time spent in training steps.
-        samples_per_second: samples trained on a second, evaluation left out.
-        waiting: share of the training time that was spent waiting for data.
-        folder: the run's folder.
-    """
-
-    best: float
-    best_epoch: int
-    last: dict[str, float]
-    seconds: float
-    train_seconds: float
-    samples_per_second: float
-    waiting: float
-    folder: Path
+__all__ = ["Summary", "Trainer"]
 
 
 class Trainer:
@@ -113,13 +87,15 @@ class Trainer:
         self._stopper = Stopper(accelerator)
 
     def _order_facts(self) -> dict[str, int]:
-        """Return what the order of the samples depends on beside the configuration.
+        """Return what a step depends on beside the configuration.
 
-        That of a map-style set depends on nothing else: devices share the same batches.
+        Devices share a map-style set's micro-batches, so that their number matters no more than
+        how many each takes one after the other.
         """
-        if not self._loader.is_stream:
-            return {}
-        return {"devices": self.layout.devices, "workers": self.workers}
+        facts = {"samples in a micro-batch": self.layout.micro_batch}
+        if self._loader.is_stream:
+            facts |= {"devices": self.layout.devices, "readers on each": max(1, self.workers)}
+        return facts
 
     @property
     def samples(self) -> int:
@@ -146,6 +122,11 @@ class Trainer:
         """Where the run is."""
         return self.state.progress
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last epoch is over."""
+        return self.progress.epoch >= self.config.epochs
+
     def fit(self, journal: Journal) -> Summary:
         """Train to the end.
 
@@ -154,51 +135,57 @@ class Trainer:
 
         Raises:
             Interrupted: if a signal asked to stop; a checkpoint was written.
-            ValueError: if the loss is no longer a number, memory runs out, or too much of the data
-                is corrupt. Earlier checkpoints are untouched.
-            OSError: if a file cannot be written.
+            ValueError: if the loss is no longer a number, memory runs out, too much of the data is
+                corrupt or a loading process dies. Earlier checkpoints are untouched.
+            OSError: if a file cannot be written, or another process of the run has ended.
         """
         self._journal = journal
-        self._corrupt = CorruptLog(self.task.unit, self.accelerator, self.display.say, self._note)
-        with self._stopper, self._memory_told():
-            while self.progress.epoch < self.config.epochs:
+        self._reporter = Reporter(
+            self.task, self.config, self.steps, self.workers, self.display, journal
+        )
+        self._corrupt = CorruptLog(
+            self.task.unit, self.accelerator, self.display.say, self._note, self._known_corrupt()
+        )
+        with self._stopper, self._failures_told():
+            while not self.is_finished:
                 self._train_epoch()
                 self._end_epoch()
                 stop = self._stopper.asked()
-                if stop and self.progress.epoch < self.config.epochs:
+                if stop and not self.is_finished:
                     raise Interrupted(stop, self.progress.step)
         return self.summary()
 
     def _note(self, name: str, why: str) -> None:
         self._journal.write("corrupt", self.progress.step, name=name, reason=why)
 
+    def _known_corrupt(self) -> list[str]:
+        rows = read_rows(self.folder, "corrupt")
+        return [row["name"] for row in rows if row["step"] <= self.progress.step]
+
+    def close(self) -> None:
+        """End the loading processes."""
+        self._loader.close()
+        self._eval_loader.close()
+
     def summary(self) -> Summary:
         """Return what the run has come to so far."""
-        progress = self.progress
-        spent = max(progress.train_seconds, 1e-9)
-        return Summary(
-            best=math.nan if progress.best is None else progress.best,
-            best_epoch=progress.best_epoch,
-            last=progress.last,
-            seconds=progress.seconds,
-            train_seconds=progress.train_seconds,
-            samples_per_second=progress.epoch * self.steps * self.config.batch_size / spent,
-            waiting=progress.train_waited / spent,
-            folder=self.folder,
-        )
+        return Summary.of(self.progress, self.steps * self.config.batch_size, self.folder)
 
     @contextlib.contextmanager
-    def _memory_told(self) -> Iterator[None]:
+    def _failures_told(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            if not out_of_memory(error):
+            told = in_words(error)
+            if out_of_memory(error):
+                told = ValueError(
+                    f"a micro-batch of {self.layout.micro_batch} {self.task.unit} does not fit "
+                    f"into the memory of the {self.device.type} device; lower --batch-size "
+                    f"({self.config.batch_size}) or raise --accumulate ({self.config.accumulate})"
+                )
+            if told is None:
                 raise
-            raise ValueError(
-                f"a micro-batch of {self.layout.micro_batch} {self.task.unit} does not fit into "
-                f"the memory of the {self.device.type} device; lower --batch-size "
-                f"({self.config.batch_size}) or raise --accumulate ({self.config.accumulate})"
-            ) from error
+            raise told from error
 
     # --- steps ----------------------------------------------------------------------------------
 
@@ -207,10 +194,8 @@ class Trainer:
         self.state.model.train()
         self._epoch_sums = self._own_sums(progress.epoch_sums)
         self._window_sums = self._own_sums(progress.window_sums)
-        now = time.monotonic()
-        self._epoch_began = now - progress.epoch_seconds
-        self._saved_at = now
-        self._window_began = (now, progress.waited)
+        self._saved_at = time.monotonic()
+        self._epoch_began = self._saved_at - progress.epoch_seconds
         batches = self._batches()
         while progress.epoch_step < self.steps:
             self._step(batches)
@@ -226,14 +211,21 @@ class Trainer:
         progress = self.progress
         had = progress.epoch_step * self.config.accumulate
         if self._loader.is_stream:
-            return self._loader.stream(self.layout.micro_batch, progress.epoch, had)
+            return self._loader.stream(
+                self.layout.micro_batch, progress.epoch, had, self.config.seed
+            )
         own = self.layout.own(self._order(progress.epoch))
         return self._loader.batches(own[had:], self.config.seed, progress.epoch)
 
     def _next(self, batches: Iterator[Loaded]) -> Batch:
         start = time.monotonic()
-        loaded = next(batches)
+        loaded = next(batches, None)
         self.progress.waited += time.monotonic() - start
+        if loaded is None:
+            raise ValueError(
+                f"the training {self.task.unit} ended in the middle of an epoch of {self.samples}; "
+                "give a smaller number of them, or data that begins again at its end"
+            )
         if loaded.corrupt:
             self._corrupt.add(loaded.corrupt, "training", self.samples)
         if loaded.batch is None:
@@ -287,41 +279,41 @@ class Trainer:
         """After a step: stop at a loss that is none, tell and keep what is due.
 
         Reading a sum waits for a GPU, and several devices must read it together, so those do it
-        every log_steps only.
+        only where a line or a checkpoint is due by the number of steps.
         """
         progress, config = self.progress, self.config
-        due = last or progress.step % config.log_steps == 0
-        alone = self.accelerator.num_processes == 1
-        if not due and not (alone and self.device.type == "cpu"):
+        tell = last or progress.step % config.log_steps == 0
+        keep = bool(config.checkpoint_steps) and progress.step % config.checkpoint_steps == 0
+        if not (tell or keep or self._calls_for_a_look()):
             return
         window = self._all(self._window_sums)
         means = Means.of(window)
         self.state.check_loss(means.loss)
-        now = time.monotonic()
-        progress.epoch_seconds = now - self._epoch_began
-        if due:
-            self._tell(means, now)
-            self._window_sums = Sums(self.device)
+        progress.epoch_seconds = time.monotonic() - self._epoch_began
+        if tell:
+            self._tell(means)
             window = [0.0] * Sums.SIZE
-        if last:
-            return  # the epoch's end writes a checkpoint
         stop = self._stopper.asked()
-        if stop or self._checkpoint_due(now):
+        # The epoch's end writes a checkpoint; but who asks to stop may not wait for an evaluation.
+        if stop or (not last and (keep or self._is_late())):
             progress.window_sums, progress.epoch_sums = window, self._all(self._epoch_sums)
             self._save()
         if stop:
             raise Interrupted(stop, progress.step)
+
+    def _calls_for_a_look(self) -> bool:
+        if self.accelerator.num_processes > 1:
+            return False
+        return self.device.type == "cpu" or bool(self._stopper.signal) or self._is_late()
 
     def _all(self, sums: Sums) -> list[float]:
         """Return sums over all devices."""
         values: list[float] = self.accelerator.reduce(sums.values.clone(), "sum").tolist()
         return values
 
-    def _checkpoint_due(self, now: float) -> bool:
-        config = self.config
-        if config.checkpoint_steps and self.progress.step % config.checkpoint_steps == 0:
-            return True
-        late = now - self._saved_at > 60 * config.checkpoint_minutes
+    def _is_late(self) -> bool:
+        """Return whether a checkpoint is due by time; devices ask together."""
+        late = time.monotonic() - self._saved_at > 60 * self.config.checkpoint_minutes
         if self.accelerator.num_processes == 1:
             return late
         # Clocks differ between devices; the first one's counts.
@@ -329,50 +321,30 @@ class Trainer:
         return bool(self.accelerator.gather(mine).any())
 
     def _save(self, best: bool = False) -> None:
-        self._journal.flush()
+        by_first(self._journal.flush, self.accelerator)
         self.state.save(best)
         self._saved_at = time.monotonic()
 
-    def _tell(self, means: Means, now: float) -> None:
+    def _tell(self, means: Means) -> None:
         progress = self.progress
-        began, waited = self._window_began
-        self._window_began = (now, progress.waited)
-        spent = max(now - began, 1e-9)
-        rate = means.samples / spent
-        total = self.config.epochs * self.steps
-        done = progress.train_seconds + progress.epoch_seconds
-        self.display.step(
-            progress.step / total,
-            f"{progress.epoch + 1}/{self.config.epochs}",
-            means.loss,
-            means.accuracy,
-            rate,
-            done / progress.step * (total - progress.step),
-        )
-        self._journal.write(
-            "train",
-            progress.step,
-            epoch=progress.epoch + 1,
-            loss=means.loss,
-            accuracy=means.accuracy,
-            lr=self.state.optimizer.param_groups[0]["lr"],
-            samples_per_second=rate,
-            waiting=(progress.waited - waited) / spent,
-        )
+        lr = self.state.optimizer.param_groups[0]["lr"]
+        self._corrupt.share()
+        by_first(lambda: self._reporter.step(progress, means, lr), self.accelerator)
+        progress.told_seconds, progress.told_waited = progress.epoch_seconds, progress.waited
+        self._window_sums = Sums(self.device)
 
     def _end_epoch(self) -> None:
-        progress = self.progress
+        progress, task = self.progress, self.task
         trained = Means.of(self._all(self._epoch_sums))
         found = self._evaluate()
-        progress.epoch += 1
-        progress.epoch_step = 0
+        seconds, waited = progress.epoch_seconds, progress.waited
+        progress.end_epoch()
         progress.last = found.values
-        best = self._is_best(found.values[self.task.monitor])
-        self._tell_epoch(trained, found, best)
-        progress.train_seconds += progress.epoch_seconds
-        progress.train_waited += progress.waited
-        progress.epoch_seconds = progress.waited = 0.0
-        progress.epoch_sums, progress.window_sums = [0.0] * Sums.SIZE, [0.0] * Sums.SIZE
+        best = progress.is_best(found.values[task.monitor], task.maximize)
+        by_first(
+            lambda: self._reporter.epoch(progress, trained, found, best, seconds, waited),
+            self.accelerator,
+        )
         self._save(best)
 
     def _evaluate(self) -> Findings:
@@ -387,42 +359,3 @@ class Trainer:
         self._corrupt.add(found.corrupt, "evaluation", found.samples + len(found.corrupt))
         self._corrupt.share()
         return found
-
-    def _is_best(self, value: float) -> bool:
-        progress = self.progress
-        sign = 1 if self.task.maximize else -1
-        if progress.best is not None and sign * value <= sign * progress.best:
-            return False
-        progress.best, progress.best_epoch = value, progress.epoch
-        return True
-
-    def _tell_epoch(self, trained: Means, found: Findings, best: bool) -> None:
-        progress, monitor = self.progress, self.task.monitor
-        spent = max(progress.epoch_seconds, 1e-9)
-        waiting = progress.waited / spent
-        rate = self.steps * self.config.batch_size / spent
-        accuracy = {} if trained.accuracy is None else {f"train_{monitor}": trained.accuracy}
-        self._journal.write(
-            "epoch",
-            progress.step,
-            epoch=progress.epoch,
-            train_loss=trained.loss,
-            **accuracy,
-            **found.values,
-            best=progress.best,
-            seconds=spent,
-            samples_per_second=rate,
-            waiting=waiting,
-        )
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in found.values.items())
-        self.display.spoken()
-        self.display.say(
-            f"epoch {progress.epoch}/{self.config.epochs}  training loss {trained.loss:.4f}  "
-            f"evaluation: {shown}{' (best)' if best else ''}  "
-            f"{rate:,.0f} {self.task.unit}/s, {waiting:.0%} of the time waiting for data"
-        )
-        if waiting > WAITING_TOLD and progress.waited > 1:
-            self.display.say(
-                f"warning: data is the bottleneck: {waiting:.0%} of the training time went into "
-                f"waiting for it; raise --workers (now {self.workers})"
-            )

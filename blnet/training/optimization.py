@@ -24,6 +24,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
         # timm calls SGD with Nesterov's momentum "sgd" and SGD without it "momentum".
         name = "sgd" if config.nesterov and config.momentum else "momentum"
         options["momentum"] = config.momentum
+    if name == "lamb":
+        options["max_grad_norm"] = None  # clip_norm says whether to clip, and by how much
     optimizer: Optimizer = create_optimizer_v2(
         model,
         opt=name,

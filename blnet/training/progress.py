@@ -70,6 +70,8 @@ class RunProgress:
         seconds: time that training, evaluating and writing took, in all sessions.
         epoch_seconds: of the epoch that runs, training alone.
         waited: seconds of those spent waiting for data.
+        told_seconds: `epoch_seconds` at the last line of the journal.
+        told_waited: `waited` then.
         train_seconds: training alone, of all epochs.
         train_waited: waiting alone, of all epochs.
     """
@@ -85,8 +87,32 @@ class RunProgress:
     seconds: float = 0.0
     epoch_seconds: float = 0.0
     waited: float = 0.0
+    told_seconds: float = 0.0
+    told_waited: float = 0.0
     train_seconds: float = 0.0
     train_waited: float = 0.0
+
+    def end_epoch(self) -> None:
+        """Begin the next epoch's account."""
+        self.epoch += 1
+        self.epoch_step = 0
+        self.train_seconds += self.epoch_seconds
+        self.train_waited += self.waited
+        self.epoch_seconds = self.waited = self.told_seconds = self.told_waited = 0.0
+        self.epoch_sums, self.window_sums = [0.0] * Sums.SIZE, [0.0] * Sums.SIZE
+
+    def is_best(self, value: float, maximize: bool) -> bool:
+        """Return whether a value of the monitored metric, of the last epoch, is the best; note it.
+
+        No number (NaN) is the best only as long as there is no other.
+        """
+        if self.best is not None and not math.isnan(self.best):
+            better = value > self.best if maximize else value < self.best
+        else:
+            better = self.best is None or not math.isnan(value)
+        if better:
+            self.best, self.best_epoch = value, self.epoch
+        return better
 
     def as_dict(self) -> dict[str, Any]:
         """Return the values, fit for JSON."""

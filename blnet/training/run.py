@@ -10,12 +10,14 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from blnet.environment import collect, command_line
+from blnet.files import reason
 from blnet.training.checkpoints import CheckpointFolder
 from blnet.training.config import TrainingConfig
-from blnet.training.devices import make_accelerator, shared
+from blnet.training.devices import by_first, make_accelerator, out_of_memory
 from blnet.training.display import Display, clock
-from blnet.training.journal import Journal, plot
-from blnet.training.loop import Summary, Trainer
+from blnet.training.journal import PLOT, Journal, plot
+from blnet.training.loop import Trainer
+from blnet.training.reporting import Summary
 from blnet.training.stopping import Interrupted
 from blnet.training.task import Task
 
@@ -53,20 +55,69 @@ def run(
         OSError: if the folder or a file cannot be written.
     """
     accelerator = accelerator or make_accelerator(config)
-    main = accelerator.is_main_process
     open_folder(folder, config, accelerator)
-    with Display(task.unit, main, console) as display:
-        trainer = Trainer(task, config, folder, accelerator, display)
-        step = trainer.progress.step
-        journal = Journal(folder, main, config.tensorboard, step)
+    with Display(task.unit, accelerator.is_main_process, console) as display:
+        trainer = _make_trainer(task, config, folder, accelerator, display)
         try:
-            head(trainer, journal, display)
-            summary = trainer.fit(journal)
+            if trainer.is_finished:
+                return trainer.summary()
+            try:
+                summary = _recorded(trainer)
+            except Exception:  # stopped or failed: what there is, is drawn
+                _draw(trainer)
+                raise
+            _draw(trainer)
+            return summary
         finally:
-            journal.close()
-            if main:
-                plot(folder, task.monitor, f"{task.name}: {folder.name}")
-    return summary
+            trainer.close()
+            # Accelerate keeps what it prepared, and another run may share the accelerator.
+            accelerator.free_memory()
+
+
+def _make_trainer(
+    task: Task, config: TrainingConfig, folder: Path, accelerator: Accelerator, display: Display
+) -> Trainer:
+    try:
+        return Trainer(task, config, folder, accelerator, display)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise ValueError(
+            f"the network does not fit into the memory of the {accelerator.device.type} device; "
+            "choose a smaller one"
+        ) from error
+
+
+def _recorded(trainer: Trainer) -> Summary:
+    """Train to the end, with a journal."""
+    accelerator, config, progress = trainer.accelerator, trainer.config, trainer.progress
+    journal = Journal(trainer.folder, accelerator.is_main_process, config.tensorboard)
+    facts = head(trainer)
+    try:
+        by_first(lambda: journal.begin(progress.step, progress.epoch), accelerator)
+        by_first(lambda: _write_head(trainer, journal, facts), accelerator)
+        return trainer.fit(journal)
+    finally:
+        journal.close()
+
+
+def _write_head(trainer: Trainer, journal: Journal, facts: dict[str, str]) -> None:
+    trainer.display.head(facts)
+    found = collect("cpu" if trainer.device.type == "cpu" else None)
+    journal.head(
+        {"facts": facts, "config": trainer.config.as_dict(), "environment": found.as_dict()}
+    )
+    journal.write("start", trainer.progress.step, **facts)
+
+
+def _draw(trainer: Trainer) -> None:
+    """Draw the run's curves. A picture that fails is told of, and no reason for a run to fail."""
+    if not trainer.accelerator.is_main_process:
+        return
+    try:
+        plot(trainer.folder, trainer.task.monitor, f"{trainer.task.name}: {trainer.folder.name}")
+    except Exception as error:  # matplotlib, its fonts, its folder for caches, the disk
+        trainer.display.say(f"warning: {PLOT} could not be drawn ({reason(error)})")
 
 
 def open_folder(folder: Path, config: TrainingConfig, accelerator: Accelerator) -> None:
@@ -76,27 +127,26 @@ def open_folder(folder: Path, config: TrainingConfig, accelerator: Accelerator) 
         ValueError: if it holds a run and the configuration does not say to go on with it.
         OSError: if it cannot be made or written to.
     """
-    problem: Exception | None = None
-    if accelerator.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            problem = OSError(f"--output {folder} cannot be written to ({error.strerror}); choose "
-                              "a folder that you may write to")  # fmt: skip
-        else:
-            if config.resume == "never" and CheckpointFolder(folder).latest() is not None:
-                problem = ValueError(f"--output {folder} holds a run already; go on with it with "
-                                     "--resume auto, or name another folder")  # fmt: skip
-    problem = shared(problem, accelerator)
-    if problem is not None:
-        raise problem
+    by_first(lambda: _check_folder(folder, config), accelerator)
 
 
-def head(trainer: Trainer, journal: Journal, display: Display) -> None:
-    """Show and write the head of the log: command, versions, device, seed, network and data."""
+def _check_folder(folder: Path, config: TrainingConfig) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+        latest = CheckpointFolder(folder).latest()
+    except OSError as error:
+        raise OSError(f"--output {folder} cannot be written to ({error.strerror}); choose a folder "
+                      "that you may write to") from error  # fmt: skip
+    if config.resume == "never" and latest is not None:
+        raise ValueError(f"--output {folder} holds a run already; go on with it with "
+                         "--resume auto, or name another folder")  # fmt: skip
+
+
+def head(trainer: Trainer) -> dict[str, str]:
+    """Return the head of the log: command, versions, device, seed, network and data."""
     config, layout = trainer.config, trainer.layout
     found = collect("cpu" if trainer.device.type == "cpu" else None)
     versions = ", ".join(f"{n} {found.packages[n]}" for n in _PACKAGES if n in found.packages)
@@ -117,9 +167,7 @@ def head(trainer: Trainer, journal: Journal, display: Display) -> None:
     }
     if trainer.progress.step:
         facts["resumed"] = f"after step {trainer.progress.step} (epoch {trainer.progress.epoch})"
-    display.head(facts)
-    journal.head({"facts": facts, "config": config.as_dict(), "environment": found.as_dict()})
-    journal.write("start", trainer.progress.step, **facts)
+    return facts
 
 
 def describe(name: str, summary: Summary, task: Task) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 import blnet
@@ -21,7 +23,7 @@ from blnet.training.checkpoints import (
     restore_optimizer,
 )
 from blnet.training.config import TrainingConfig, changed
-from blnet.training.devices import seed_all, shared
+from blnet.training.devices import by_first, seed_all
 from blnet.training.loading import mixed_seed
 from blnet.training.networks import load_network
 from blnet.training.optimization import make_ema, make_optimizer, make_schedule
@@ -77,14 +79,15 @@ class RunState:
             self.optimizer, config.schedule, config.optimizer.lr, config.epochs, steps
         )
         self.teacher = self._make_teacher()
-        scaler_state = self._resume()
+        scaler = self._resume()
         # Seconds of earlier sessions count as well.
         self._began = time.monotonic() - self.progress.seconds
         if config.compile:
             self.network.compile()
         self.model, self.stepper = accelerator.prepare(self.network, self.optimizer)
-        if accelerator.scaler is not None and scaler_state:
-            accelerator.scaler.load_state_dict(scaler_state)
+        if accelerator.scaler is not None:
+            # One run's scale is not the next one's, where they share the accelerator.
+            accelerator.scaler.load_state_dict(scaler or type(accelerator.scaler)().state_dict())
 
     def _make_network(self) -> nn.Module:
         config = self.config
@@ -113,7 +116,7 @@ class RunState:
 
     def _resume(self) -> dict[str, Any]:
         """Take over the newest checkpoint, if there is one; return the gradient scaler's state."""
-        path = self.checkpoints.latest()
+        path = self._agreed(self.checkpoints.latest())
         if path is None:
             return {}
         saved, state = read_training(path)
@@ -124,9 +127,12 @@ class RunState:
                 "--output"
             )
         if saved.layout != self.order:
+            then, now = (", ".join(f"{n} {v}" for n, v in facts.items())
+                         for facts in (saved.layout, self.order))  # fmt: skip
             raise ValueError(
-                f"{path} was written with {saved.layout} and here are {self.order}, which changes "
-                "the order of a stream; go on as it began, or start in another --output"
+                f"{path} was written with {then} and here are {now}, which changes what a step "
+                "sees; choose --accumulate, --workers and the number of devices to match, or "
+                "another --output"
             )
         restore_model(path / MODEL, self.network)
         if self.ema is not None:
@@ -134,6 +140,18 @@ class RunState:
         restore_optimizer(self.optimizer, state)
         self.progress = RunProgress.from_dict(saved.progress)
         return saved.scaler
+
+    def _agreed(self, path: Path | None) -> Path | None:
+        """Check that every process found the same checkpoint, which it is, or all raise."""
+        found = {str(path)}
+        if self.accelerator.num_processes > 1:
+            found = set(gather_object([str(path)]))
+        if len(found) > 1:
+            raise ValueError(
+                f"the processes found different checkpoints ({', '.join(sorted(found))}); --output "
+                "must be in a folder that all machines share"
+            )
+        return path
 
     @property
     def result(self) -> nn.Module:
@@ -158,9 +176,9 @@ class RunState:
         latest = self.checkpoints.latest()
         kept = f"the last good checkpoint is {latest}" if latest else "no checkpoint was written"
         raise ValueError(
-            f"the loss became {loss} by step {self.progress.step + 1} (epoch "
-            f"{self.progress.epoch + 1}) and {kept}; start again with a lower --optimizer.lr (now "
-            f"{self.config.optimizer.lr:g}), a warm-up or --optimizer.clip-norm"
+            f"the loss became {loss} by step {self.progress.step} and {kept}; start again with a "
+            f"lower --optimizer.lr (now {self.config.optimizer.lr:g}), a warm-up or "
+            "--optimizer.clip-norm"
         )
 
     def save(self, best: bool = False) -> None:
@@ -171,20 +189,11 @@ class RunState:
             OSError: if the files cannot be written.
         """
         self.progress.seconds = time.monotonic() - self._began
-        if not _is_finite(self.network):
-            self.check_loss(math.nan)
-        failure: OSError | None = None
-        if self.accelerator.is_main_process:
-            try:
-                self._write(best)
-            except OSError as error:
-                failure = error
-        # Every process fails where the first one does, or the others would wait for it.
-        text = shared(None if failure is None else str(failure), self.accelerator)
-        if text is not None:
-            raise failure if failure is not None else OSError(text)
+        by_first(lambda: self._write(best), self.accelerator)
 
     def _write(self, best: bool) -> None:
+        if not _is_finite(self.network):
+            self.check_loss(math.nan)
         extra = {
             **self.task.header(),
             "task": self.task.name,

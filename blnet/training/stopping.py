@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from accelerate import Accelerator
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A terminal signals every process at once, and a launcher hands it on to those it started.
+_SAME_SECONDS = 1.0
 
 
 class Interrupted(Exception):  # noqa: N818 - no fault, but a stop that was asked for
@@ -30,13 +34,19 @@ class Interrupted(Exception):  # noqa: N818 - no fault, but a stop that was aske
 class Stopper:
     """Notes a first SIGINT or SIGTERM while its `with` block lasts; a second one stops at once.
 
+    What comes within a second of the first is the same request.
+
     Args:
         accelerator: the devices, which must all stop after the same step.
+
+    Attributes:
+        signal: what this process was asked with; 0 without.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.signal = 0
+        self._when = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Stopper:
@@ -55,8 +65,12 @@ class Stopper:
         self._give_back()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._give_back()
+        now = time.monotonic()
+        if not self.signal:
+            self.signal, self._when = number, now
+        elif now - self._when > _SAME_SECONDS:
+            self._give_back()
+            signal.raise_signal(number)
 
     def _give_back(self) -> None:
         for number, handler in self._before.items():
@@ -69,3 +83,22 @@ class Stopper:
             return self.signal
         mine = torch.tensor([self.signal], device=self.accelerator.device)
         return int(self.accelerator.gather(mine).max())
+
+
+def endure(worker: int) -> None:
+    """Have a loading process outlive a request to stop, which means the run; `worker` is its index.
+
+    Ctrl-C, and many a cluster, signal every process of a group at once, and the step that the run
+    finishes before it stops needs its data. Only the run itself may end the process.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        # A handler is not told who sent a signal; a thread that waits for a blocked one is.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey(parent: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)

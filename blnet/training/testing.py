@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +20,14 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from blnet.training.config import EmaConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
-from blnet.training.loading import CorruptSample
-from blnet.training.loop import Summary
+from blnet.training.loading import CorruptSample, mixed_seed
+from blnet.training.reporting import Summary
 from blnet.training.run import run
+from blnet.training.stopping import Interrupted
 from blnet.training.task import Batch, Task
 
 CLASSES = 3
+_SIGNALS = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM, "kill": signal.SIGKILL}
 
 
 class TinyData(Dataset[tuple[Tensor, int]]):
@@ -47,8 +56,50 @@ class TinyData(Dataset[tuple[Tensor, int]]):
         return self.centres[label] + self.noise * torch.randn(1, 4, 4), label
 
 
+class TinyStream:
+    """The same blobs as a stream; each reader's share has no end, unless one is given.
+
+    Args:
+        samples: samples in an epoch.
+        corrupt: positions in a reader's share that cannot be read.
+        ends: items of a reader's share; None for no end.
+    """
+
+    def __init__(
+        self, samples: int, corrupt: tuple[int, ...] = (), ends: int | None = None
+    ) -> None:
+        self.samples = samples
+        self.data = TinyData(3 * samples)
+        self.corrupt = corrupt
+        self.ends = ends
+
+    def read(self, epoch: int, reader: int, readers: int, skip: int) -> Iterator[Any]:
+        """Yield what this reader has after the items it gave earlier."""
+        position = skip
+        while self.ends is None or position < self.ends:
+            if position in self.corrupt:
+                yield CorruptSample(f"item-{reader}-{position}", "it was spoilt on purpose")
+            else:
+                yield self.data[mixed_seed(epoch, reader, readers, position) % len(self.data)]
+            position += 1
+
+
 class TinyTask(Task):
-    """Three classes of blobs; the network has batch statistics and draws random numbers."""
+    """Three classes of blobs; the network has batch statistics and draws random numbers.
+
+    Args:
+        train: training samples.
+        evaluation: samples to evaluate on.
+        corrupt: training samples that cannot be read.
+        dropout: probability of dropout.
+        norm: whether the network has batch statistics.
+        stream: whether the training samples come as a stream.
+        trouble: what happens when a step's batch is prepared: "memory" is more than there is,
+            "nan" a loss that is no number, "stuck" a step that never ends; "interrupt", "terminate"
+            and "kill" are signals, "kill-worker" kills a loading process; none for nothing.
+        at: the training batch (of this process) it happens at, counted from 0.
+        rank: the process it happens in; None for every one.
+    """
 
     name = "tiny"
     unit = "blobs"
@@ -56,17 +107,23 @@ class TinyTask(Task):
 
     def __init__(
         self, train: int = 48, evaluation: int = 24, corrupt: tuple[int, ...] = (),
-        dropout: float = 0.2,
+        dropout: float = 0.2, norm: bool = True, stream: bool = False, trouble: str | None = None,
+        at: int = 0, rank: int | None = None,
     ) -> None:  # fmt: skip
-        self.train_data = TinyData(train, corrupt)
+        self.train_data: Any = TinyStream(train, corrupt) if stream else TinyData(train, corrupt)
         self.eval_data = TinyData(evaluation)
         self.dropout = dropout
+        self.norm = norm
+        self.trouble = trouble
+        self.at = at
+        self.rank = rank
+        self.prepared = 0
 
     def build_model(self) -> nn.Module:
         """Return convolution, BatchNorm, dropout and a classifier."""
         return nn.Sequential(
             nn.Conv2d(1, 8, 3, padding=1, bias=False),
-            nn.BatchNorm2d(8),
+            nn.BatchNorm2d(8) if self.norm else nn.Identity(),
             nn.ReLU(),
             nn.Flatten(),
             nn.Dropout(self.dropout),
@@ -82,7 +139,23 @@ class TinyTask(Task):
         """Add noise in training, as an augmentation on the device would."""
         if training:
             batch = {**batch, "inputs": batch["inputs"] + 0.1 * torch.rand(())}
+            here = self.rank is None or self.rank == int(os.environ.get("RANK", "0"))
+            if self.prepared == self.at and here:
+                self._make_trouble()
+                batch["inputs"] = batch["inputs"] * (math.nan if self.trouble == "nan" else 1)
+            self.prepared += 1
         return batch
+
+    def _make_trouble(self) -> None:
+        if self.trouble == "memory":
+            torch.empty(2**45)
+        elif self.trouble == "stuck":
+            while True:
+                time.sleep(0.01)
+        elif self.trouble in _SIGNALS:
+            os.kill(os.getpid(), _SIGNALS[self.trouble])
+        elif self.trouble == "kill-worker":
+            multiprocessing.active_children()[0].kill()
 
     def loss(self, outputs: Tensor, batch: Batch, training: bool) -> Tensor:
         """Return the cross-entropy."""
@@ -120,7 +193,51 @@ def tiny_config(folder: str, **changes: Any) -> TrainingConfig:
     return TrainingConfig(**{**values, **changes})
 
 
-def train_tiny(folder: str, task: dict[str, Any] | None = None, **changes: Any) -> Summary:
-    """Train the small task in a folder, going on with what is there; for processes of their own."""
+def train_tiny(
+    folder: str, task: dict[str, Any] | None = None, file_size: int | None = None, **changes: Any
+) -> Summary:
+    """Train the small task in a folder, going on with what is there; for processes of their own.
+
+    Args:
+        folder: the run's folder.
+        task: arguments of `TinyTask`.
+        file_size: bytes that a file may have, which is how a disk is full for this process alone.
+        changes: fields of the configuration.
+    """
     torch.set_num_threads(1)
+    if file_size is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     return run(TinyTask(**(task or {})), tiny_config(folder, **changes), Path(folder))
+
+
+def report_tiny(folder: str, *arguments: Any, **changes: Any) -> None:
+    """Do as `train_tiny` and exit as the command line would, with what it says in a file."""
+    # A process that a forkserver started would start its loading processes the same, slow way.
+    multiprocessing.set_start_method("fork", force=True)
+    told = Path(f"{folder}.{os.environ.get('RANK', '0')}.txt")
+    try:
+        train_tiny(folder, *arguments, **changes)
+    except Interrupted as stop:
+        told.write_text(f"stopped after step {stop.step}")
+        sys.exit(128 + stop.signal)
+    except (ValueError, OSError) as error:
+        told.write_text(str(error))
+        sys.exit(2)
+    told.write_text("")
+
+
+def lead_group(*arguments: Any, **changes: Any) -> None:
+    """Do as `report_tiny`, at the head of a process group: what a terminal's Ctrl-C goes to."""
+    os.setpgid(0, 0)
+    report_tiny(*arguments, **changes)
+
+
+def train_together(rank: int, devices: int, port: int, *arguments: Any, **changes: Any) -> None:
+    """Do as `report_tiny`, as one of several processes."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(devices),
+        LOCAL_WORLD_SIZE=str(devices), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    report_tiny(*arguments, **changes)

@@ -1,0 +1,486 @@
+"""The loop against plain PyTorch, with every option, and with everything that can go wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from blnet.training import run as run_module
+from blnet.training import state as state_module
+from blnet.training.checkpoints import BEST, EMA, MODEL, CheckpointFolder
+from blnet.training.config import (
+    DistillationConfig,
+    EmaConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+from blnet.training.devices import make_accelerator, seed_all
+from blnet.training.evaluation import evaluate
+from blnet.training.journal import METRICS, PLOT, RUN, read_rows
+from blnet.training.loading import Loader, mixed_seed, shuffled_batches
+from blnet.training.progress import RunProgress
+from blnet.training.run import describe, report_stop, run
+from blnet.training.state import INIT_SEED, STEP_SEED
+from blnet.training.stopping import Interrupted
+from blnet.training.task import Batch
+from blnet.training.testing import TinyTask, tiny_config, train_tiny
+
+
+def weights(folder: Path, name: str = MODEL) -> dict[str, Tensor]:
+    path = CheckpointFolder(folder).latest()
+    assert path is not None
+    return load_file(path / name)
+
+
+def check_same(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+# --- what it computes ---------------------------------------------------------------------------
+
+
+def by_hand(
+    epochs: int, accumulate: int, clip: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Train as `TinyTask` and `tiny_config` say, without anything of the loop but its seeds."""
+    task, size, lr, decay = TinyTask(), 12 // accumulate, 0.05, 0.9
+    seed_all(mixed_seed(0, INIT_SEED))
+    model = task.build_model().to(memory_format=torch.channels_last)
+    averaged = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=1e-4
+    )
+    step, steps = 0, 48 // 12
+    for epoch in range(epochs):
+        order = iter(shuffled_batches(48, size, 0, epoch))
+        for _ in range(steps):
+            rate = lr * (1 + math.cos(math.pi * step / (epochs * steps))) / 2
+            if step < steps:
+                rate = lr * (0.01 + 0.99 * step / steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad()
+            for part in range(accumulate):
+                samples = []
+                for index in next(order):
+                    torch.manual_seed(mixed_seed(0, epoch, index))
+                    samples.append(task.train_data[index])
+                batch = task.collate(samples)
+                seed_all(mixed_seed(0, STEP_SEED, step, part))
+                batch = task.prepare(batch, training=True)
+                loss = task.loss(model(batch["inputs"]), batch, training=True)
+                (loss / accumulate).backward()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            step += 1
+            share = min(decay, 1 - (1 + max(0, step - 1)) ** (-2 / 3)) if step > 1 else 0.0
+            for key, value in model.state_dict().items():
+                if value.is_floating_point():
+                    averaged[key].lerp_(value, 1 - share)
+                else:
+                    averaged[key].copy_(value)
+    return model.state_dict(), averaged
+
+
+@pytest.mark.parametrize(("accumulate", "clip"), [(1, 1.0), (3, 0.0)])
+def test_it_is_what_plain_pytorch_computes(accumulate: int, clip: float, tmp_path: Path) -> None:
+    optimizer = OptimizerConfig(lr=0.05, clip_norm=clip)
+    summary = train_tiny(
+        str(tmp_path / "run"), epochs=3, accumulate=accumulate, optimizer=optimizer
+    )
+    model, averaged = by_hand(3, accumulate, clip)
+    for name, expected in ((MODEL, model), (EMA, averaged)):
+        found = weights(tmp_path / "run", name)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.allclose(found[key], value, atol=1e-6), (name, key)
+    # The average is what is evaluated and kept.
+    best = load_file(tmp_path / "run" / BEST)
+    rows = list(read_rows(tmp_path / "run", "epoch"))
+    values = [row["accuracy"] for row in rows]
+    assert summary.best == max(values)
+    assert summary.best_epoch == 1 + values.index(max(values))
+    if summary.best_epoch == 3:
+        assert all(torch.equal(best[key], found[key]) for key in best)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": OptimizerConfig(name="adamw", lr=0.01), "precision": "bf16"},
+        {"optimizer": OptimizerConfig(name="lamb", lr=0.01), "channels_last": False},
+        {"optimizer": OptimizerConfig(nesterov=False, decay_norms=False), "workers": 1},
+        {"schedule": ScheduleConfig(name="step", step_epochs=[1]), "ema": EmaConfig()},
+        {"optimize": True, "deterministic": True, "sync_bn": True},
+    ],
+)
+def test_options_train_and_repeat(changes: dict[str, Any], tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        summary = train_tiny(str(folder), epochs=2, **changes)
+        assert summary.last["loss"] < 1.2
+    check_same(one, other)
+
+
+def test_precision_is_the_runs_own_in_a_process_of_many(tmp_path: Path) -> None:
+    for name, precision in (("a", "fp32"), ("b", "bf16"), ("c", "fp32")):
+        train_tiny(str(tmp_path / name), epochs=1, precision=precision)
+    check_same(tmp_path / "a", tmp_path / "c")
+    first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert any(not torch.equal(first[key], second[key]) for key in first)
+
+
+def test_runs_may_share_an_accelerator_that_keeps_nothing(tmp_path: Path) -> None:
+    config = tiny_config(str(tmp_path), epochs=1)
+    accelerator = make_accelerator(config)
+    for name in ("a", "b"):
+        run(TinyTask(), config, tmp_path / name, accelerator)
+        assert (accelerator._models, accelerator._optimizers) == ([], [])
+    check_same(tmp_path / "a", tmp_path / "b")
+
+
+def test_settings_of_one_run_do_not_stay(tmp_path: Path) -> None:
+    make_accelerator(TrainingConfig(device="cpu", deterministic=True))
+    assert torch.are_deterministic_algorithms_enabled()
+    make_accelerator(TrainingConfig(device="cpu"))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_devices_that_are_not_there_say_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match="--device cuda: PyTorch sees no GPU"):
+        make_accelerator(TrainingConfig(device="cuda"))
+    with pytest.raises(ValueError, match="--precision fp16 needs a GPU"):
+        make_accelerator(TrainingConfig(precision="fp16"))
+
+
+def test_compile_compiles_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    train_tiny(str(tmp_path / "run"), epochs=1, compile=True)
+    assert [type(model) for model in compiled] == [nn.Sequential]
+
+
+class Taught(TinyTask):
+    """Notes what it learnt from."""
+
+    checked: Any = None
+
+    def check_teacher(self, teacher: nn.Module, extra: Any) -> None:
+        self.checked = (teacher, extra)
+
+
+def test_a_teacher_takes_its_share_of_the_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = TinyTask(dropout=0.5).build_model()
+    monkeypatch.setattr(state_module, "load_network", lambda name: (teacher, {"name": name}))
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    losses = {}
+    task = Taught(train=12)
+    for weight in (0.0, 0.25, 1.0):
+        config = tiny_config(
+            str(tmp_path), epochs=1, log_steps=1,
+            distillation=DistillationConfig("t", weight, temperature=3.0),
+        )  # fmt: skip
+        run(task, config, tmp_path / f"{weight}")
+        (row,) = read_rows(tmp_path / f"{weight}", "train")
+        losses[weight] = row["loss"]
+    assert task.checked == (teacher, {"name": "t"})
+    assert not teacher.training
+    for key, value in teacher.state_dict().items():
+        assert torch.equal(before[key], value)
+    assert losses[0.25] == pytest.approx(0.75 * losses[0.0] + 0.25 * losses[1.0], rel=1e-5)
+    assert losses[1.0] != pytest.approx(losses[0.0], rel=0.01)
+
+
+def test_the_distillation_loss_is_the_papers() -> None:
+    student, teacher = torch.randn(5, 3), torch.randn(5, 3)
+    found = TinyTask().distillation_loss(student, teacher, {}, 4.0)
+    p, q = (teacher / 4).softmax(1), (student / 4).softmax(1)
+    assert torch.allclose(found, 16 * (p * (p / q).log()).sum(1).mean())
+    assert TinyTask().distillation_loss(teacher, teacher, {}, 2.0).item() == pytest.approx(0)
+
+
+# --- the record ---------------------------------------------------------------------------------
+
+
+def test_the_record_says_what_ran(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    summary = train_tiny(str(folder), epochs=2, tensorboard=True, seed=7)
+    head = json.loads((folder / RUN).read_text())
+    assert head["facts"]["command"]
+    assert f"torch {torch.__version__.partition('+')[0]}" in head["facts"]["versions"]
+    assert "seed 7" in head["facts"]["run"]
+    assert head["facts"]["device"].endswith("fp32")
+    assert head["environment"]["cpu"]
+    assert head["config"]["optimizer"]["lr"] == 0.05
+    rows = list(read_rows(folder))
+    assert [row["kind"] for row in rows] == ["start", *["train", "train", "epoch"] * 2]
+    assert [row["step"] for row in rows] == [0, 2, 4, 4, 6, 8, 8]
+    train = rows[1]
+    assert 0 <= train["waiting"] <= 1
+    assert train["samples_per_second"] > 0
+    assert train["lr"] == pytest.approx(0.05 * (0.01 + 0.99 / 4))
+    assert (folder / PLOT).is_file()
+    assert list((folder / "tensorboard").iterdir())
+    assert summary.seconds >= summary.train_seconds > 0
+    assert "best accuracy" in describe("x", summary, TinyTask())
+
+
+class Slow(TinyTask):
+    """Data that takes a while."""
+
+    def collate(self, samples: list[Any]) -> Batch:
+        time.sleep(0.3)
+        return super().collate(samples)
+
+
+def test_waiting_for_data_is_measured_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = run(Slow(evaluation=1), tiny_config(str(tmp_path), epochs=1), tmp_path / "run")
+    assert 0.8 < summary.waiting <= 1
+    (row,) = read_rows(tmp_path / "run", "epoch")
+    assert row["waiting"] == pytest.approx(summary.waiting)
+    told = capsys.readouterr().out
+    assert "data is the bottleneck" in told
+    assert "raise --workers (now 0)" in told
+
+
+def test_corrupt_samples_are_skipped_counted_and_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    train_tiny(str(folder), {"train": 240, "corrupt": (5, 60)}, epochs=2)
+    rows = list(read_rows(folder, "corrupt"))
+    assert sorted(row["name"] for row in rows) == ["sample-5", "sample-60"]
+    assert rows[0]["reason"] == "it was spoilt on purpose"
+    assert capsys.readouterr().out.count("warning: skipped") == 2
+
+
+def test_too_many_corrupt_samples_end_the_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"3 of the 240 training blobs .*more than 1%"):
+        train_tiny(str(tmp_path / "run"), {"train": 240, "corrupt": (5, 60, 7)}, epochs=1)
+
+
+# --- best ---------------------------------------------------------------------------------------
+
+
+def bests(values: list[float], maximize: bool = True) -> list[bool]:
+    progress, found = RunProgress(), []
+    for value in values:
+        progress.end_epoch()
+        found.append(progress.is_best(value, maximize))
+    return found
+
+
+def test_no_number_is_the_best_only_while_there_is_no_other() -> None:
+    nan = math.nan
+    assert bests([1, 2, 2, 1, 3]) == [True, True, False, False, True]
+    assert bests([1, 2, 0.5], maximize=False) == [True, False, True]
+    assert bests([nan, nan, 1, nan, 2]) == [True, False, True, False, True]
+    assert bests([math.inf, nan, 1], maximize=False) == [True, False, True]
+
+
+class Lost(TinyTask):
+    """Finds no number in the evaluation of the first epochs."""
+
+    def __init__(self, bad: tuple[int, ...]) -> None:
+        super().__init__()
+        self.bad = bad
+        self.epochs = 0
+
+    def metrics(self) -> Any:
+        self.epochs += 1
+        value = math.nan if self.epochs in self.bad else None
+
+        class Accuracy(MulticlassAccuracy):  # type: ignore[misc]
+            def compute(self) -> Tensor:
+                return super().compute() if value is None else torch.tensor(value)
+
+        return MetricCollection({"accuracy": Accuracy(3, average="micro")})
+
+    def loss(self, outputs: Tensor, batch: Batch, training: bool) -> Tensor:
+        found = super().loss(outputs, batch, training)
+        return found if training or self.epochs not in self.bad else found * math.inf
+
+
+def test_an_evaluation_without_numbers_is_null_and_never_better(tmp_path: Path) -> None:
+    summary = run(Lost((1, 3)), tiny_config(str(tmp_path), epochs=3), tmp_path / "run")
+    rows = list(read_rows(tmp_path / "run", "epoch"))
+    assert [row["loss"] is None for row in rows] == [True, False, True]
+    assert [row["accuracy"] is None for row in rows] == [True, False, True]
+    assert summary.best_epoch == 2
+    assert summary.best == rows[1]["accuracy"]
+    assert "NaN" not in (tmp_path / "run" / METRICS).read_text()
+
+
+# --- evaluation ---------------------------------------------------------------------------------
+
+
+def test_an_evaluation_weighs_every_sample_once() -> None:
+    task = TinyTask(evaluation=7)
+    model = task.build_model().train()
+    accelerator = make_accelerator(TrainingConfig(device="cpu"))
+    metrics = task.metrics()
+    loader = Loader(task.eval_data, task.collate)
+    found = evaluate(task, model, loader, accelerator, 3, metrics)
+    batch = next(iter(loader.batches([range(7)], 0, 0))).batch
+    assert batch is not None
+    with torch.no_grad():
+        outputs = model.eval()(batch["inputs"])
+    assert found.samples == 7
+    assert found.values["loss"] == pytest.approx(F.cross_entropy(outputs, batch["targets"]).item())
+    right = (outputs.argmax(1) == batch["targets"]).float().mean().item()
+    assert found.values["accuracy"] == pytest.approx(right)
+    assert metrics.compute()["accuracy"].item() == pytest.approx(right)
+
+
+def test_an_evaluation_leaves_the_mode_as_it_was_and_names_what_is_corrupt() -> None:
+    task = TinyTask(evaluation=7)
+    task.eval_data.corrupt = (2, 3)
+    model = task.build_model().train()
+    accelerator = make_accelerator(TrainingConfig(device="cpu"))
+    found = evaluate(task, model, Loader(task.eval_data, task.collate), accelerator, 3)
+    assert model.training
+    assert found.samples == 5
+    assert [name for name, _ in found.corrupt] == ["sample-2", "sample-3"]
+    task.eval_data.corrupt = tuple(range(7))
+    with pytest.raises(ValueError, match="no sample that could be read"):
+        evaluate(task, model, Loader(task.eval_data, task.collate), accelerator, 3)
+
+
+# --- what goes wrong ----------------------------------------------------------------------------
+
+
+def test_a_batch_larger_than_the_data_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--batch-size 12 is more than the 11 training blobs"):
+        train_tiny(str(tmp_path / "run"), {"train": 11})
+
+
+TROUBLES = {
+    "memory": r"a micro-batch of 12 blobs does not fit into the memory of the cpu device; "
+    r"lower --batch-size \(12\) or raise --accumulate \(1\)",
+    "nan": r"the loss became nan by step 8 and the last good checkpoint is .*step-00000006; start",
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_trouble_is_one_sentence_and_the_run_goes_on_after_it(trouble: str, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    settings: dict[str, Any] = {"epochs": 3}
+    train_tiny(str(whole), **settings)
+    with pytest.raises(ValueError, match=TROUBLES[trouble]) as caught:
+        train_tiny(str(broken), {"trouble": trouble, "at": 7}, **settings)
+    assert len(str(caught.value).splitlines()) == 1
+    latest = CheckpointFolder(broken).latest()
+    assert latest is not None
+    assert latest.name == "step-00000006"
+    assert (broken / PLOT).is_file()
+    train_tiny(str(broken), **settings)
+    check_same(whole, broken)
+
+
+class Exploding(TinyTask):
+    """Its loss is a number, whose gradient is none."""
+
+    def loss(self, outputs: Tensor, batch: Batch, training: bool) -> Tensor:
+        return super().loss(outputs, batch, training) + 0 * (outputs * 0).sqrt().sum()
+
+
+def test_weights_that_are_no_numbers_are_not_kept(tmp_path: Path) -> None:
+    config = tiny_config(str(tmp_path), checkpoint_steps=1)
+    with pytest.raises(ValueError, match=r"the loss became nan by step 1 and no checkpoint was"):
+        run(Exploding(), config, tmp_path / "run")
+    assert CheckpointFolder(tmp_path / "run").latest() is None
+
+
+def test_a_network_too_large_for_memory_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TinyTask, "build_model", lambda self: nn.Linear(2**23, 2**22))
+    with pytest.raises(ValueError, match="the network does not fit into the memory of the cpu"):
+        train_tiny(str(tmp_path / "run"))
+
+
+def test_a_stream_that_ends_too_early_says_so(tmp_path: Path) -> None:
+    task = TinyTask(stream=True)
+    task.train_data.ends = 30
+    with pytest.raises(ValueError, match="blobs ended in the middle of an epoch of 48"):
+        run(task, tiny_config(str(tmp_path)), tmp_path / "run")
+
+
+def test_a_folder_that_is_none_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match=r"--output .*cannot be written to \(.*choose a folder"):
+            train_tiny(str(folder))
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    train_tiny(str(tmp_path / "run"), epochs=1)
+    with pytest.raises(ValueError, match=r"holds a run already; go on with it with --resume auto"):
+        train_tiny(str(tmp_path / "run"), epochs=1, resume="never")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"seed": 3}, "--seed was 0 and is 3"),
+        ({"optimizer": OptimizerConfig(lr=0.1, clip_norm=1.0)}, "--optimizer.lr was 0.05 and is"),
+        ({"accumulate": 2}, "samples in a micro-batch 12 and here are samples in a micro-batch 6"),
+    ],
+)
+def test_another_runs_checkpoint_says_what_differs(
+    changes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    train_tiny(str(tmp_path / "run"), epochs=1)
+    with pytest.raises(ValueError, match=told) as caught:
+        train_tiny(str(tmp_path / "run"), epochs=1, **changes)
+    assert "another --output" in str(caught.value)
+
+
+def test_a_checkpoint_of_another_network_is_left_alone(tmp_path: Path) -> None:
+    train_tiny(str(tmp_path / "run"), epochs=1)
+    before = weights(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"does not fit the network.*another --output"):
+        train_tiny(str(tmp_path / "run"), {"norm": False}, epochs=1)
+    after = weights(tmp_path / "run")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_picture_that_fails_hides_no_error_and_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(*arguments: Any) -> None:
+        raise RuntimeError("no fonts\nanywhere")
+
+    monkeypatch.setattr(run_module, "plot", failing)
+    train_tiny(str(tmp_path / "run"), epochs=1)
+    assert "warning: summary.png could not be drawn (no fonts anywhere)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="the loss became nan"):
+        train_tiny(str(tmp_path / "other"), {"trouble": "nan"})
+
+
+def test_a_stop_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report_stop(Interrupted(15, 40), "blnet try", Path("results/x")) == 143
+    told = capsys.readouterr().err
+    assert "stopped after step 40" in told
+    assert "--output results/x --resume auto" in told
