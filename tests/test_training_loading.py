@@ -285,29 +285,35 @@ def test_loading_processes_outlive_a_ctrl_c() -> None:
     check_equal(alone, values(Loader(Signalled(10), collate, workers=1).batches(order, 0, 0)))
 
 
+def children() -> set[Any]:
+    return set(multiprocessing.active_children())
+
+
 def test_only_the_run_itself_ends_a_loading_process() -> None:
+    others = children()
     data = Signalled(10)
     data.number = signal.SIGTERM
     loader = Loader(data, collate, workers=1)
     order = [[0, 1], [2, 3], [4, 5]]
     check_equal(values(Loader(TinyData(10), collate).batches(order, 0, 0)),
                 values(loader.batches(order, 0, 0)))  # fmt: skip
-    (process,) = multiprocessing.active_children()
+    (process,) = children() - others
     process.terminate()
-    process.join(5)
+    process.join(30)
     assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_closing_a_loader_ends_its_processes_at_once(stream: bool) -> None:
+    others = children()
     loader = Loader(TinyStream(60) if stream else TinyData(40), collate, workers=2)
     batches = loader.stream(4, 0) if stream else loader.batches([[0, 1]] * 9, 0, 0)
     next(batches)
-    assert len(multiprocessing.active_children()) == 2
+    assert len(children() - others) == 2
     began = time.monotonic()
     loader.close()
-    assert time.monotonic() - began < 3
-    assert multiprocessing.active_children() == []
+    assert time.monotonic() - began < 5  # what PyTorch waits for one that does not end
+    assert not children() - others
     loader.close()
 
 

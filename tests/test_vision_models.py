@@ -73,8 +73,42 @@ def test_builders_are_the_ten_named():
         build = getattr(blnet.vision, name)
         assert build is registry._ENTRIES[name].build
         assert list(inspect.signature(build).parameters) == [
-            *("alpha", "beta", "branches", "num_classes", "in_channels", "stem")
+            *("alpha", "beta", "branches", "num_classes", "in_channels", "stem", "width")
         ]
+
+
+@pytest.mark.parametrize("name", ["bl_resnet18", "bl_resnet50", "resnet18", "resnet50"])
+def test_width_multiplies_every_width(name):
+    whole, half = on_meta(name), on_meta(name, width=0.5)
+    # Sorted, as torchvision's networks and ours name layers otherwise.
+    widths = [
+        sorted(len(value) for key, value in model.named_parameters() if not key.startswith("fc."))
+        for model in (whole, half)
+    ]
+    assert [2 * width for width in widths[1]] == widths[0]
+    macs = blnet.profile(whole).macs / blnet.profile(half).macs
+    assert 3.5 < macs < 4, "all but the first convolution and the classifier cost a quarter"
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "said"),
+    [
+        ("bl_resnet18", 0.3, "choose|take one that gives whole numbers"),
+        ("bl_resnet18", 0.001, "whole"),
+        ("bl_resnet18", float("nan"), "whole"),
+        ("wide_resnet50_2", 0.5, "width must be 1 for wide_resnet50_2"),
+    ],
+)
+def test_a_width_that_makes_no_network_is_refused(name, width, said):
+    with pytest.raises(ValueError, match=said):
+        on_meta(name, width=width)
+
+
+def test_plain_networks_begin_with_silent_residual_branches():
+    # As in the paper and in ours, so that one recipe serves both.
+    plain = registry.build("resnet18")
+    assert not plain.layer1[0].bn2.weight.any()
+    assert plain.layer1[0].bn1.weight.all()
 
 
 # One branch is the plain network ------------------------------------------------------------------
