@@ -5,8 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -270,37 +273,60 @@ def test_a_loading_process_that_dies_is_told_of() -> None:
 
 
 class Signalled(TinyData):
-    """Signals the loading process at each sample."""
+    """Signals the loading process at each sample, and hangs at the last."""
 
     number = signal.SIGINT
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         os.kill(os.getpid(), self.number)
+        if index == 9:
+            time.sleep(600)
         return super().__getitem__(index)
 
 
-def test_loading_processes_outlive_a_ctrl_c() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_loading_processes_outlive_a_stop(number: signal.Signals) -> None:
     order = [[0, 1], [2, 3], [4, 5]]
     alone = values(Loader(TinyData(10), collate).batches(order, 0, 0))
-    check_equal(alone, values(Loader(Signalled(10), collate, workers=1).batches(order, 0, 0)))
+    data = Signalled(10)
+    data.number = number
+    loader = Loader(data, collate, workers=1)
+    check_equal(alone, values(loader.batches(order, 0, 0)))
+    loader.close()
 
 
 def children() -> set[Any]:
     return set(multiprocessing.active_children())
 
 
-def test_only_the_run_itself_ends_a_loading_process() -> None:
+def test_closing_a_loader_ends_a_process_that_hangs() -> None:
     others = children()
-    data = Signalled(10)
-    data.number = signal.SIGTERM
-    loader = Loader(data, collate, workers=1)
-    order = [[0, 1], [2, 3], [4, 5]]
-    check_equal(values(Loader(TinyData(10), collate).batches(order, 0, 0)),
-                values(loader.batches(order, 0, 0)))  # fmt: skip
-    (process,) = children() - others
-    process.terminate()
-    process.join(30)
-    assert process.exitcode == 0
+    loader = Loader(Signalled(10), collate, workers=1)
+    next(loader.batches([[0], [9]], 0, 0))
+    assert len(children() - others) == 1
+    loader.close()  # PyTorch gives it five seconds
+    assert not children() - others
+
+
+def test_a_loader_that_nobody_closes_ends_with_the_process(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from blnet.training.loading import Loader\n"
+        "from blnet.training.testing import TinyData, TinyTask\n"
+        "def begin():\n"
+        "    loader = Loader(TinyData(40), TinyTask().collate, workers=2)\n"
+        "    loader.me = loader  # for the garbage collector\n"
+        "    return next(loader.batches([[0, 1]] * 9, 0, 0))\n"
+        "begin()\n"
+        "kept = Loader(TinyData(40), TinyTask().collate, workers=1)\n"
+        "batches = kept.batches([[0, 1]] * 9, 0, 0)\n"
+        "next(batches)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, str(script)], timeout=60, capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("stream", [False, True])

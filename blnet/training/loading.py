@@ -7,6 +7,7 @@ any number of loading processes, and so does a run on several devices.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -300,8 +301,12 @@ class Loader:
 
     def _told(self, batches: DataLoader[Any]) -> Iterator[Loaded]:
         try:
-            self._running = iter(batches)
-            yield from self._running
+            running = iter(batches)
+            if running is not self._running:
+                self.close()
+                self._running = running
+                atexit.register(self.close)
+            yield from running
         except (ValueError, OSError, RuntimeError) as error:
             told = in_words(error)
             if told is None:
@@ -309,11 +314,15 @@ class Loader:
             raise told from error
 
     def close(self) -> None:
-        """End the loading processes.
+        """End the loading processes; otherwise they end with this process.
 
-        Python's garbage collector would do it too, but it may first close what tells them to end,
-        and PyTorch then waits five seconds for each.
+        Python's garbage collector is not to be left with it: it may first close what tells them to
+        end, and they ignore (`endure`) the signal that PyTorch and Python would then send.
         """
         running, self._running = self._running, None
+        atexit.unregister(self.close)
         if hasattr(running, "_shutdown_workers"):
             running._shutdown_workers()
+            for process in running._workers:
+                process.kill()
+                process.join()

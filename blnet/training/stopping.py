@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -89,16 +88,7 @@ def endure(worker: int) -> None:
     """Have a loading process outlive a request to stop, which means the run; `worker` is its index.
 
     Ctrl-C, and many a cluster, signal every process of a group at once, and the step that the run
-    finishes before it stops needs its data. Only the run itself may end the process.
+    finishes before it stops needs its data. Whoever starts such a process must see to its end.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        # A handler is not told who sent a signal; a thread that waits for a blocked one is.
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
-
-
-def _obey(parent: int) -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
-        pass
-    os._exit(0)
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
