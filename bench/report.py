@@ -236,7 +236,14 @@ def _title(results: Results) -> str:
     on = where["device"] if settings["device"] == "cuda" else f"{where['cpu']}, "
     if settings["device"] != "cuda":
         on += f"{where['threads']} threads"
+    if not _is_timed(results):
+        return on
     return f"{on}, {settings['dtype']}, {settings['size']}x{settings['size']} pixels"
+
+
+def _is_timed(results: Results) -> bool:
+    """Return whether anything was timed; a study trains, at a size and precision of its own."""
+    return any(m.suite not in accuracy.STUDIES for m in results.measurements)
 
 
 def _reading(rows: list[ModelRow]) -> str:
@@ -366,7 +373,9 @@ def markdown(results: Results) -> str:
         f"- **Failed**: {f.group}, {f.family}, {f.implementation}: {f.note}"
         for f in results.failures
     ]
-    lines += ["", "## How times are taken", "", HOW, "", "## Environment", ""]
+    if _is_timed(results):
+        lines += ["", "## How times are taken", "", HOW]
+    lines += ["", "## Environment", ""]
     lines += [*_facts(results.environment), "", "## Settings", "", *_facts(results.settings)]
     lines += ["", "## Command", "", "```", results.command, "```", ""]
     lines += [*(f"Note: {note}." for note in results.notes)]

@@ -93,7 +93,13 @@ def configure(
             words += ["--data.name=npz"]
     epochs = epochs or settings.epochs
     words += [f"--epochs={epochs}"] if epochs else []
-    words += [f"--seed={seed}", f"--output={folder}", "--resume=auto", "--tensorboard=false"]
+    words += [
+        f"--seed={seed}",
+        f"--output={folder}",
+        "--resume=auto",
+        "--tensorboard=false",
+        "--keep=1",
+    ]
     config, _ = parse(VisionConfig, PROG, "", RECIPES, DEFAULT_RECIPE, words)
     return config, shlex.join(["blnet", "train", "vision", *words])
 

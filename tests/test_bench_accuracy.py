@@ -107,6 +107,8 @@ def test_tables_files_and_plot(tmp_path: Path) -> None:
     text = markdown(found)
     assert "| resnet50 | - | - | 0.00 | 0.0000 | 1.00 | 90.00 |" in text
     assert "![accuracy](accuracy.png)" in text
+    assert "224x224" not in text, "a study has the size of its pictures"
+    assert "How times are taken" not in text
     lines = list(csv.DictReader(io.StringIO(csv_text(found))))
     assert [line["accuracy"] for line in lines] == ["0.9", "0.92"]
     assert accuracy.plot(found, "accuracy", tmp_path / "plot.png")

@@ -147,6 +147,8 @@ def measure(
                 f"memory ran out with {config.batch_size} images at once; lower --batch to half"
             ) from error
         raise
+    finally:
+        loader.close()
     seconds = time.perf_counter() - start
     corrupt = _account(found, accelerator, tell or _tell)
     loss = found.values["loss"]

@@ -37,8 +37,6 @@ def main(words: Sequence[str]) -> int:
         words,
     )
     config.check()
-    if config.resume == "auto" and config.output is None:
-        raise ValueError("--resume auto needs --output, the folder of the run to go on with")
     return train(config, recipe)
 
 
