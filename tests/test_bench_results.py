@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from blnet.bench import report
+from blnet.bench.accuracy import STUDIES
 from blnet.bench.results import (
     Check,
     Measurement,
@@ -201,8 +202,14 @@ def test_committed_results_can_be_read() -> None:
     files = list((ROOT / "bench" / "results").glob("*/results.json"))
     assert files
     for path in files:
-        text = report.markdown(read_json(path))
-        assert "| realised b1 |" in text
+        found = read_json(path)
+        text = report.markdown(found)
+        shown = {m.suite for m in found.measurements}
+        if "models" in shown:
+            assert "| realised b1 |" in text
+        for study in shown & set(STUDIES):
+            assert f"({study}.png)" in text
+            assert (path.parent / f"{study}.png").is_file()
 
 
 def test_failures_are_red(results) -> None:
