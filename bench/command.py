@@ -164,7 +164,8 @@ def _add_studies(parser: argparse.ArgumentParser) -> None:
         "--scale",
         choices=tuple(SCALES),
         default="digits",
-        help="what to train on (default: digits, minutes on a CPU; 'blnet bench --list' explains)",
+        help="what to train on; precision, batch and picture size are its recipe's (default: "
+        "digits, minutes on a CPU; 'blnet bench --list' explains)",
     )
     add("--seeds", type=int, default=3, metavar="N", help="runs of each network (default: 3)")
     add("--epochs", type=int, metavar="N", help="epochs of each run (default: the recipe's)")

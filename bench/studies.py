@@ -19,7 +19,7 @@ from blnet.bench.results import Measurement
 if TYPE_CHECKING:
     from blnet.bench.session import Session
     from blnet.bench.settings import Settings
-    from blnet.training.loop import Summary
+    from blnet.training.reporting import Summary
     from blnet.vision.config import VisionConfig
 
 RUNS = "runs"  # folder of the training runs inside a study's output
@@ -95,6 +95,7 @@ def configure(
     words += [f"--epochs={epochs}"] if epochs else []
     words += [
         f"--seed={seed}",
+        f"--device={settings.device}",
         f"--output={folder}",
         "--resume=auto",
         "--tensorboard=false",

@@ -480,7 +480,9 @@ def test_a_picture_that_fails_hides_no_error_and_ends_no_run(
 
 
 def test_a_stop_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
-    assert report_stop(Interrupted(15, 40), "blnet try", Path("results/x")) == 143
+    stop = Interrupted(15, 40)
+    assert stop.status == 143
+    report_stop(stop, "blnet try", Path("results/x"))
     told = capsys.readouterr().err
     assert "stopped after step 40" in told
     assert "--output results/x --resume auto" in told

@@ -61,6 +61,7 @@ def load_data(
     *,
     parts: Literal["both", "evaluation"] = "both",
     seed: int = 0,
+    preprocessing: Preprocessing | None = None,
 ) -> ImageData:
     """Return the images that a configuration names.
 
@@ -73,6 +74,7 @@ def load_data(
         parts: evaluation leaves the training images out, which then need not be there.
         seed: of the order of a stream (webdataset). What is varied is drawn from torch's global
             random state.
+        preprocessing: what a trained network expects of pictures; None for what suits the set.
 
     Raises:
         ValueError: of one sentence that names the setting, if one makes no sense or the images are
@@ -84,9 +86,10 @@ def load_data(
     augment.check()
     evaluation_only = parts == "evaluation"
     if data.name == "webdataset":
-        return _load_streams(data, augment, evaluation_only, seed)
+        return _load_streams(data, augment, preprocessing or _preprocessing(data),
+                             evaluation_only, seed)  # fmt: skip
     found = _LOADERS[data.name](data, evaluation_only)
-    preprocessing = _preprocessing(data, found)
+    preprocessing = preprocessing or _preprocessing(data, found)
     train, evaluation = (
         balanced(part, data.limit, data.split_seed) for part in (found.train, found.evaluation)
     )
@@ -202,10 +205,13 @@ _LOADERS: dict[str, Callable[[DataConfig, bool], Parts]] = {
 
 
 def _load_streams(
-    data: DataConfig, augment: AugmentConfig, evaluation_only: bool, seed: int
+    data: DataConfig,
+    augment: AugmentConfig,
+    preprocessing: Preprocessing,
+    evaluation_only: bool,
+    seed: int,
 ) -> ImageData:
     check_stream(data, evaluation_only)
-    preprocessing = _preprocessing(data)
     classes = int(data.classes or 0)
     counts = 0 if evaluation_only else int(data.train_images or 0), int(data.eval_images or 0)
     evaluation = ShardStream(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,8 +21,6 @@ from blnet.vision.inference import Trained, load_trained, plain_console, positiv
 from blnet.vision.measurement import Measurement, measure
 from blnet.vision.preprocessing import Preprocessing
 from blnet.vision.report import Evaluation, as_table, write_results
-from blnet.vision.shards import ShardStream
-from blnet.vision.sources import Images
 
 __all__ = ["Measurement", "configure", "evaluation_data", "measure", "run"]
 
@@ -187,18 +184,7 @@ def evaluation_data(settings: DataConfig, preprocessing: Preprocessing) -> Image
     sized = dataclasses.replace(
         settings, size=preprocessing.size, crop_ratio=preprocessing.crop_ratio
     )
-    data = load_data(sized, parts="evaluation")
-    if data.preprocessing == preprocessing:
-        return data
-    part = data.evaluation
-    evaluation: Any
-    if isinstance(part, ShardStream):
-        evaluation = copy.copy(part)
-        evaluation.convert, evaluation.transform = preprocessing.convert, preprocessing
-    else:
-        assert isinstance(part, Images)
-        evaluation = Images(part.part, preprocessing.convert, preprocessing)
-    return dataclasses.replace(data, evaluation=evaluation, preprocessing=preprocessing)
+    return load_data(sized, parts="evaluation", preprocessing=preprocessing)
 
 
 def check_same_classes(trained: Trained, settings: DataConfig, data: ImageData) -> None:

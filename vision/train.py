@@ -53,7 +53,9 @@ def train(config: VisionConfig, recipe: str) -> int:
         try:
             summary = run(task, each, place, accelerator)
         except Interrupted as stop:
-            return report_stop(stop, PROG, folder) if accelerator.is_main_process else 130
+            if accelerator.is_main_process:
+                report_stop(stop, PROG, folder)
+            return stop.status
         lines.append(describe(describe_model(each.model), summary, task))
     if accelerator.is_main_process:
         print("\n".join(lines))

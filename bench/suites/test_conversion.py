@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from blnet.bench import studies
+from blnet.bench.accuracy import CONVERTED
 from blnet.bench.networks import Spec, specs
 from blnet.bench.replay import replay, virtual_clock
 from blnet.bench.results import Measurement
@@ -31,7 +32,7 @@ BRANCHING = ((2, 4),)
 EPOCHS_SHARE = 1 / 3  # of the plain network's epochs, for fine-tuning; the recipe is the same
 DISTILLATION = ("--distillation.weight=0.5", "--distillation.temperature=2")
 BACKWARD = 3  # forward and backward pass cost three times the forward pass
-PLAIN, CONVERTED = "plain", "converted, fine-tuned"
+PLAIN = "plain"
 SAME_TUNING, SAME_TOTAL = "anew, same fine-tuning cost", "anew, same total cost"
 FAMILIES = (PLAIN, CONVERTED, SAME_TUNING, SAME_TOTAL)
 

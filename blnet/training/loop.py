@@ -33,8 +33,6 @@ from blnet.training.state import STEP_SEED, RunState
 from blnet.training.stopping import Interrupted, Stopper
 from blnet.training.task import Batch, Task, to_device
 
-__all__ = ["Summary", "Trainer"]
-
 
 class Trainer:
     """Trains a task's network, from the start or from where the newest checkpoint is.

@@ -180,11 +180,10 @@ def describe(name: str, summary: Summary, task: Task) -> str:
     )
 
 
-def report_stop(stop: Interrupted, prog: str, folder: Path) -> int:
-    """Say how to go on after a stop, and return the exit status that a shell expects."""
+def report_stop(stop: Interrupted, prog: str, folder: Path) -> None:
+    """Say how to go on after a stop."""
     print(
         f"{prog}: stopped after step {stop.step}; a checkpoint was written: go on with the same "
         f"command and --output {folder} --resume auto",
         file=sys.stderr,
     )
-    return 128 + stop.signal

@@ -29,6 +29,11 @@ class Interrupted(Exception):  # noqa: N818 - no fault, but a stop that was aske
         self.signal = signal
         self.step = step
 
+    @property
+    def status(self) -> int:
+        """The exit status that a shell expects of it."""
+        return 128 + self.signal
+
 
 class Stopper:
     """Notes a first SIGINT or SIGTERM while its `with` block lasts; a second one stops at once.
