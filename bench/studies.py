@@ -81,9 +81,7 @@ def configure(
         seed: of the run.
         epochs: in place of the recipe's and the settings'.
     """
-    from blnet.training.options import parse
-    from blnet.vision.config import VisionConfig
-    from blnet.vision.train import DEFAULT_RECIPE, PROG, RECIPES
+    from blnet.vision.train import COMMAND
 
     scale = SCALES[settings.scale]
     words = ["--recipe", scale.recipe, *scale.flags, "--baseline=false", *model]
@@ -101,7 +99,7 @@ def configure(
         "--tensorboard=false",
         "--keep=1",
     ]
-    config, _ = parse(VisionConfig, PROG, "", RECIPES, DEFAULT_RECIPE, words)
+    config, _ = COMMAND.parse(words)
     return config, shlex.join(["blnet", "train", "vision", *words])
 
 

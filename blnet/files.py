@@ -135,3 +135,19 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(name: str) -> None:
+    """Make the output's folder before any work is done.
+
+    Raises:
+        OSError: if it cannot be made or written to.
+    """
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+        probe = Path(name, ".writable")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"--output {name} is no folder that can be written to ({error.strerror}); "
+                      "choose another") from error  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from blnet.blocks import BlockFactory, BlockSpec, Stride, conv_norm
+from blnet.checks import check_count
 from blnet.kernels import merge
 from blnet.kernels.reference import upsample_nearest
 
@@ -70,12 +71,17 @@ class BigLittleModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C_in, H, W) to (N, C, H / s, W / s), s the stride of the fusion block."""
+        out = self.merged(x)
+        return out if self.fusion is None else cast("Tensor", self.fusion(out))
+
+    def merged(self, x: Tensor) -> Tensor:
+        """Return the branches merged (N, C, H, W), which is what the fusion block takes."""
         out: Tensor = self.branches[-1](x)
         for branch, expand in zip(
             reversed(self.branches[:-1]), reversed(self.expands), strict=True
         ):
             out = self._merge(out, expand(branch(x)))
-        return out if self.fusion is None else cast("Tensor", self.fusion(out))
+        return out
 
     def _merge(self, big: Tensor, little: Tensor) -> Tensor:
         if self.activation is None:
@@ -201,8 +207,7 @@ def make_module(
 def check_branching(alpha: int, beta: int, branches: int) -> None:
     """Raise a ValueError unless alpha, beta and branches are whole numbers of at least 1."""
     for name, value in (("alpha", alpha), ("beta", beta), ("branches", branches)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        check_count(name, value, 1)
 
 
 def divide_width(width: int, alpha: int, divisions: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from torch import Tensor, nn
 
 from blnet.blocks import BasicBlock, BlockFactory, Bottleneck, ResidualBlock
+from blnet.checks import check_choice, check_count
 from blnet.module import (
     BigLittleModule,
     check_branching,
@@ -64,19 +65,19 @@ class BigLittleConfig:
 
     def __post_init__(self) -> None:
         check_branching(self.alpha, self.beta, self.branches)
-        _check_choice("block", self.block, get_args(BlockName))
-        _check_choice("stem", self.stem, get_args(StemName))
+        check_choice("block", self.block, get_args(BlockName))
+        check_choice("stem", self.stem, get_args(StemName))
         for name in ("depths", "widths"):
             values = getattr(self, name)
             if not isinstance(values, list | tuple):
                 raise ValueError(f"{name} must be a list of whole numbers, got {values!r}")
             object.__setattr__(self, name, tuple(values))
             for value in values:
-                _check_count(f"each of {name}", value, 1)
+                check_count(f"each of {name}", value, 1)
         for name in ("cardinality", "base_width", "stem_width", "in_channels"):
-            _check_count(name, getattr(self, name), 1)
+            check_count(name, getattr(self, name), 1)
         for name in ("se_reduction", "num_classes"):
-            _check_count(name, getattr(self, name), 0)
+            check_count(name, getattr(self, name), 0)
         if len(self.depths) != len(self.widths) or not self.depths:
             raise ValueError(
                 f"depths and widths must name the same stages, got {len(self.depths)} depths and "
@@ -151,16 +152,6 @@ class BigLittleConfig:
         return cls(**values)
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-
-
 def block_factory(config: BigLittleConfig) -> BlockFactory:
     """Return what makes the network's residual blocks.
 
@@ -204,7 +195,7 @@ class BigLittleNet(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
         self.fc: nn.Module = self._make_classifier(self.config.num_classes)
-        self.apply(_initialise)
+        self.apply(initialise)
 
     def _make_stages(self) -> list[nn.Module]:
         config, block = self.config, block_factory(self.config)
@@ -248,7 +239,7 @@ class BigLittleNet(nn.Module):
         return logits
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
     """Kaiming normal (fan-out) for convolutions; each block starts as its shortcut (paper)."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -20,13 +20,17 @@ from torch import nn
 import blnet
 from blnet.cli import main
 from blnet.network import BigLittleConfig, BigLittleNet
+from blnet.training.confusion import (
+    draw_confusion,
+    wilson,
+    write_confusion,
+    write_per_class,
+)
 from blnet.vision import evaluate, inference
 from blnet.vision.config import DataConfig, VisionConfig
-from blnet.vision.confusion import draw_confusion, write_confusion, write_per_class
 from blnet.vision.data import load_data
 from blnet.vision.evaluate import evaluation_data, measure
 from blnet.vision.inference import load_trained
-from blnet.vision.measurement import wilson
 from blnet.vision.preprocessing import IMAGENET, Preprocessing
 
 GREY = Preprocessing(8, 1.0, 1, (0.3,), (0.4,))
@@ -312,7 +316,7 @@ def test_every_process_counts_its_share_and_the_first_one_reports(saved, tmp_pat
 
 def test_per_class_leaves_out_what_has_no_meaning(tmp_path):
     confusion = np.array([[3, 0, 1], [0, 0, 0], [0, 0, 2]])
-    write_per_class(tmp_path / "a.csv", ("a, b", "empty", "c"), confusion, None)
+    write_per_class(tmp_path / "a.csv", ("a, b", "empty", "c"), confusion, None, "images")
     rows = rows_of(tmp_path / "a.csv")
     assert list(rows[0].values()) == ["a, b", "4", "0.750000", "", "c", "1"]
     assert list(rows[1].values()) == ["empty", "0", "", "", "", ""]

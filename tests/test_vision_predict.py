@@ -16,9 +16,10 @@ import blnet
 from blnet.cli import main
 from blnet.network import BigLittleConfig, BigLittleNet
 from blnet.official import official_key
+from blnet.training.answers import Answer
 from blnet.vision import predict as predicting
 from blnet.vision.inference import imagenet_names, load_trained
-from blnet.vision.predict import Answer, expand, predict
+from blnet.vision.predict import PICTURES, predict
 from blnet.vision.preprocessing import Preprocessing
 
 COLOUR = Preprocessing(12, 0.75, 3, (0.4, 0.5, 0.6), (0.2, 0.2, 0.2))
@@ -315,7 +316,7 @@ def test_hidden_folders_are_passed_over(pictures):
     (pictures / ".cache").mkdir()
     noise(0).save(pictures / ".cache" / "thumb.png")
     noise(0).save(pictures / "Z.JPG", "JPEG")
-    files, empty = expand([pictures])
+    files, empty = PICTURES.expand([pictures])
     assert empty == 0
     assert [file[len(str(pictures)) + 1 :] for file in files] == [
         "4.png", "Z.JPG", "a/2.png", "a/deep/1.png", "b/0.png", "b/3.png",

@@ -7,20 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from blnet.training.options import parse
 from blnet.vision.config import VisionConfig
 from blnet.vision.preprocessing import IMAGENET
 from blnet.vision.task import build_network
-from blnet.vision.train import DEFAULT_RECIPE, PROG, RECIPES
+from blnet.vision.train import COMMAND
 
-NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+NAMES = sorted(path.stem for path in COMMAND.recipes.glob("*.yaml"))
 EXPECTED = {"cifar10", "cifar10_cpu", "digits", "imagenet_modern", "imagenet_paper", "imagenette"}
 
 
 def recipe(name: str, *flags: str) -> VisionConfig:
-    config, found = parse(
-        VisionConfig, PROG, "", RECIPES, DEFAULT_RECIPE, ["--recipe", name, *flags]
-    )
+    config, found = COMMAND.parse(["--recipe", name, *flags])
     assert found == Path(name).stem
     return config
 
@@ -35,7 +32,7 @@ def test_each_is_valid_builds_its_network_and_says_what_it_gives(name: str) -> N
     config.check()
     with torch.device("meta"):
         build_network(config.model, 10, IMAGENET)
-    comment = (RECIPES / f"{name}.yaml").read_text().split("epochs:")[0].lower()
+    comment = (COMMAND.recipes / f"{name}.yaml").read_text().split("epochs:")[0].lower()
     assert comment.startswith("#")
     assert " run" in comment, "a recipe says where it was run, or that it was not"
 
@@ -62,8 +59,6 @@ def test_the_paper_s_recipe_is_the_paper_s() -> None:
 
 
 def test_flags_count_more_than_the_recipe_wherever_it_stands() -> None:
-    config, _ = parse(
-        VisionConfig, PROG, "", RECIPES, DEFAULT_RECIPE, ["--lr", "0.3", "--recipe=cifar10"]
-    )
+    config, _ = COMMAND.parse(["--lr", "0.3", "--recipe=cifar10"])
     assert config.optimizer.lr == 0.3
     assert config.data.name == "cifar10"

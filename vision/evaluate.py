@@ -10,14 +10,16 @@ from typing import Any, get_args
 
 from accelerate import Accelerator
 
+from blnet.checks import positive
 from blnet.environment import collect
-from blnet.files import reason
+from blnet.files import make_folder, reason
 from blnet.training.config import Precision
 from blnet.training.devices import by_first, make_accelerator
+from blnet.training.display import plain_console
 from blnet.vision import reproduction
 from blnet.vision.config import DataConfig, DataName, VisionConfig
 from blnet.vision.data import ImageData, class_names, load_data
-from blnet.vision.inference import Trained, load_trained, plain_console, positive
+from blnet.vision.inference import Trained, load_trained
 from blnet.vision.measurement import Measurement, measure
 from blnet.vision.preprocessing import Preprocessing
 from blnet.vision.report import Evaluation, as_table, write_results
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     config.check()
     accelerator = make_accelerator(config)
     if args.output is not None:
-        by_first(lambda: _make_folder(args.output), accelerator)
+        by_first(lambda: make_folder(args.output), accelerator)
     evaluations = []
     for trained, settings, data in _prepared(args):
         try:
@@ -207,22 +209,6 @@ def check_same_classes(trained: Trained, settings: DataConfig, data: ImageData) 
         if mine != other:
             raise ValueError(f"{trained.source} knows class {index} as {mine!r} and {data.name} "
                              f"has {other!r} there; {advice}")  # fmt: skip
-
-
-def _make_folder(name: str) -> None:
-    """Make the output's folder before any work is done.
-
-    Raises:
-        OSError: if it cannot be made or written to.
-    """
-    try:
-        Path(name).mkdir(parents=True, exist_ok=True)
-        probe = Path(name, ".writable")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"--output {name} is no folder that can be written to ({error.strerror}); "
-                      "choose another") from error  # fmt: skip
 
 
 def _report(

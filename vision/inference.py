@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 import blnet.vision.models  # noqa: F401  (registers the networks by name)
@@ -18,7 +15,6 @@ from blnet.files import StrPath, reason
 from blnet.network import BigLittleNet
 from blnet.profiling import Profile, profile
 from blnet.tracing import meta_twin, run_on_meta
-from blnet.training.display import PLAIN_WIDTH
 from blnet.training.networks import load_network
 from blnet.vision.config import ModelConfig
 from blnet.vision.folders import class_names
@@ -170,23 +166,6 @@ def check_finite(outputs: Tensor) -> None:
     if not bool(torch.isfinite(outputs).all()):
         raise ValueError("the network gives outputs that are not finite numbers; train it anew, or "
                          "compute in fp32 if this was fp16")  # fmt: skip
-
-
-def positive(text: str) -> int:
-    """Return a whole number of at least 1, for argparse.
-
-    Raises:
-        argparse.ArgumentTypeError: if the text is none.
-    """
-    if not (text.isdecimal() and len(text) < 10 and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def plain_console() -> Console:
-    """Return a console that prints text as it is, in full width where it is no terminal."""
-    width = None if sys.stdout.isatty() else PLAIN_WIDTH
-    return Console(width=width, markup=False, emoji=False, highlight=False)
 
 
 def _count_classes(model: nn.Module, shape: tuple[int, ...]) -> int:

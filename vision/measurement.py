@@ -17,17 +17,16 @@ from torch import nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
+from blnet.training.confusion import Counts, wilson
 from blnet.training.corrupt import CorruptLog
 from blnet.training.devices import choose_workers, make_accelerator, out_of_memory
 from blnet.training.evaluation import Findings, evaluate
 from blnet.training.loading import Loaded, Loader
 from blnet.vision.config import VisionConfig
-from blnet.vision.confusion import Counts
 from blnet.vision.data import ImageData
 from blnet.vision.inference import check_finite
 from blnet.vision.task import TOP, ImageTask
 
-CONFIDENCE = 0.95  # of the intervals
 _CONFUSION, _TOP5 = "confusion", "top5"
 
 
@@ -85,23 +84,6 @@ class Measurement:
     def images_per_second(self) -> float:
         """Images a second, over all devices, loading included."""
         return self.images / self.seconds
-
-
-def wilson(successes: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Return Wilson's score interval of a share.
-
-    (E. B. Wilson, "Probable inference, the law of succession, and statistical inference", Journal
-    of the American Statistical Association 22, 1927.)
-
-    Args:
-        successes: from 0 to trials.
-        trials: at least 1.
-        confidence: share of the intervals that hold the true value, between 0 and 1.
-    """
-    from scipy.stats import binomtest  # half a second to import, and wanted once
-
-    found = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
-    return float(found.low), float(found.high)
 
 
 def measure(

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from blnet.checks import positive
 from blnet.environment import core_count
-from blnet.files import StrPath, reason, written_aside
+from blnet.files import StrPath, reason
+from blnet.training.answers import FORMATS, Answer, Kind, Prediction, most_probable, shown
 from blnet.training.config import TrainingConfig
 from blnet.training.devices import make_accelerator, out_of_memory
 from blnet.training.loading import CorruptSample
@@ -30,8 +26,6 @@ from blnet.vision.inference import (
     check_finite,
     labels_of,
     load_trained,
-    plain_console,
-    positive,
     preprocessing_of,
 )
 from blnet.vision.preprocessing import Preprocessing
@@ -40,41 +34,12 @@ from blnet.vision.sources import decode, read
 PROG = "blnet predict vision"
 STANDARD_INPUT = "-"
 _BATCH, _TOP = 32, 5
-_ENDINGS = (*IMG_EXTENSIONS, ".gif")  # of the files that a folder's pictures are
+PICTURES = Kind(PROG, "picture", "pictures", (*IMG_EXTENSIONS, ".gif"),
+                "name pictures (JPEG, PNG, ...) or folders that hold some")  # fmt: skip
 _EXAMPLES = """examples:
   blnet predict vision cat.jpg dog.png --checkpoint results/pets
   blnet predict vision holiday/ --checkpoint bL-ResNet-50.pth --top 3 --format csv
   curl -s https://example.org/cat.jpg | blnet predict vision - --checkpoint best.safetensors"""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A class and how probable it is.
-
-    Attributes:
-        index: the class's number.
-        label: its name.
-        probability: 0 to 1, by the softmax of the logits.
-    """
-
-    index: int
-    label: str
-    probability: float
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a network says of a picture.
-
-    Attributes:
-        file: the picture, as it was named.
-        predictions: the most probable classes, the first first; none where it cannot be read.
-        problem: why it cannot be read; None where it was.
-    """
-
-    file: str
-    predictions: tuple[Prediction, ...] = ()
-    problem: str | None = None
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
                         help="a .safetensors file, a run's folder or a published .pth file")  # fmt: skip # noqa: E501
     parser.add_argument("--top", type=positive, default=_TOP, metavar="N",
                         help=f"how many classes to name for each picture ({_TOP})")  # fmt: skip
-    parser.add_argument("--format", choices=tuple(_FORMATS), default="table",
+    parser.add_argument("--format", choices=tuple(FORMATS), default="table",
                         help="how to print it (table)")  # fmt: skip
     parser.add_argument("--output", metavar="FILE",
                         help="write it to FILE instead of the standard output")  # fmt: skip
@@ -109,70 +74,10 @@ def run(args: argparse.Namespace) -> int:
     device = make_accelerator(TrainingConfig(device=args.device)).device
     trained = load_trained(args.checkpoint)
     model = trained.model.to(device)
-    files, empty = expand(args.files)
-    if args.output is None:
-        answers, unread = _sorted_out(predict(model, trained.extra, files, args.top, args.batch))
-        sys.stdout.write(_FORMATS[args.format](answers))
-    else:
-        with written_aside(args.output) as aside:
-            found = predict(model, trained.extra, files, args.top, args.batch)
-            answers, unread = _sorted_out(found)
-            aside.write_text(_FORMATS[args.format](answers), encoding="utf-8")
+    files, empty = PICTURES.expand(args.files)
+    found = predict(model, trained.extra, files, args.top, args.batch)
+    unread = PICTURES.answer(found, args.format, args.output)
     return 1 if empty or unread else 0
-
-
-def _sorted_out(found: Iterator[Answer]) -> tuple[list[Answer], int]:
-    """Return the answers, and how many pictures could not be read; name those on standard error.
-
-    Raises:
-        ValueError: if none could be read.
-    """
-    answers, unread = [], 0
-    for answer in found:
-        if answer.problem is None:
-            answers.append(answer)
-        else:
-            unread += 1
-            _complain(answer.file, f"cannot be read: {answer.problem}")
-    if not answers:
-        raise ValueError("not one picture could be read; name pictures (JPEG, PNG, ...) or folders "
-                         "that hold some")  # fmt: skip
-    return answers, unread
-
-
-def _complain(file: str, what: str) -> None:
-    print(f"{PROG}: {file} {what}", file=sys.stderr)
-
-
-def expand(names: Sequence[StrPath]) -> tuple[list[str], int]:
-    """Return the pictures that files and folders stand for, and how many folders hold none.
-
-    A folder stands for all pictures below it, in the order of their names; hidden ones are passed
-    over, and a folder without any is named on standard error.
-
-    Args:
-        names: files, folders, or - for the standard input.
-    """
-    files: list[str] = []
-    empty = 0
-    for name in (os.fspath(name) for name in names):
-        if not os.path.isdir(name):
-            files.append(name)
-            continue
-        found = sorted(_below(name))
-        files += found
-        if not found:
-            empty += 1
-            _complain(_shown(name), "is a folder without pictures")
-    return files, empty
-
-
-def _below(folder: str) -> Iterator[str]:
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.lower().endswith(_ENDINGS) and not name.startswith("."):
-                yield os.path.join(place, name)
 
 
 @torch.inference_mode()
@@ -207,7 +112,7 @@ def predict(
             read_in = list(pool.map(lambda file: _tensor(file, preprocessing), chunk))
             tensors = [each for each in read_in if isinstance(each, Tensor)]
             found = iter(_classify(model, extra, preprocessing, tensors, top) if tensors else ())
-            for file, each in zip(map(_shown, chunk), read_in, strict=True):
+            for file, each in zip(map(shown, chunk), read_in, strict=True):
                 yield Answer(file, problem=each) if isinstance(each, str) else Answer(file, next(found))  # fmt: skip # noqa: E501
 
 
@@ -240,58 +145,4 @@ def _classify(
                              "to half of that") from error  # fmt: skip
         raise
     check_finite(logits)
-    labels = labels_of(extra, logits.shape[1])
-    found = logits.softmax(1).topk(min(top, len(labels)))
-    rows = zip(found.indices.tolist(), found.values.tolist(), strict=True)
-    return [tuple(Prediction(i, labels[i], p) for i, p in zip(*row, strict=True)) for row in rows]
-
-
-def _shown(file: str) -> str:
-    """Return a file's name with what no UTF-8 text can hold replaced."""
-    return os.fsencode(file).decode("utf-8", "replace")
-
-
-def as_json(answers: Sequence[Answer]) -> str:
-    """Return a list of {"file", "predictions": [{"class", "label", "probability"}]} as JSON."""
-    rows = [
-        {
-            "file": answer.file,
-            "predictions": [
-                {"class": p.index, "label": p.label, "probability": p.probability}
-                for p in answer.predictions
-            ],
-        }
-        for answer in answers
-    ]
-    return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
-
-
-def as_csv(answers: Sequence[Answer]) -> str:
-    """Return a line for each prediction: file, rank from 1, class, label, probability."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["file", "rank", "class", "label", "probability"])
-    for answer in answers:
-        for rank, p in enumerate(answer.predictions, 1):
-            writer.writerow([answer.file, rank, p.index, p.label, f"{p.probability:.6f}"])
-    return out.getvalue()
-
-
-def as_text(answers: Sequence[Answer]) -> str:
-    """Return a table: the most probable classes of each picture."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("file", overflow="fold")
-    table.add_column("class", overflow="fold")
-    table.add_column("probability", justify="right")
-    for answer in answers:
-        table.add_section()
-        for rank, p in enumerate(answer.predictions):
-            file = answer.file if rank == 0 else ""
-            table.add_row(file, p.label, f"{100 * p.probability:.2f} %")
-    console = plain_console()
-    with console.capture() as captured:
-        console.print(table)
-    return captured.get()
-
-
-_FORMATS = {"table": as_text, "json": as_json, "csv": as_csv}
+    return most_probable(logits, labels_of(extra, logits.shape[1]), top)

@@ -14,8 +14,7 @@ from rich.table import Table
 
 from blnet.environment import collect, command_line
 from blnet.files import written_aside
-from blnet.vision.config import DataConfig, VisionConfig
-from blnet.vision.confusion import (
+from blnet.training.confusion import (
     CONFUSION,
     PER_CLASS,
     PICTURE,
@@ -23,12 +22,14 @@ from blnet.vision.confusion import (
     write_confusion,
     write_per_class,
 )
+from blnet.vision.config import DataConfig, VisionConfig
 from blnet.vision.data import ImageData
 from blnet.vision.inference import Trained, network_facts
 from blnet.vision.measurement import Measurement
 from blnet.vision.reproduction import Reproduction
 
 RESULTS = "results.json"
+UNIT = "images"
 _MISSING = "-"
 
 
@@ -145,7 +146,7 @@ def _places(evaluations: Sequence[Evaluation]) -> list[str]:
 def _write_files(place: Path, one: Evaluation) -> None:
     names, measured = one.data.classes, one.measured
     place.mkdir(exist_ok=True)
-    write_per_class(place / PER_CLASS, names, measured.confusion, measured.top5_hits)
+    write_per_class(place / PER_CLASS, names, measured.confusion, measured.top5_hits, UNIT)
     write_confusion(place / CONFUSION, names, measured.confusion)
     title = f"{one.trained.title}: {100 * measured.accuracy:.2f} % of {measured.images:,} images"
     draw_confusion(place / PICTURE, names, measured.confusion, title)

@@ -7,72 +7,42 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blnet.registry import is_big_little
-from blnet.training.devices import make_accelerator, shared
-from blnet.training.options import parse
-from blnet.training.run import default_folder, describe, report_stop, run
-from blnet.training.stopping import Interrupted
+from blnet.training.command import TrainCommand
 from blnet.vision.config import ModelConfig, VisionConfig
-from blnet.vision.task import ImageTask
-from blnet.vision.task import describe as describe_model
-
-PROG = "blnet train vision"
-RECIPES = Path(__file__).parent / "recipes"
-DEFAULT_RECIPE = "digits"
-BASELINE = "baseline"  # the plain network's folder inside the run's
+from blnet.vision.task import ImageTask, describe
 
 
-def main(words: Sequence[str]) -> int:
-    """Train as the flags say; see ``blnet train vision --help``.
+class TrainVision(TrainCommand):
+    """Training on images."""
 
-    Returns:
-        The exit status: 0 when the run is finished, 130 or 143 when a signal stopped it.
-    """
-    config, recipe = parse(
-        VisionConfig,
-        PROG,
+    kind = "vision"
+    config = VisionConfig
+    description = (
         "Train a network on images. Without flags: bL-ResNet-18 on scikit-learn's digits, and "
-        "ResNet-18 beside it, in minutes on a CPU.",
-        RECIPES,
-        DEFAULT_RECIPE,
-        words,
+        "ResNet-18 beside it, in minutes on a CPU."
     )
-    config.check()
-    return train(config, recipe)
+    recipes = Path(__file__).parent / "recipes"
+
+    def default_recipe(self, words: Sequence[str]) -> str:
+        """Return the recipe of a command line that names none."""
+        return "digits"
+
+    def make_task(self, config: VisionConfig, earlier: ImageTask | None = None) -> ImageTask:
+        """Return the task of a configuration."""
+        return ImageTask(config, None if earlier is None else earlier.data)
+
+    def plain_of(self, model: ModelConfig) -> ModelConfig:
+        """Return a Big-Little network's plain one, which has one branch; of any other, itself."""
+        return dataclasses.replace(model, branches=1) if is_big_little(model.name) else model
+
+    def describe(self, model: ModelConfig) -> str:
+        """Return what a network is called."""
+        return describe(model)
+
+    def advice(self, config: VisionConfig, folder: Path) -> str:
+        """Return what to do with the trained network."""
+        return f"try it: blnet predict vision FILE --checkpoint {folder}"
 
 
-def train(config: VisionConfig, recipe: str) -> int:
-    """Train the network of a configuration, and its plain one if it says so; print both."""
-    accelerator = make_accelerator(config)
-    folder = Path(shared(config.output or str(default_folder("vision", recipe)), accelerator))
-    # On each machine one process first, which downloads where that was asked for.
-    with accelerator.local_main_process_first():
-        task = ImageTask(config)
-    lines = []
-    for each, place in _runs(config, folder):
-        task = ImageTask(each, task.data)
-        try:
-            summary = run(task, each, place, accelerator)
-        except Interrupted as stop:
-            if accelerator.is_main_process:
-                report_stop(stop, PROG, folder)
-            return stop.status
-        lines.append(describe(describe_model(each.model), summary, task))
-    if accelerator.is_main_process:
-        print("\n".join(lines))
-        print(f"the best network: {folder / 'best.safetensors'}; try it: blnet predict vision "
-              f"FILE --checkpoint {folder}")  # fmt: skip
-    return 0
-
-
-def _runs(config: VisionConfig, folder: Path) -> list[tuple[VisionConfig, Path]]:
-    """Return the runs: the network's and, where it has a plain one, that one's."""
-    runs = [(config, folder)]
-    plain = plain_of(config.model)
-    if config.baseline and plain != config.model:
-        runs.append((dataclasses.replace(config, model=plain, baseline=False), folder / BASELINE))
-    return runs
-
-
-def plain_of(model: ModelConfig) -> ModelConfig:
-    """Return a Big-Little network's plain one, which has one branch; of any other, itself."""
-    return dataclasses.replace(model, branches=1) if is_big_little(model.name) else model
+COMMAND = TrainVision()
+main = COMMAND.main

@@ -107,3 +107,9 @@ def clock(seconds: float) -> str:
     hours, minutes = divmod(whole // 60, 60)
     start = f"{hours}:{minutes:02d}" if hours else f"{minutes}"
     return f"{start}:{whole % 60:02d}"
+
+
+def plain_console() -> Console:
+    """Return a console that prints text as it is, in full width where it is no terminal."""
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    return Console(width=width, markup=False, emoji=False, highlight=False)

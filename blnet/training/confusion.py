@@ -1,4 +1,4 @@
-"""Which class was taken for which: counts, and the files and the picture made of them."""
+"""Which class was taken for which: counts, their intervals, and the files made of them."""
 
 from __future__ import annotations
 
@@ -13,48 +13,71 @@ from numpy.typing import NDArray
 from blnet.files import written_aside
 
 PER_CLASS, CONFUSION, PICTURE = "per_class.csv", "confusion.csv", "confusion.png"
-PER_CLASS_COLUMNS = ("class", "images", "top-1", "top-5", "most confused with", "times")
 Counts = NDArray[np.int64]
 
+CONFIDENCE = 0.95  # of the intervals
 _MOST_NUMBERED = 30  # classes whose cells have room for numbers
 _MOST_NAMED = 100  # classes whose names can be read along an axis
 _NAME_SHOWN = 24  # characters of a class's name in the picture
 _DARK = 0.4  # share from which on a cell needs white numbers
 
 
-def write_per_class(
-    path: Path, names: Sequence[str], confusion: Counts, top5: Counts | None
-) -> None:
-    """Write a line for each class: images, accuracies from 0 to 1, and its commonest mistake.
+def wilson(successes: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Return Wilson's score interval of a share.
 
-    Of a class without images, or always right, the fields that have no meaning stay empty; so does
+    (E. B. Wilson, "Probable inference, the law of succession, and statistical inference", Journal
+    of the American Statistical Association 22, 1927.)
+
+    Args:
+        successes: from 0 to trials.
+        trials: at least 1.
+        confidence: share of the intervals that hold the true value, between 0 and 1.
+    """
+    from scipy.stats import binomtest  # half a second to import, and wanted once
+
+    found = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    return float(found.low), float(found.high)
+
+
+def per_class_columns(unit: str) -> tuple[str, ...]:
+    """Return the columns of `write_per_class`; the unit is what a sample is called."""
+    return ("class", unit, "top-1", "top-5", "most confused with", "times")
+
+
+def write_per_class(
+    path: Path, names: Sequence[str], confusion: Counts, top5: Counts | None, unit: str
+) -> None:
+    """Write a line for each class: samples, accuracies from 0 to 1, and its commonest mistake.
+
+    Of a class without samples, or always right, the fields that have no meaning stay empty; so does
     top-5 of five classes or fewer.
 
     Args:
         path: the file.
         names: of the classes.
-        confusion: images of class i taken for class j, (classes, classes).
-        top5: images of each class with the class among the first five, (classes,).
+        confusion: samples of class i taken for class j, (classes, classes).
+        top5: samples of each class with the class among the first five, (classes,).
+        unit: what a sample is called, "images" say.
 
     Raises:
         OSError: if it cannot be written.
     """
     rows = []
     for index, name in enumerate(names):
-        images, right = int(confusion[index].sum()), int(confusion[index, index])
+        count, right = int(confusion[index].sum()), int(confusion[index, index])
         mistake, times = _commonest_mistake(confusion[index], index)
         rows.append(
             {
                 "class": name,
-                "images": images,
-                "top-1": f"{right / images:.6f}" if images else "",
-                "top-5": f"{int(top5[index]) / images:.6f}" if top5 is not None and images else "",
+                unit: count,
+                "top-1": f"{right / count:.6f}" if count else "",
+                "top-5": f"{int(top5[index]) / count:.6f}" if top5 is not None and count else "",
                 "most confused with": names[mistake] if times else "",
                 "times": times or "",
             }
         )
     with written_aside(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, PER_CLASS_COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, per_class_columns(unit), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -73,7 +96,7 @@ def write_confusion(path: Path, names: Sequence[str], confusion: Counts) -> None
     Args:
         path: the file.
         names: of the classes.
-        confusion: images of class i taken for class j, (classes, classes).
+        confusion: samples of class i taken for class j, (classes, classes).
 
     Raises:
         OSError: if it cannot be written.
@@ -90,7 +113,7 @@ def draw_confusion(path: Path, names: Sequence[str], confusion: Counts, title: s
     Args:
         path: the file.
         names: of the classes.
-        confusion: images of class i taken for class j, (classes, classes).
+        confusion: samples of class i taken for class j, (classes, classes).
         title: what stands above.
 
     Raises:
@@ -117,10 +140,10 @@ def draw_confusion(path: Path, names: Sequence[str], confusion: Counts, title: s
 
 
 def _shares(confusion: Counts) -> NDArray[np.float64]:
-    """Return each row divided by its sum; NaN for a class without images."""
-    images = confusion.sum(axis=1, keepdims=True)
+    """Return each row divided by its sum; NaN for a class without samples."""
+    counts = confusion.sum(axis=1, keepdims=True)
     with np.errstate(invalid="ignore"):
-        shares: NDArray[np.float64] = confusion / images
+        shares: NDArray[np.float64] = confusion / counts
     return shares
 
 
@@ -144,7 +167,7 @@ def _draw_heat(figure: Any, axes: Any, shares: NDArray[np.float64]) -> None:
     # From below the rarest: single pixels of the palest colours are hard to tell from white.
     norm = LogNorm(0.1 * float(shown.min()), 1)
     image = axes.imshow(shown, cmap="viridis_r", norm=norm, interpolation="nearest")
-    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class's images")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
 
 
 def _name_axes(axes: Any, names: Sequence[str]) -> None:

@@ -1,0 +1,28 @@
+"""Checks of values that a user gives, in a configuration or as a flag."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise a ValueError unless a value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Raise a ValueError unless a value is a whole number of at least so much."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def positive(text: str) -> int:
+    """Return a whole number of at least 1, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: if the text is none.
+    """
+    if not (text.isdecimal() and len(text) < 10 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number of at least 1")
+    return int(text)

@@ -1,0 +1,256 @@
+"""SpeechNet: a residual network of Big-Little modules over log-mel maps.
+
+A map is (N, channels, mel bands, frames). The plan is that of Big-Little Net's acoustic models
+(Chen et al., ICLR 2019) as far as it is known: 22 layers, that is a first convolution, ten basic
+blocks of two convolutions and one linear layer, over 64 bands. Their widths were not to be had;
+ours (`PLAN`) come within 5 % of the 3.02 M parameters reported for the plain network, and are such
+that beta 1, 2 and 3 all differ, which takes a stage of six blocks.
+
+| layer | channels | blocks | bands | frames (time reduction 1, 2, 4) |
+|---|---|---|---|---|
+| 3x3 convolution | 64 | | 64 -> 32 | 1, 1/2, 1/2 |
+| stage 1 | 64 | 2 | 32 -> 16 | 1, 1/2, 1/4 |
+| stage 2 | 128 | 6 | 16 | 1, 1/2, 1/4 |
+| stage 3, plain | 192 | 2 | 8 | 1, 1/2, 1/4 |
+| mean over bands, linear | classes | | | |
+
+A Big-Little module's big branch runs at half the bands and half the frames. Frequency and time
+stride on their own, so that frame labels may be as dense as the features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from blnet.blocks import BasicBlock, conv_norm
+from blnet.checks import check_choice, check_count
+from blnet.kernels import merge
+from blnet.module import BigLittleModule, check_branching, divide_width, make_module, plain_stage
+from blnet.network import initialise
+from blnet.speech.masking import FrameMask, halved
+
+HeadName = Literal["keyword", "ctc", "frame"]
+TIME_REDUCTIONS = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class SpeechNetConfig:
+    """Everything that decides a network's shape.
+
+    Attributes:
+        depths: blocks L of each stage.
+        widths: channels C of each stage; the first convolution is as wide as the first.
+        alpha: how many times narrower each smaller branch is.
+        beta: how many times shorter each smaller branch is.
+        branches: number K of branches; 1 is the plain network.
+        pyramid: channels of a pyramid of the branches' outputs that the answer also looks at; 0 for
+            none.
+        time_reduction: frames of the map to one of the answer: 1, 2 or 4.
+        in_channels: channels of the map: 3 with first and second differences, else 1.
+        head: "keyword" answers once for a recording, from the mean over its frames; "ctc" and
+            "frame" answer for every frame.
+        num_classes: classes; of ctc and frame with the blank (class 0).
+
+    Raises:
+        ValueError: if a value is out of range or alpha does not divide the widths.
+    """
+
+    depths: tuple[int, ...] = (2, 6, 2)
+    widths: tuple[int, ...] = (64, 128, 192)
+    alpha: int = 4
+    beta: int = 2
+    branches: int = 2
+    pyramid: int = 0
+    time_reduction: int = 1
+    in_channels: int = 1
+    head: HeadName = "keyword"
+    num_classes: int = 10
+
+    def __post_init__(self) -> None:
+        check_branching(self.alpha, self.beta, self.branches)
+        check_choice("head", self.head, get_args(HeadName))
+        check_choice("time_reduction", self.time_reduction, TIME_REDUCTIONS)
+        for name, least in (("in_channels", 1), ("num_classes", 1), ("pyramid", 0)):
+            check_count(name, getattr(self, name), least)
+        if len(self.depths) != len(self.widths) or len(self.depths) < 2:
+            raise ValueError(
+                f"depths and widths must name the same two or more stages, got {self.depths} and "
+                f"{self.widths}"
+            )
+        for value in (*self.depths, *self.widths):
+            check_count("each of depths and widths", value, 1)
+        for width in self.widths[:-1]:
+            divide_width(width, self.alpha, self.branches - 1)
+
+    @property
+    def stem_stride(self) -> int:
+        """Stride of the first convolution in time."""
+        return 2 if self.time_reduction > 1 else 1
+
+    @property
+    def stage_stride(self) -> int:
+        """Stride in time between the first stage and the second."""
+        return self.time_reduction // self.stem_stride
+
+
+class SpeechNet(nn.Module):
+    """A network from log-mel maps to the logits of words, characters or frame labels.
+
+    In evaluation mode the answer for a recording is the same, but for rounding, whatever it is
+    padded with and whichever batch it sits in, where its length is given.
+
+    Args:
+        config: the network's shape.
+    """
+
+    def __init__(self, config: SpeechNetConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or SpeechNetConfig()
+        width, stride = config.widths[0], (2, config.stem_stride)
+        self.stem = nn.Sequential(
+            *conv_norm(config.in_channels, width, 3, stride), nn.ReLU(inplace=True)
+        )
+        self.stages = nn.ModuleList(_make_stages(config))
+        self.pyramid = (
+            Pyramid(config.widths, config.pyramid, config.stage_stride) if config.pyramid else None
+        )
+        self.fc = nn.Linear(config.widths[-1] + config.pyramid, config.num_classes)
+        self.apply(initialise)
+        self._mask = FrameMask()
+        self._mask.watch(self)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Return the logits of a batch of maps.
+
+        Args:
+            x: (N, in_channels, bands, frames); what stands behind a recording's end does not
+                matter.
+            lengths: frames of each recording (N,), whole numbers from 1 to frames; None where all
+                are as long as the map.
+
+        Returns:
+            (N, num_classes) of a keyword head, (N, output_lengths(frames), num_classes) of others.
+
+        Raises:
+            ValueError: if there is not one length for each recording.
+        """
+        if lengths is None:
+            return self._answer(self._features(x), None)
+        if lengths.shape != x.shape[:1]:
+            raise ValueError(
+                f"lengths must be one number for each of {x.shape[0]} recordings, got shape "
+                f"{tuple(lengths.shape)}"
+            )
+        halvings = self.config.time_reduction.bit_length() - 1 + self.config.branches - 1
+        self._mask.set(lengths, x.shape[-1], halvings)
+        try:
+            return self._answer(self._features(x), self.output_lengths(lengths))
+        finally:
+            self._mask.clear()
+
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        """Return the frames of the answers to recordings of so many frames."""
+        return halved(lengths, self.config.time_reduction.bit_length() - 1)
+
+    def _features(self, x: Tensor) -> Tensor:
+        """Return the features (N, channels, frames) that the linear layer looks at."""
+        x = self.stem(x)
+        maps = []
+        for stage in self.stages:
+            if self.pyramid is not None and isinstance(stage, BigLittleModule):
+                merged = stage.merged(x)
+                maps.append(merged)
+                assert stage.fusion is not None
+                x = stage.fusion(merged)
+            else:
+                x = stage(x)
+                maps.append(x)
+        features = x.mean(2)
+        if self.pyramid is None:
+            return features
+        return torch.cat([features, self.pyramid(maps).mean(2)], 1)
+
+    def _answer(self, features: Tensor, lengths: Tensor | None) -> Tensor:
+        if self.config.head == "keyword":
+            logits: Tensor = self.fc(mean_over_frames(features, lengths))
+        else:
+            logits = self.fc(features.transpose(1, 2))
+        return logits
+
+
+class Pyramid(nn.Module):
+    """A feature pyramid over the stages' maps, from the coarsest to the finest.
+
+    Each map goes through a 1x1 convolution and is added to what comes from the coarser ones,
+    enlarged; a 3x3 convolution looks at the sum. (After Lin et al., "Feature Pyramid Networks",
+    2017; the paper's own pyramid was not described.)
+
+    Args:
+        widths: channels of the maps, the finest first.
+        channels: of the pyramid.
+        time_stride: stride of the last convolution in time, which brings the finest map to the
+            frames of the coarsest.
+    """
+
+    def __init__(self, widths: tuple[int, ...], channels: int, time_stride: int = 1) -> None:
+        super().__init__()
+        self.laterals = nn.ModuleList(
+            nn.Sequential(*conv_norm(width, channels, 1)) for width in widths
+        )
+        self.smooth = nn.Sequential(
+            *conv_norm(channels, channels, 3, (1, time_stride)), nn.ReLU(inplace=True)
+        )
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Return the pyramid (N, channels, bands of the finest map, frames of the coarsest)."""
+        out: Tensor = torch.relu(self.laterals[-1](maps[-1]))
+        for lateral, finer in zip(reversed(self.laterals[:-1]), reversed(maps[:-1]), strict=True):
+            out = merge(out, lateral(finer))
+        smooth: Tensor = self.smooth(out)
+        return smooth
+
+
+def mean_over_frames(features: Tensor, lengths: Tensor | None) -> Tensor:
+    """Return the mean (N, channels) of features (N, channels, frames) over each one's frames."""
+    if lengths is None:
+        return features.mean(2)
+    frames = torch.arange(features.shape[2], device=features.device)
+    inside = (frames < lengths[:, None])[:, None]
+    total = features.where(inside, 0).sum(2)
+    return total / lengths[:, None].to(total.dtype)
+
+
+def _make_stages(config: SpeechNetConfig) -> list[nn.Module]:
+    plain = config.branches == 1
+    block = partial(BasicBlock, pooled_shortcut=not plain)
+    last = len(config.depths) - 1
+    # From each stage to the next the bands are halved; the time only after the first stage.
+    strides = [(2, config.stage_stride if index == 0 else 1) for index in range(last)]
+    stages: list[nn.Module] = []
+    in_channels = config.widths[0]
+    for index, (length, width) in enumerate(zip(config.depths, config.widths, strict=True)):
+        if plain or index == last:
+            # A plain stage strides at its start, and so does the last stage of either network.
+            stride = strides[index - 1] if index else (1, 1)
+            stages.append(plain_stage(block, in_channels, width, length, stride))
+        else:
+            stages.append(
+                make_module(
+                    block,
+                    in_channels,
+                    width,
+                    length,
+                    alpha=config.alpha,
+                    beta=config.beta,
+                    branches=config.branches,
+                    # The stage before the last keeps its size: the last one strides itself.
+                    stride=strides[index] if index < last - 1 else (1, 1),
+                )
+            )
+        in_channels = width
+    return stages
