@@ -16,14 +16,21 @@ COMMANDS = {
     "bench": ("blnet.bench.command", "measure speed against the plain network and write a report"),
     "convert": ("blnet.conversion.command", "turn a network or an official checkpoint into ours"),
     "table": ("blnet.vision.table", "print the paper's recognition table beside our recount"),
+    "table --speech": ("blnet.speech.table", "the same of the paper's acoustic models"),
     "kernels": ("blnet.kernels.command", "list, check, compile, tune and time the kernels"),
     "train vision": ("blnet.vision.train", "train a network on images"),
+    "train speech": ("blnet.speech.train", "train a network on speech"),
     "evaluate vision": ("blnet.vision.evaluate", "measure a trained network's accuracy"),
+    "evaluate speech": ("blnet.speech.evaluate", "measure a trained network's accuracy or WER"),
     "predict vision": ("blnet.vision.predict", "say what is on pictures"),
+    "predict speech": ("blnet.speech.predict", "say which words recordings are"),
+    "transcribe": ("blnet.speech.transcribe", "write down what recordings say"),
+    "align": ("blnet.speech.align", "make frame labels from transcripts with a CTC network"),
     "doctor": ("blnet.doctor", "say what works on this machine and what to do about the rest"),
 }
 # Two words -> the command they stand for. The kernels may not import the suites that time them.
 _ALIASES: dict[tuple[str, ...], list[str]] = {("kernels", "bench"): ["bench", "kernels"]}
+_SPEECH = "--speech"
 # Optional package -> the extra that installs it.
 _EXTRAS = {
     **dict.fromkeys(("torchvision", "PIL", "webdataset"), "vision"),
@@ -98,6 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     words = _ALIASES.get((*words[:2],), words[:2]) + words[2:]
+    if words[0] == "table" and _SPEECH in words:  # wherever it stands
+        words = ["table", _SPEECH, *(word for word in words[1:] if word != _SPEECH)]
     for length in (2, 1):
         name = " ".join(words[:length])
         if name in COMMANDS:

@@ -15,6 +15,11 @@ def halved(lengths: Tensor, times: int = 1) -> Tensor:
     return lengths
 
 
+def reduced(lengths: Tensor, factor: int) -> Tensor:
+    """Return numbers of frames after strides of 2 that make a factor of 1, 2, 4 and so on."""
+    return halved(lengths, factor.bit_length() - 1)
+
+
 class FrameMask:
     """Sets the frames behind each recording's end to zero before any layer that looks around.
 

@@ -32,7 +32,7 @@ from blnet.checks import check_choice, check_count
 from blnet.kernels import merge
 from blnet.module import BigLittleModule, check_branching, divide_width, make_module, plain_stage
 from blnet.network import initialise
-from blnet.speech.masking import FrameMask, halved
+from blnet.speech.masking import FrameMask, reduced
 
 HeadName = Literal["keyword", "ctc", "frame"]
 TIME_REDUCTIONS = (1, 2, 4)
@@ -155,7 +155,7 @@ class SpeechNet(nn.Module):
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
         """Return the frames of the answers to recordings of so many frames."""
-        return halved(lengths, self.config.time_reduction.bit_length() - 1)
+        return reduced(lengths, self.config.time_reduction)
 
     def _features(self, x: Tensor) -> Tensor:
         """Return the features (N, channels, frames) that the linear layer looks at."""

@@ -262,6 +262,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="FILE", help="write it to FILE instead of the standard output"
     )
+    parser.epilog = "'blnet table --speech' prints the table of the paper's acoustic models."
 
 
 def run(args: argparse.Namespace) -> int:
