@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from datetime import datetime
@@ -18,7 +20,8 @@ from blnet.bench.settings import (
     check_writable,
     resolve,
 )
-from blnet.bench.studies import SCALES
+from blnet.bench.studies import SCALES, goes_on
+from blnet.environment import command_line
 
 # Suite -> (its module, one line on it).
 SUITES = {
@@ -26,6 +29,10 @@ SUITES = {
     "training": (
         "blnet.bench.suites.test_training",
         "whole networks, forward and backward pass, fused and not",
+    ),
+    "speech_models": (
+        "blnet.bench.suites.test_speech_models",
+        "whole acoustic models, inference, every rung",
     ),
     "merge": ("blnet.bench.suites.test_merge", "relu(upsample(big) + little) at the merge sites"),
     "expand_merge": (
@@ -35,6 +42,10 @@ SUITES = {
     "moments": ("blnet.bench.suites.test_moments", "the batch statistics of expand_merge"),
     "bottleneck": ("blnet.bench.suites.test_bottleneck", "the little branches, inference"),
     "stem": ("blnet.bench.suites.test_stem", "the end of the stem, inference"),
+    "features": (
+        "blnet.bench.suites.test_features",
+        "log-mel maps of recordings, against librosa's",
+    ),
     "accuracy": (
         "blnet.bench.suites.test_accuracy",
         "study: plain and Big-Little networks trained alike, several seeds",
@@ -263,7 +274,7 @@ def run(arguments: argparse.Namespace) -> int:
     from blnet.bench.session import Session
 
     folder = Path(arguments.output or _default_folder(settings))
-    check_writable(folder)
+    check_writable(folder, goes_on(settings, folder, STUDIES))
     with Progress() as progress:
         session = Session(settings, progress.watch, folder)
         for note in session.results.notes:
@@ -271,7 +282,17 @@ def run(arguments: argparse.Namespace) -> int:
         suites = {name: SUITES[name][0] for name in settings.suites or _default(session.settings)}
         progress.start(steps(suites, session.settings))
         run_suites(suites, session)
-    return finish(session.results, folder)
+    status = finish(session.results, folder)
+    if session.results.interrupted and set(suites) <= set(STUDIES):
+        print(f"go on with: {_with_output(folder)}", file=sys.stderr)
+    return status
+
+
+def _with_output(folder: Path) -> str:
+    """Return the command that was given, with its folder named."""
+    command = command_line()
+    named = any(word.partition("=")[0] == "--output" for word in shlex.split(command))
+    return command if named else f"{command} --output {shlex.quote(str(folder))}"
 
 
 def _check_extra() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from blnet.bench.results import Network
+from blnet.bench.results import Network, Results
 from blnet.bench.settings import DEFAULT_BRANCHINGS, Settings
 
 DEFAULT_BASELINE = "resnet50"
@@ -103,13 +104,19 @@ def check(settings: Settings) -> None:
             spec.build()
 
 
-def facts(spec: Spec, settings: Settings) -> Network:
-    """Return what a network costs, for one image of the run's size."""
+def record(results: Results, found: Sequence[Spec], input_size: tuple[int, ...]) -> None:
+    """Note in the results what some networks cost, for one input of a size, batch included."""
+    known_labels = {network.label for network in results.networks}
+    results.networks += [facts(s, input_size) for s in found if s.label not in known_labels]
+
+
+def facts(spec: Spec, input_size: tuple[int, ...]) -> Network:
+    """Return what a network costs, for one input of a size, batch included."""
     from blnet import profile
 
     with torch.device("meta"):
         model = spec.build()
-    cost = profile(model, input_size=(1, 3, settings.size, settings.size))
+    cost = profile(model, input_size=input_size)
     return Network(
         label=spec.label,
         name=spec.name,
@@ -124,12 +131,12 @@ def facts(spec: Spec, settings: Settings) -> Network:
 def instance(spec: Spec, images: Tensor, settings: Settings) -> nn.Module:
     """Return a network ready for inference, on the CPU in float32.
 
-    Its weights are random, its BN statistics are those of the images: with the initial ones
+    Its weights are random, its BN statistics are those of the input: with the initial ones
     activations grow from block to block, and in half precision they would overflow.
 
     Args:
         spec: which one.
-        images: a float32 batch; its first eight are used.
+        images: a float32 batch of images or maps; its first eight are used.
         settings: of the run.
     """
     torch.manual_seed(settings.seed)
@@ -151,7 +158,8 @@ def instance(spec: Spec, images: Tensor, settings: Settings) -> nn.Module:
 
 
 def known() -> ModuleType:
-    """Return the registry, with the networks for images in it."""
+    """Return the registry, with the networks for images and for speech in it."""
+    import blnet.speech.models
     import blnet.vision.models  # noqa: F401
     from blnet import registry
 

@@ -118,8 +118,8 @@ def _megabytes(value: int | None) -> str:
 # ---------------------------------------------------------------------------- models
 
 
-def model_header(results: Results) -> list[str]:
-    """Return the columns of the models table; the batches are those of the run."""
+def model_header(results: Results, unit: str = "images") -> list[str]:
+    """Return the columns of a table of networks; the batches are those of the run."""
     top = _top_batch(results)
     batches = _batches(results)
     gains = [(f"speed-up b{batch} [95 %]", f"realised b{batch}") for batch in batches]
@@ -131,7 +131,7 @@ def model_header(results: Results) -> list[str]:
         "GMACs",
         "MAC ratio",
         "latency b1, ms",
-        f"images/s b{top}",
+        f"{unit}/s b{top}",
         *(name for pair in gains for name in pair),
         f"memory b{top}, MB",
         "best rung " + ", ".join(f"b{batch}" for batch in batches),
@@ -178,13 +178,13 @@ def _batches(results: Results) -> list[int]:
 
 def print_tables(results: Results, console: Console) -> None:
     """Print the table of each suite that ran, and a red line for each failure."""
-    for suite, what in NETWORK_SUITES.items():
+    for suite, kind in NETWORK_SUITES.items():
         rows = model_rows(results, suite)
         if not rows:
             continue
         cells = [model_cells(results, row) for row in rows]
-        header = model_header(results)
-        title = f"{what}: {_title(results)}"
+        header = model_header(results, kind.unit)
+        title = f"{kind.what}: {_title(results, kind.unit)}"
         table = _rich_table(title, header, left=(0, len(header) - 1), gap=0)
         for texts in cells:
             # An interval goes below its value: fourteen columns must fit a terminal.
@@ -231,14 +231,15 @@ def _rich_table(title: str, header: list[str], left: tuple[int, ...], gap: int =
     return table
 
 
-def _title(results: Results) -> str:
+def _title(results: Results, unit: str = "images") -> str:
     settings, where = results.settings, results.environment
     on = where["device"] if settings["device"] == "cuda" else f"{where['cpu']}, "
     if settings["device"] != "cuda":
         on += f"{where['threads']} threads"
     if not _is_timed(results):
         return on
-    return f"{on}, {settings['dtype']}, {settings['size']}x{settings['size']} pixels"
+    pixels = f", {settings['size']}x{settings['size']} pixels" if unit == "images" else ""
+    return f"{on}, {settings['dtype']}{pixels}"
 
 
 def _is_timed(results: Results) -> bool:
@@ -352,12 +353,14 @@ def markdown(results: Results) -> str:
     if results.interrupted:
         lines += ["**This run was interrupted: what was measured until then follows.**", ""]
     lines += [f"{_title(results)}; {results.environment['date']}; {results.seconds:.0f} s.", ""]
-    for suite, what in NETWORK_SUITES.items():
+    for suite, kind in NETWORK_SUITES.items():
         rows = model_rows(results, suite)
         if not rows:
             continue
         cells = [model_cells(results, row) for row in rows]
-        lines += [f"## {suite.capitalize()}: {what}", "", *_table(model_header(results), cells), ""]
+        header = model_header(results, kind.unit)
+        title = suite.replace("_", " ").capitalize()
+        lines += [f"## {title}: {kind.what}", "", *_table(header, cells), ""]
         lines += [_reading(rows), "", "### Every rung", "", *_ladder_table(results, suite), ""]
     for suite in op_suites(results):
         cells = [op_cells(results, row) for row in op_rows(results, suite)]

@@ -125,7 +125,7 @@ class Network:
         beta: see the paper; None for a plain network.
         baseline: label of the plain network it is compared with; its own for a plain network.
         parameters: elements of its parameters.
-        macs: multiply-adds for one image.
+        macs: multiply-adds for one image or clip.
     """
 
     label: str

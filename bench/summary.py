@@ -7,8 +7,25 @@ from dataclasses import dataclass, field
 from blnet.bench.intervals import Ratio, median_ratio
 from blnet.bench.results import Measurement, Network, Results
 
-# Suite of whole networks -> what it times.
-NETWORK_SUITES = {"models": "inference", "training": "training, forward and backward pass"}
+
+@dataclass(frozen=True)
+class NetworkSuite:
+    """A suite of whole networks.
+
+    Attributes:
+        what: what it times.
+        unit: what goes through a network, several of them.
+    """
+
+    what: str
+    unit: str = "images"
+
+
+NETWORK_SUITES = {
+    "models": NetworkSuite("inference"),
+    "training": NetworkSuite("training, forward and backward pass"),
+    "speech_models": NetworkSuite("inference, clips of 3 s", "clips"),
+}
 
 
 @dataclass(frozen=True)
@@ -16,10 +33,10 @@ class BatchRow:
     """A network at one batch, on its fastest rung.
 
     Attributes:
-        batch: images at once.
+        batch: images or clips at once.
         rung: name of its fastest rung.
         seconds: median time of a batch.
-        throughput: images/s.
+        throughput: images or clips a second.
         baseline_rung: name of the plain network's fastest rung; None if it has no time.
         speedup: over that rung; None for the plain network and where that has no time.
         realised: speed-up divided by the ratio of MACs; None where speedup is.
@@ -89,9 +106,11 @@ def model_rows(results: Results, suite: str = "models") -> list[ModelRow]:
     if not measurements:
         return []
     batches = sorted({m.facts["batch"] for m in measurements})
-    macs = {network.label: network.macs for network in results.networks}
+    families = {m.family for m in measurements}
+    networks = [network for network in results.networks if network.label in families]
+    macs = {network.label: network.macs for network in networks}
     rows = []
-    for network in results.networks:
+    for network in networks:
         plain_macs = macs.get(network.baseline)
         ratio = plain_macs / network.macs if plain_macs else None
         row = ModelRow(network, ratio)

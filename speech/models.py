@@ -26,6 +26,7 @@ def bl_resnet22(
     head: HeadName = "keyword",
     time_reduction: int = 1,
     in_channels: int = 1,
+    bins: int = 64,
     width: float = 1.0,
 ) -> SpeechNet:
     """Return bL-ResNet-22.
@@ -40,10 +41,11 @@ def bl_resnet22(
         head: "keyword" answers once for a recording, "ctc" and "frame" for every frame.
         time_reduction: frames of the map to one of the answer: 1, 2 or 4.
         in_channels: channels of the map: 3 with first and second differences, else 1.
+        bins: mel bands of the map.
         width: all widths times this, to the nearest multiple of 8.
 
     Returns:
-        A network from log-mel maps (N, in_channels, bands, frames) and their lengths (N,) to
+        A network from log-mel maps (N, in_channels, bins, frames) and their lengths (N,) to
         logits; see `SpeechNet.forward`.
 
     Raises:
@@ -61,6 +63,7 @@ def bl_resnet22(
             pyramid=scaled(PYRAMID, width) if pyramid else 0,
             time_reduction=time_reduction,
             in_channels=in_channels,
+            bins=bins,
             head=head,
             num_classes=num_classes,
         )
@@ -73,6 +76,7 @@ def resnet22(
     head: HeadName = "keyword",
     time_reduction: int = 1,
     in_channels: int = 1,
+    bins: int = 64,
     width: float = 1.0,
 ) -> SpeechNet:
     """Return plain ResNet-22; the arguments are those of :func:`bl_resnet22`."""
@@ -82,6 +86,7 @@ def resnet22(
         head=head,
         time_reduction=time_reduction,
         in_channels=in_channels,
+        bins=bins,
         width=width,
     )
 

@@ -12,7 +12,7 @@ that beta 1, 2 and 3 all differ, which takes a stage of six blocks.
 | stage 1 | 64 | 2 | 32 -> 16 | 1, 1/2, 1/4 |
 | stage 2 | 128 | 6 | 16 | 1, 1/2, 1/4 |
 | stage 3, plain | 192 | 2 | 8 | 1, 1/2, 1/4 |
-| mean over bands, linear | classes | | | |
+| linear, over all bands | classes | | 8 -> 1 | |
 
 A Big-Little module's big branch runs at half the bands and half the frames. Frequency and time
 stride on their own, so that frame labels may be as dense as the features.
@@ -20,11 +20,13 @@ stride on their own, so that frame labels may be as dense as the features.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blnet.blocks import BasicBlock, conv_norm
@@ -33,6 +35,8 @@ from blnet.kernels import merge
 from blnet.module import BigLittleModule, check_branching, divide_width, make_module, plain_stage
 from blnet.network import initialise
 from blnet.speech.masking import FrameMask, reduced
+
+torch.fx.wrap("merge")
 
 HeadName = Literal["keyword", "ctc", "frame"]
 TIME_REDUCTIONS = (1, 2, 4)
@@ -52,6 +56,7 @@ class SpeechNetConfig:
             none.
         time_reduction: frames of the map to one of the answer: 1, 2 or 4.
         in_channels: channels of the map: 3 with first and second differences, else 1.
+        bins: mel bands of the map. The last layer sees where along them its features lie.
         head: "keyword" answers once for a recording, from the mean over its frames; "ctc" and
             "frame" answer for every frame.
         num_classes: classes; of ctc and frame with the blank (class 0).
@@ -68,6 +73,7 @@ class SpeechNetConfig:
     pyramid: int = 0
     time_reduction: int = 1
     in_channels: int = 1
+    bins: int = 64
     head: HeadName = "keyword"
     num_classes: int = 10
 
@@ -75,7 +81,12 @@ class SpeechNetConfig:
         check_branching(self.alpha, self.beta, self.branches)
         check_choice("head", self.head, get_args(HeadName))
         check_choice("time_reduction", self.time_reduction, TIME_REDUCTIONS)
-        for name, least in (("in_channels", 1), ("num_classes", 1), ("pyramid", 0)):
+        for name, least in (
+            ("in_channels", 1),
+            ("bins", 1),
+            ("num_classes", 1),
+            ("pyramid", 0),
+        ):
             check_count(name, getattr(self, name), least)
         if len(self.depths) != len(self.widths) or len(self.depths) < 2:
             raise ValueError(
@@ -86,6 +97,11 @@ class SpeechNetConfig:
             check_count("each of depths and widths", value, 1)
         for width in self.widths[:-1]:
             divide_width(width, self.alpha, self.branches - 1)
+
+    @property
+    def bands(self) -> int:
+        """Mel bands that are left after the last stage."""
+        return math.ceil(self.bins / (1 << len(self.depths)))
 
     @property
     def stem_stride(self) -> int:
@@ -119,7 +135,8 @@ class SpeechNet(nn.Module):
         self.pyramid = (
             Pyramid(config.widths, config.pyramid, config.stage_stride) if config.pyramid else None
         )
-        self.fc = nn.Linear(config.widths[-1] + config.pyramid, config.num_classes)
+        channels = config.widths[-1] + config.pyramid
+        self.fc = nn.Linear(channels * config.bands, config.num_classes)
         self.apply(initialise)
         self._mask = FrameMask()
         self._mask.watch(self)
@@ -128,7 +145,7 @@ class SpeechNet(nn.Module):
         """Return the logits of a batch of maps.
 
         Args:
-            x: (N, in_channels, bands, frames); what stands behind a recording's end does not
+            x: (N, in_channels, bins, frames); what stands behind a recording's end does not
                 matter.
             lengths: frames of each recording (N,), whole numbers from 1 to frames; None where all
                 are as long as the map.
@@ -137,10 +154,17 @@ class SpeechNet(nn.Module):
             (N, num_classes) of a keyword head, (N, output_lengths(frames), num_classes) of others.
 
         Raises:
-            ValueError: if there is not one length for each recording.
+            ValueError: if the map has other channels or bands than the network, or there is not one
+                length for each recording.
         """
+        expected = (self.config.in_channels, self.config.bins)
+        if x.ndim != 4 or x.shape[1:3] != expected:
+            raise ValueError(
+                f"x must be (N, {expected[0]}, {expected[1]}, frames), got shape {tuple(x.shape)}; "
+                "make the maps with the features that the network was trained with"
+            )
         if lengths is None:
-            return self._answer(self._features(x), None)
+            return self.forward_head(self.forward_features(x))
         if lengths.shape != x.shape[:1]:
             raise ValueError(
                 f"lengths must be one number for each of {x.shape[0]} recordings, got shape "
@@ -149,7 +173,7 @@ class SpeechNet(nn.Module):
         halvings = self.config.time_reduction.bit_length() - 1 + self.config.branches - 1
         self._mask.set(lengths, x.shape[-1], halvings)
         try:
-            return self._answer(self._features(x), self.output_lengths(lengths))
+            return self.forward_head(self.forward_features(x), self.output_lengths(lengths))
         finally:
             self._mask.clear()
 
@@ -157,8 +181,8 @@ class SpeechNet(nn.Module):
         """Return the frames of the answers to recordings of so many frames."""
         return reduced(lengths, self.config.time_reduction)
 
-    def _features(self, x: Tensor) -> Tensor:
-        """Return the features (N, channels, frames) that the linear layer looks at."""
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return what the last layer looks at (N, channels x bands, frames) of whole maps."""
         x = self.stem(x)
         maps = []
         for stage in self.stages:
@@ -170,12 +194,13 @@ class SpeechNet(nn.Module):
             else:
                 x = stage(x)
                 maps.append(x)
-        features = x.mean(2)
-        if self.pyramid is None:
-            return features
-        return torch.cat([features, self.pyramid(maps).mean(2)], 1)
+        if self.pyramid is not None:
+            coarse = F.adaptive_avg_pool2d(self.pyramid(maps), (self.config.bands, None))
+            x = torch.cat([x, coarse], 1)
+        return x.flatten(1, 2)
 
-    def _answer(self, features: Tensor, lengths: Tensor | None) -> Tensor:
+    def forward_head(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Return the logits of features; lengths are those of the answers."""
         if self.config.head == "keyword":
             logits: Tensor = self.fc(mean_over_frames(features, lengths))
         else:

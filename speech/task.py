@@ -53,7 +53,7 @@ class SpeechTask(Task):
         self.features = LogMel(config.features, rate)
         self.alphabet = Alphabet(config.data.alphabet)
         self.data = data or load_data(
-            config.data, config.task, self._target(), Perturb(config.augment, rate)
+            config.data, config.task, self.target_of(config), Perturb(config.augment, rate)
         )
         self.train_data = self.data.train
         self.eval_data = self.data.evaluation
@@ -65,8 +65,9 @@ class SpeechTask(Task):
             chosen = _spread(self.train_data, _STATISTICS)
             self.features.set_statistics(*global_statistics(chosen, self.features))
 
+    @classmethod
     @abstractmethod
-    def _target(self) -> Callable[[Utterance], Tensor] | None:
+    def target_of(cls, config: SpeechConfig) -> Callable[[Utterance], Tensor] | None:
         """Return what makes a recording's target; None for its class."""
 
     @property
@@ -94,6 +95,7 @@ class SpeechTask(Task):
             "head": self.config.task,
             "time_reduction": self.time_reduction,
             "in_channels": self.config.features.channels,
+            "bins": self.config.features.bins,
             "width": model.width,
         }
         if registry.is_big_little(model.name):
@@ -118,7 +120,7 @@ class SpeechTask(Task):
         """
         if not isinstance(network, SpeechNet):
             raise ValueError(f"{what} is no network for speech; name a run of 'blnet train speech'")
-        mine = {
+        mine: dict[str, tuple[object, object]] = {
             "task": (network.config.head, self.config.task),
             "number of classes": (network.config.num_classes, self.classes),
             "channels": (network.config.in_channels, self.config.features.channels),

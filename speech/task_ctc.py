@@ -25,11 +25,11 @@ class CtcTask(SpellingTask):
     Targets are the transcripts' classes (N, S), padded with blanks, and "target_lengths" (N,).
     """
 
-    def _target(self) -> Callable[[Utterance], Tensor]:
-        return Spelling(self.alphabet, self.config, self._reduction())
-
-    def _reduction(self) -> int:
-        return self.config.model.time_reduction or TIME_REDUCTION["ctc"]
+    @classmethod
+    def target_of(cls, config: SpeechConfig) -> Callable[[Utterance], Tensor]:
+        """Return what spells a recording's transcript."""
+        reduction = config.model.time_reduction or TIME_REDUCTION["ctc"]
+        return Spelling(Alphabet(config.data.alphabet), config, reduction)
 
     def _collated(self, targets: list[Tensor]) -> Batch:
         return {

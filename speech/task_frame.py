@@ -33,17 +33,24 @@ class FrameTask(SpellingTask):
             )
         super().__init__(config, data)
 
-    def _target(self) -> Callable[[Utterance], Tensor]:
-        if self.config.data.labels is None:
+    @classmethod
+    def target_of(cls, config: SpeechConfig) -> Callable[[Utterance], Tensor]:
+        """Return what finds a recording's frame labels.
+
+        Raises:
+            ValueError: if the configuration names none, or others than its alphabet's.
+            OSError: if they are not there.
+        """
+        if config.data.labels is None:
             raise ValueError(
                 "--task frame needs --data.labels, a folder of frame labels: 'blnet align' writes "
                 "one from a CTC run"
             )
-        labels = FrameLabels.load(self.config.data.labels)
-        if labels.alphabet != self.alphabet.characters:
+        labels = FrameLabels.load(config.data.labels)
+        if labels.alphabet.characters != config.data.alphabet:
             raise ValueError(
-                f"--data.labels {self.config.data.labels} is spelled with {labels.alphabet!r}; "
-                "give --data.alphabet the same characters"
+                f"--data.labels {config.data.labels} is spelled with "
+                f"{labels.alphabet.characters!r}; give --data.alphabet the same characters"
             )
         return Labelling(labels)
 
@@ -63,7 +70,7 @@ class FrameTask(SpellingTask):
         width = -(-batch["inputs"].shape[-1] // self.time_reduction)
         frames = torch.arange(width, device=answered.device)
         index = ((frames + 0.5) * given[:, None] / answered[:, None]).long()
-        labels = batch["targets"].gather(1, index.clamp(max=batch["targets"].shape[1] - 1))
+        labels: Tensor = batch["targets"].gather(1, index.clamp(max=batch["targets"].shape[1] - 1))
         return labels.masked_fill(frames >= answered[:, None], _PADDING)
 
     def loss(self, outputs: Tensor, batch: Batch, training: bool) -> Tensor:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 from blnet.speech.config import SpeechConfig, TaskName
 from blnet.speech.data import SpeechData
+from blnet.speech.recordings import Utterance
 from blnet.speech.task import SpeechTask
 from blnet.speech.task_ctc import CtcTask
 from blnet.speech.task_frame import FrameTask
@@ -14,6 +19,16 @@ TASKS: dict[TaskName, type[SpeechTask]] = {
     "ctc": CtcTask,
     "frame": FrameTask,
 }
+
+
+def make_target(config: SpeechConfig) -> Callable[[Utterance], Tensor] | None:
+    """Return what makes a recording's target in the task of a configuration; None for its class.
+
+    Raises:
+        ValueError: if settings do not fit together.
+        OSError: if frame labels are not there.
+    """
+    return TASKS[config.task].target_of(config)
 
 
 def make_task(config: SpeechConfig, data: SpeechData | None = None) -> SpeechTask:

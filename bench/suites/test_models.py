@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from blnet.bench.ladder import Rung, rungs
 from blnet.bench.measure import Call, Group, Implementation
 from blnet.bench.memory import tensor_bytes
-from blnet.bench.networks import Spec, facts, instance, specs
+from blnet.bench.networks import Spec, instance, record, specs
 from blnet.bench.replay import replay, virtual_clock
 from blnet.bench.results import Measurement
 from blnet.bench.session import Case, Session
@@ -53,19 +53,18 @@ def build(group: str, session: Session) -> Group:
     batch = next(b for b in settings.batches if group_name(b) == group)
     images = session.images(batch)
     found = specs(settings)
-    if not session.results.networks:
-        session.results.networks += [facts(spec, settings) for spec in found]
+    record(session.results, found, (1, 3, settings.size, settings.size))
     models = {spec: session.cached(spec, partial(_model, spec, session)) for spec in found}
     ready = images.to(settings.device, settings.torch_dtype)
     return Group(
         suite=NAME,
         name=group,
         implementations=[
-            _implementation(spec, models[spec], rung, ready)
+            implementation(spec, models[spec], rung, ready)
             for spec in found
             for rung in rungs(settings.device, settings.full)
         ],
-        references={spec.label: partial(_reference, models[spec], ready) for spec in found},
+        references={spec.label: partial(reference, models[spec], ready) for spec in found},
         tolerance=TOLERANCES[settings.dtype or "float32"],
         reference_text=REFERENCE,
         rounds=settings.rounds(batch),
@@ -79,13 +78,15 @@ def _model(spec: Spec, session: Session) -> nn.Module:
     return model.to(settings.device, settings.torch_dtype)
 
 
-def _reference(model: nn.Module, images: Tensor) -> Tensor:
+def reference(model: nn.Module, images: Tensor) -> Tensor:
+    """Return a network's logits, computed in float64."""
     exact = copy.deepcopy(model).double()
     with torch.inference_mode():
         return torch.cat([exact(chunk.double()) for chunk in images.split(REFERENCE_CHUNK)])
 
 
-def _implementation(spec: Spec, model: nn.Module, rung: Rung, images: Tensor) -> Implementation:
+def implementation(spec: Spec, model: nn.Module, rung: Rung, images: Tensor) -> Implementation:
+    """Return a network on a rung, for one batch."""
     layout = torch.channels_last if rung.channels_last else torch.contiguous_format
 
     def make() -> Call:

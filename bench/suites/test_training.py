@@ -22,7 +22,7 @@ import blnet
 from blnet.bench.ladder import compiled
 from blnet.bench.measure import Call, Group, Implementation
 from blnet.bench.memory import tensor_bytes
-from blnet.bench.networks import Spec, facts, instance, specs
+from blnet.bench.networks import Spec, instance, record, specs
 from blnet.bench.replay import replay, virtual_clock
 from blnet.bench.results import Measurement
 from blnet.bench.session import Case, Session
@@ -97,8 +97,7 @@ def build(group: str, session: Session) -> Group:
     settings = session.settings
     images = session.images(settings.throughput_batch)
     found = specs(settings)
-    if not session.results.networks:
-        session.results.networks += [facts(spec, settings) for spec in found]
+    record(session.results, found, (1, 3, settings.size, settings.size))
     models = {spec: instance(spec, images, settings).to(settings.device) for spec in found}
     own = images.to(settings.device).contiguous(memory_format=torch.channels_last)
     return Group(

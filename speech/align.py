@@ -1,0 +1,91 @@
+"""``blnet align``: makes frame labels from transcripts with a network that was trained by CTC."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from blnet.files import make_folder
+from blnet.speech.alignment import FrameLabels, align, expand, fill_blanks
+from blnet.speech.data import load_data
+from blnet.speech.data_flags import add_data_flags, data_settings
+from blnet.speech.inference import Trained, configuration, load_trained
+from blnet.speech.measurement import check_corrupt, say, usable
+from blnet.speech.recordings import Recordings
+from blnet.speech.tasks import make_target
+from blnet.training.config import TrainingConfig
+from blnet.training.devices import make_accelerator
+
+PROG = "blnet align"
+SILENCE = 0.3  # seconds; longer stretches without a character keep some silence
+_EXAMPLES = """examples:
+  blnet align results/english --output labels/english
+  blnet train speech --task frame --data manifest --data.path train.tsv --data.labels labels/english"""  # noqa: E501
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.epilog = _EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("checkpoint", metavar="CHECKPOINT",
+                        help="a .safetensors file or a run's folder, of --task ctc")  # fmt: skip
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder of the labels")
+    parser.add_argument("--silence", type=float, default=SILENCE, metavar="S",
+                        help="longest stretch without a character that is divided between its "
+                        f"neighbours, seconds ({SILENCE:g})")  # fmt: skip
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                        help="auto is a GPU if there is one")  # fmt: skip
+    add_data_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Label the training and the evaluation recordings, write the labels and return 0."""
+    if not 0 <= args.silence <= 60:
+        raise ValueError(f"--silence must be from 0 to 60 seconds, got {args.silence:g}")
+    trained = load_trained(args.checkpoint, ("ctc",))
+    settings = data_settings(trained, vars(args))
+    make_folder(args.output)
+    config = configuration(trained, settings)
+    data = load_data(settings, config.task, make_target(config))
+    trained.to(make_accelerator(TrainingConfig(device=args.device)).device)
+    corrupt: list[tuple[str, str]] = []
+    sets = (data.train, data.evaluation)
+    labels = FrameLabels.of(
+        (entry for part in sets for entry in _labelled(trained, part, args.silence, corrupt)),
+        trained.alphabet,
+        trained.features.hop_seconds,
+        f"{trained.title}, {trained.source}",
+    )
+    check_corrupt(corrupt, sum(map(len, sets)), say)
+    labels.save(args.output)
+    print(f"{PROG}: labelled {len(labels):,} recordings of {data.name}; train on them: blnet train "
+          f"speech --task frame --data.labels {args.output}")  # fmt: skip
+    return 0
+
+
+def _labelled(
+    trained: Trained, data: Recordings, silence: float, corrupt: list[tuple[str, str]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and labels of each recording, a label for every frame of the features."""
+    reduction = trained.model.config.time_reduction
+    longest = round(silence / trained.features.hop_seconds)
+    console = Console(stderr=True)
+    shown = track(
+        usable(data, corrupt), "aligning", len(data), console=console, transient=True,
+        disable=not console.is_terminal,
+    )  # fmt: skip
+    for name, (samples, ids) in shown:
+        logits, _ = trained([samples])
+        frames = int(trained.features.frames(torch.tensor(len(samples))))
+        try:
+            path = align(logits[0].log_softmax(-1).cpu(), ids)
+        except ValueError as error:
+            corrupt.append((name, str(error)))
+            continue
+        dense = fill_blanks(expand(path, reduction, frames), longest)
+        yield name, dense

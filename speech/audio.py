@@ -1,0 +1,244 @@
+"""Recordings as tensors: any common format, from folders and archives, whole or block by block."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+import soundfile
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from blnet.files import StrPath, reason
+from blnet.speech.files import open_file
+
+AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
+_BLOCK = 1 << 16  # frames that are decoded at once while streaming
+_MP3_LEAST = 0.95  # share of the samples
+_TOLERANCE = 0.01  # seconds; times in manifests are rounded
+# Programs that write WAV into a pipe do not know its length and put one of these in its place.
+_UNKNOWN_LENGTH = 0x7FFF0000
+
+
+class AudioError(ValueError):
+    """A recording that cannot be used.
+
+    Args:
+        file: its name.
+        reason: what is wrong with it, without the name.
+    """
+
+    def __init__(self, file: StrPath, reason: str) -> None:
+        super().__init__(os.fspath(file), reason)  # both, so that it can be pickled
+        self.file = os.fspath(file)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"recording {self.file}: {self.reason}"
+
+
+def read_audio(
+    file: StrPath, sample_rate: int, start: float | None = None, end: float | None = None
+) -> Tensor:
+    """Return a recording: its channels' mean, brought to a sample rate.
+
+    Args:
+        file: WAV, FLAC, OGG or MP3; a path or "archive.zip::member".
+        sample_rate: samples a second of the result.
+        start: where to begin, seconds; default: at the beginning.
+        end: where to end, seconds; default: at the end.
+
+    Returns:
+        float32 (samples,), full scale from -1 to 1; ceil(frames * sample_rate / the file's rate)
+        samples.
+
+    Raises:
+        AudioError: if it is missing, empty, cut off, of another format, holds no samples or some
+            that are no finite numbers, or start and end lie outside.
+    """
+    with _opened(file) as sound:
+        first, last = _range(file, sound, start, end)
+        sound.seek(first)
+        samples = _mono(file, sound.read(last - first, dtype="float32", always_2d=True))
+        _check_length(file, sound, last - first, len(samples))
+        rate = int(sound.samplerate)
+    return torch.from_numpy(_resampled(samples, rate, sample_rate))
+
+
+def audio_seconds(file: StrPath) -> float:
+    """Return the duration of a recording, seconds, from its header.
+
+    Raises:
+        AudioError: if it is missing, empty, cut off (WAV), of another format or has no samples.
+    """
+    with _opened(file) as sound:
+        return float(sound.frames / sound.samplerate)
+
+
+def stream_audio(file: StrPath, sample_rate: int, seconds: float) -> Iterator[Tensor]:
+    """Yield a recording in consecutive blocks, without ever holding more than a block or two.
+
+    The blocks together are what `read_audio` gives.
+
+    Args:
+        file: as `read_audio` takes it.
+        sample_rate: samples a second of the result.
+        seconds: length of a block; the last one is shorter or of that length.
+
+    Yields:
+        float32 (samples,).
+
+    Raises:
+        ValueError: if a block would hold no samples.
+        AudioError: as `read_audio`; of the middle of a file it is raised once it is read.
+    """
+    size = round(seconds * sample_rate)
+    if size < 1:
+        raise ValueError(f"blocks of {seconds:g} s hold no samples; make them longer")
+    waiting: list[NDArray[np.float32]] = []
+    count = 0
+    for piece in _pieces(file, sample_rate):
+        waiting.append(piece)
+        count += len(piece)
+        if count >= size:
+            joined = np.concatenate(waiting)
+            whole = count - count % size
+            for start in range(0, whole, size):
+                yield torch.from_numpy(joined[start : start + size].copy())
+            waiting, count = [joined[whole:]], count - whole
+    if count:
+        yield torch.from_numpy(np.concatenate(waiting))
+
+
+@contextlib.contextmanager
+def _opened(file: StrPath) -> Iterator[soundfile.SoundFile]:
+    """Open a recording; whatever is wrong with it, now or later, becomes an AudioError."""
+    try:
+        with open_file(file) as data:
+            _check_bytes(file, data)
+            with soundfile.SoundFile(data) as sound:
+                if not sound.frames:
+                    raise AudioError(file, "it holds no samples")
+                yield sound
+    except AudioError:
+        raise
+    except soundfile.LibsndfileError as error:
+        text = error.error_string.strip().rstrip(".")
+        raise AudioError(file, f"it cannot be decoded as WAV, FLAC, OGG or MP3 ({text})") from error
+    except (OSError, ValueError, RuntimeError, EOFError) as error:
+        raise AudioError(file, getattr(error, "strerror", None) or reason(error)) from error
+
+
+def _range(
+    file: StrPath, sound: soundfile.SoundFile, start: float | None, end: float | None
+) -> tuple[int, int]:
+    """Return the first frame and the one after the last."""
+    rate, frames = sound.samplerate, sound.frames
+    length = frames / rate
+    begin, stop = 0.0 if start is None else start, length if end is None else end
+    # Written so that NaN fails as well.
+    if not (0 <= begin < length and begin < stop <= length + _TOLERANCE):
+        raise AudioError(file, f"{begin:g} to {stop:g} s is no part of its {length:g} s")
+    first = min(round(begin * rate), frames - 1)
+    return first, min(max(round(stop * rate), first + 1), frames)
+
+
+def _mono(file: StrPath, frames: NDArray[np.float32]) -> NDArray[np.float32]:
+    samples = frames[:, 0] if frames.shape[1] == 1 else frames.mean(axis=1)
+    if not np.isfinite(samples).all():
+        raise AudioError(file, "it holds samples that are no finite numbers")
+    return np.ascontiguousarray(samples, dtype=np.float32)
+
+
+def _resampled(samples: NDArray[np.float32], rate: int, wanted: int) -> NDArray[np.float32]:
+    """Return samples at another rate; the SoX resampler takes any pair of rates."""
+    if rate == wanted:
+        return samples
+    import soxr
+
+    found = soxr.resample(samples, rate, wanted)
+    return _fitted(found, _resampled_length(len(samples), rate, wanted))
+
+
+def _resampled_length(count: int, rate: int, wanted: int) -> int:
+    return math.ceil(count * wanted / rate)
+
+
+def _fitted(samples: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+    """Cut the end or repeat the last sample; the resampler's own rounding is off by one or so."""
+    if len(samples) >= count:
+        return samples[:count]
+    return np.pad(samples, (0, count - len(samples)), mode="edge" if len(samples) else "constant")
+
+
+def _pieces(file: StrPath, sample_rate: int) -> Iterator[NDArray[np.float32]]:
+    """Yield a recording, resampled, in pieces of any length."""
+    import soxr
+
+    with _opened(file) as sound:
+        rate, frames = int(sound.samplerate), int(sound.frames)
+        stream = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32")
+        read, given = 0, 0
+        while True:
+            block = _mono(file, sound.read(_BLOCK, dtype="float32", always_2d=True))
+            read += len(block)
+            done = not len(block)
+            piece = block if rate == sample_rate else stream.resample_chunk(block, last=done)
+            left = _resampled_length(read, rate, sample_rate) - given
+            piece = _fitted(piece, left if done else min(len(piece), left))
+            given += len(piece)
+            yield piece
+            if done:
+                break
+        _check_length(file, sound, frames, read)
+
+
+def _check_length(file: StrPath, sound: soundfile.SoundFile, promised: int, found: int) -> None:
+    """Raise AudioError if far fewer samples came than there were to be."""
+    # Some MP3 files say their length nowhere, and libsndfile estimates it.
+    least = _MP3_LEAST * promised if sound.format == "MP3" else promised
+    if not found or found < least:
+        raise AudioError(
+            file,
+            f"it is cut off: its header promises {promised:,} samples, and {found:,} are there",
+        )
+
+
+def _check_bytes(file: StrPath, data: BinaryIO) -> None:
+    """Raise AudioError of what libsndfile passes over: nothing at all, and a WAV file cut off."""
+    size = data.seek(0, os.SEEK_END)
+    data.seek(0)
+    if not size:
+        raise AudioError(file, "the file is empty")
+    head = data.read(12)
+    if head[:4] == b"RIFF" and head[8:] == b"WAVE":
+        missing = _missing_bytes(data, size)
+        if missing:
+            raise AudioError(
+                file, f"it is cut off: its header promises {missing:,} bytes more than are there"
+            )
+    data.seek(0)
+
+
+def _missing_bytes(data: BinaryIO, size: int) -> int:
+    """Return how many bytes of a WAV file's samples are not there.
+
+    A RIFF file is a list of chunks: a name of four letters, a length of four bytes, little-endian,
+    and as many bytes, and one more where that is odd (Microsoft and IBM, Multimedia Programming
+    Interface and Data Specifications 1.0, 1991).
+    """
+    place = 12
+    while place + 8 <= size:
+        data.seek(place)
+        head = data.read(8)
+        length = int.from_bytes(head[4:], "little")
+        place += 8
+        if head[:4] == b"data":
+            return 0 if length >= _UNKNOWN_LENGTH else max(0, place + length - size)
+        place += length + length % 2
+    return 0

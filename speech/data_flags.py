@@ -1,0 +1,66 @@
+"""Flags that say which recordings a trained network meets: by default those it was made with."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from blnet.checks import positive
+from blnet.speech.config import DataConfig, DataName
+from blnet.speech.inference import Trained
+
+_FIELDS = ("path", "eval_path", "download", "limit", "holdout_speaker", "words", "subset",
+           "max_seconds", "longer", "labels")  # fmt: skip
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags; the names that training gives them, which errors use, are known too."""
+    group = parser.add_argument_group("data, by default what the network was trained on")
+    group.add_argument("--data", "--data.name", dest="data", choices=get_args(DataName),
+                       metavar="NAME", help=", ".join(get_args(DataName)))  # fmt: skip
+    group.add_argument("--data-path", "--data.path", dest="path", metavar="PATH",
+                       help="folder or .zip archive of the corpus, or a manifest")  # fmt: skip
+    group.add_argument("--eval-path", "--data.eval-path", dest="eval_path", metavar="PATH",
+                       help="the part to evaluate on, where --data-path does not hold it")  # fmt: skip # noqa: E501
+    group.add_argument("--download", "--data.download", dest="download", action="store_true",
+                       default=None, help="fetch the corpus into --data-path")  # fmt: skip
+    group.add_argument("--limit", "--data.limit", dest="limit", type=positive, metavar="N",
+                       help="at most so many recordings of each part")  # fmt: skip
+    group.add_argument("--holdout-speaker", "--data.holdout-speaker", dest="holdout_speaker",
+                       metavar="NAME", help="evaluate on this speaker")  # fmt: skip
+    group.add_argument("--words", "--data.words", dest="words", type=int, choices=(12, 35),
+                       help="speech_commands: 12 or 35 words")  # fmt: skip
+    group.add_argument("--subset", "--data.subset", dest="subset", metavar="NAMES",
+                       help="librispeech: training parts")  # fmt: skip
+    group.add_argument("--max-seconds", "--data.max-seconds", dest="max_seconds", type=float,
+                       metavar="S", help="longest recording")  # fmt: skip
+    group.add_argument("--longer", "--data.longer", dest="longer", choices=("cut", "skip"),
+                       help="what becomes of longer ones")  # fmt: skip
+    group.add_argument("--labels", "--data.labels", dest="labels", metavar="DIR",
+                       help="frame: folder of frame labels")  # fmt: skip
+
+
+def data_settings(trained: Trained, given: Mapping[str, Any]) -> DataConfig:
+    """Return which data a network meets: what it was trained on, changed by flags.
+
+    Args:
+        trained: the network.
+        given: flag -> value; None where it was not given.
+
+    Raises:
+        ValueError: if a setting makes no sense.
+    """
+    settings, name = trained.data, given.get("data")
+    if name is not None and name != settings.name:
+        # Of another corpus only what the network itself needs is as it was.
+        settings = DataConfig(
+            name=name, sample_rate=settings.sample_rate, alphabet=settings.alphabet
+        )
+    changes = {field: given[field] for field in _FIELDS if given.get(field) is not None}
+    if "path" in changes:  # the evaluation part that was beside the old path is not meant
+        changes.setdefault("eval_path", None)
+    settings = dataclasses.replace(settings, **changes)
+    settings.check()
+    return settings
