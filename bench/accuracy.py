@@ -16,15 +16,24 @@ from blnet.files import written_aside
 STUDIES = {
     "accuracy": "networks trained alike",
     "conversion": "a converted network against training anew",
+    "speech": "acoustic models trained alike",
 }
 HEADER = {
     "accuracy": ["network", "alpha", "beta", "params, M", "GMACs", "MAC ratio", "top-1, % [95 %]",
                  "over plain, points [95 %]", "s/epoch", "epochs", "seeds"],
     "conversion": ["way", "epochs", "GMACs", "cost, TMACs", "top-1, % [95 %]",
                    "converted over it, points [95 %]", "s/epoch", "seeds"],
+    "speech": ["network", "alpha", "beta", "params, M", "GMACs/s", "MAC ratio", "error, % [95 %]",
+               "over plain, points [95 %]", "CER, %", "ms/step", "real-time factor", "epochs",
+               "runs"],
 }  # fmt: skip
-CONVERTED = "converted, fine-tuned"
+PLAIN, CONVERTED = "plain", "converted, fine-tuned"  # families of the conversion study
 NOTHING = "-"
+_X = {
+    "accuracy": "GMACs an image, forward",
+    "conversion": "cost of training, TMACs",
+    "speech": "GMACs a second of speech, forward",
+}
 
 
 @dataclass(frozen=True)
@@ -34,19 +43,24 @@ class StudyRow:
     Attributes:
         family: what the table calls it.
         facts: of its runs: alpha, beta, parameters, macs, epochs.
-        accuracy: top-1 accuracy in percent.
-        difference: of the accuracy to the row that it is held against, of the same seeds, points;
+        score: what is compared, percent: top-1 accuracy; in the speech study the error, that is
+            the share of wrong words or the word error rate.
+        difference: of the score to the row that it is held against, of the same seeds, points;
             None where there is none.
         mac_ratio: MACs of the plain network over its own; None where that was not run.
         epoch_seconds: median time of an epoch.
+        cer: character error rate, percent; None where nothing is spelled.
+        real_time_factor: mean of the seconds that a second of speech takes; None of pictures.
     """
 
     family: str
     facts: dict[str, Any]
-    accuracy: Mean
+    score: Mean
     difference: Mean | None
     mac_ratio: float | None
     epoch_seconds: float | None
+    cer: Mean | None = None
+    real_time_factor: float | None = None
 
 
 def rows(results: Results, suite: str) -> list[StudyRow]:
@@ -69,43 +83,61 @@ def _row(family: str, own: list[Measurement], runs: dict[str, list[Measurement]]
     return StudyRow(
         family=family,
         facts=facts,
-        accuracy=mean([100 * m.facts["accuracy"] for m in own]),
+        score=mean([score(m) for m in own]),
         difference=difference,
         mac_ratio=plain[0].facts["macs"] / facts["macs"] if plain else None,
         epoch_seconds=median_epoch(own),
+        cer=mean([100 * m.facts["cer"] for m in own]) if "cer" in facts else None,
+        real_time_factor=_mean_of(own, "real_time_factor"),
     )
+
+
+def _mean_of(runs: list[Measurement], name: str) -> float | None:
+    found = [m.facts[name] for m in runs if name in m.facts]
+    return sum(found) / len(found) if found else None
+
+
+def score(run: Measurement) -> float:
+    """Return what a run is compared by, percent; see `StudyRow.score`."""
+    if "wer" in run.facts:
+        return float(100 * run.facts["wer"])
+    accuracy = float(100 * run.facts["accuracy"])
+    return 100 - accuracy if run.suite == "speech" else accuracy
 
 
 def _difference(own: list[Measurement], other: list[Measurement], sign: int) -> Mean | None:
     """Return the mean difference over the seeds that both ran with."""
-    theirs = {m.facts["seed"]: m.facts["accuracy"] for m in other}
-    found = [
-        100 * sign * (m.facts["accuracy"] - theirs[m.facts["seed"]])
-        for m in own
-        if m.facts["seed"] in theirs
-    ]
+    theirs = {m.facts["seed"]: score(m) for m in other}
+    found = [sign * (score(m) - theirs[m.facts["seed"]]) for m in own if m.facts["seed"] in theirs]
     return mean(found) if found else None
 
 
 def cells(row: StudyRow, suite: str) -> list[str]:
     """Return the cells of a row, under `HEADER`."""
     facts = row.facts
-    accuracy, difference = mean_text(row.accuracy), mean_text(row.difference, signed=True)
+    value, difference = mean_text(row.score), mean_text(row.difference, signed=True)
     seconds = NOTHING if row.epoch_seconds is None else f"{row.epoch_seconds:.2f}"
     macs = f"{facts['macs'] / 1e9:.4f}"
-    seeds = str(row.accuracy.runs)
+    seeds = str(row.score.runs)
     if suite == "conversion":
         cost = f"{facts['cost'] / 1e12:.2f}" if "cost" in facts else NOTHING
-        return [row.family, str(facts["epochs"]), macs, cost, accuracy, difference, seconds, seeds]
+        return [row.family, str(facts["epochs"]), macs, cost, value, difference, seconds, seeds]
+    last = [seconds]
+    if suite == "speech":
+        factor = row.real_time_factor
+        step = NOTHING
+        if row.epoch_seconds is not None:
+            step = f"{1000 * row.epoch_seconds / facts['steps']:.1f}"
+        last = [mean_text(row.cer), step, NOTHING if factor is None else f"{factor:.4f}"]
     return [
         str(facts["network"]),
         *(NOTHING if facts[name] is None else str(facts[name]) for name in ("alpha", "beta")),
         f"{facts['parameters'] / 1e6:.2f}",
         macs,
         NOTHING if row.mac_ratio is None else f"{row.mac_ratio:.2f}",
-        accuracy,
+        value,
         difference,
-        seconds,
+        *last,
         str(facts["epochs"]),
         seeds,
     ]
@@ -123,12 +155,23 @@ def title(results: Results, suite: str) -> str:
     """Return what stands above a study's table."""
     scale = next((m.group for m in results.of(suite)), "")
     images = next((m.facts.get("evaluation_images") for m in results.of(suite) if m.timed), None)
-    on = "" if images is None else f", {images:,} evaluation images"
+    unit = "recordings" if suite == "speech" else "images"
+    on = "" if images is None else f", {images:,} evaluation {unit}"
     return f"{STUDIES[suite]}: {scale}{on}"
 
 
 def notes(suite: str) -> str:
     """Return how a study's table is to be read."""
+    if suite == "speech":
+        return (
+            "Error of the last epoch's network on the evaluation recordings: the share of wrong "
+            "words, or of transcripts the word error rate, mean over runs with the 95 % interval "
+            "of Student's t; differences are taken run by run. Runs differ in their seed or, on "
+            "fsdd_speakers, in the speaker that is held out. ms/step is the median over all epochs "
+            "of all runs, training alone; the real-time factor is the evaluation's, reading, "
+            "features and decoding included. What is timed here shares the machine with nothing "
+            "that was asked to wait: the suite speech_models is for speed."
+        )
     text = (
         "Top-1 accuracy of the last epoch's network on the evaluation images, mean over seeds with "
         "the 95 % interval of Student's t; differences are taken seed by seed. It says how much a "
@@ -159,11 +202,11 @@ def plot(results: Results, suite: str, path: Path) -> bool:
     key, unit = ("cost", 1e12) if suite == "conversion" else ("macs", 1e9)
     for row in (row for row in found if key in row.facts):
         x = row.facts[key] / unit
-        width = row.accuracy.half_width or 0.0
-        marker = "s" if row.facts["alpha"] is None or row.family == "plain" else "o"
-        axes.errorbar(x, row.accuracy.value, yerr=width, marker=marker, capsize=4, label=row.family)
-    axes.set_xlabel("cost of training, TMACs" if key == "cost" else "GMACs an image, forward")
-    axes.set_ylabel("top-1 accuracy, %")
+        width = row.score.half_width or 0.0
+        marker = "s" if row.facts["alpha"] is None or row.family == PLAIN else "o"
+        axes.errorbar(x, row.score.value, yerr=width, marker=marker, capsize=4, label=row.family)
+    axes.set_xlabel(_X[suite])
+    axes.set_ylabel("error, %" if suite == "speech" else "top-1 accuracy, %")
     axes.set_title(title(results, suite), fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

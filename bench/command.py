@@ -54,9 +54,13 @@ SUITES = {
         "blnet.bench.suites.test_conversion",
         "study: a converted network, fine-tuned, against training anew",
     ),
+    "speech": (
+        "blnet.bench.suites.test_speech",
+        "study: plain and Big-Little acoustic models trained alike, several seeds",
+    ),
 }
 # Those that train: minutes to days, so only by name.
-STUDIES = ("accuracy", "conversion")
+STUDIES = ("accuracy", "conversion", "speech")
 # Those of a quick run on a CPU, where no kernel runs.
 QUICK_CPU_SUITES = ("models", "merge")
 OPS = "kernels"  # stands for the suite of every op: those named as an op is
@@ -174,13 +178,16 @@ def _add_studies(parser: argparse.ArgumentParser) -> None:
     add(
         "--scale",
         choices=tuple(SCALES),
-        default="digits",
-        help="what to train on; precision, batch and picture size are its recipe's (default: "
-        "digits, minutes on a CPU; 'blnet bench --list' explains)",
+        help="what to train on; precision, batch and size are its recipe's (default: digits, and "
+        "synth of speech, minutes on a CPU; 'blnet bench --list' explains)",
     )
     add("--seeds", type=int, default=3, metavar="N", help="runs of each network (default: 3)")
     add("--epochs", type=int, metavar="N", help="epochs of each run (default: the recipe's)")
-    add("--data", metavar="PATH", help="pictures of the scale, where it is not digits")
+    add(
+        "--data",
+        metavar="PATH",
+        help="pictures or recordings of the scale, where it is not the default",
+    )
 
 
 def parse_settings(words: Sequence[str]) -> Settings:
@@ -264,8 +271,8 @@ def run(arguments: argparse.Namespace) -> int:
     from blnet.bench import networks, studies
 
     networks.check(settings)
-    if set(settings.suites) & set(STUDIES) and not arguments.list:
-        studies.check(settings)
+    for suite in set(settings.suites) & set(STUDIES) if not arguments.list else ():
+        studies.check(settings, studies.KINDS[suite])
     if arguments.list:
         print(_listing(settings))
         return 0

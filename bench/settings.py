@@ -15,6 +15,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 DEFAULT_MODELS = ("bl_resnet50",)
 DEFAULT_BRANCHINGS = ((2, 4), (4, 4))
+RESULTS = "results.json"
 MIN_SIZE = 32  # pixels; a network that shrinks 32 times needs one position at its end
 # Flag -> the smallest and largest value. Above them a run hangs or dies for want of memory.
 BOUNDS = {
@@ -48,10 +49,11 @@ class Settings:
         repeat: rounds of each group; None for as many as the mode asks for.
         threads: CPU threads of PyTorch; None leaves them as they are.
         seed: of weights, crops and random inputs; the first seed of a study's runs.
-        scale: what studies train on, one of `blnet.bench.studies.SCALES`.
+        scale: what studies train on, one of `blnet.bench.studies.SCALES`; None for each study's
+            default.
         seeds: runs of each network in a study, each with a seed of its own.
         epochs: of a study's runs; None for the recipe's.
-        data: pictures of a study's scale, where it needs any.
+        data: pictures or recordings of a study's scale, where it needs any.
     """
 
     suites: tuple[str, ...] = ()
@@ -67,7 +69,7 @@ class Settings:
     repeat: int | None = None
     threads: int | None = None
     seed: int = 0
-    scale: str = "digits"
+    scale: str | None = None
     seeds: int = 3
     epochs: int | None = None
     data: str | None = None
@@ -97,11 +99,6 @@ class Settings:
     def batches(self) -> tuple[int, ...]:
         """Batches measured: 1 for latency, and the throughput batch."""
         return (1,) if self.throughput_batch == 1 else (1, self.throughput_batch)
-
-    @property
-    def run_seeds(self) -> range:
-        """The seeds of a study's runs."""
-        return range(self.seed, self.seed + self.seeds)
 
     @property
     def build_seconds(self) -> tuple[float, float]:
@@ -168,14 +165,18 @@ def _check_bounds(settings: Settings) -> None:
             raise ValueError(f"{flag} must be at most {most}, got {value}")
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, goes_on: bool = False) -> None:
     """Check that a folder can be made and written to, and leave nothing behind.
+
+    Args:
+        folder: where the results will lie.
+        goes_on: whether the run goes on with what is in the folder, whose results it replaces.
 
     Raises:
         ValueError: if it cannot, or holds the results of another run.
     """
-    if (folder / "results.json").exists():
-        raise ValueError(f"--output {folder} holds a results.json already; name another folder")
+    if not goes_on and (folder / RESULTS).exists():
+        raise ValueError(f"--output {folder} holds a {RESULTS} already; name another folder")
     nearest = folder
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent

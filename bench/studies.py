@@ -1,46 +1,56 @@
 """What the studies of accuracy share: scales, and one training run as a measurement.
 
-A run of a study is a run of `blnet train vision` with its folder under the study's output, so that
-a study that was interrupted goes on where it was, and takes over runs that are finished, whoever
-trained them: on eight GPUs, say, by torchrun.
+A run of a study is a run of `blnet train vision` or `blnet train speech` with its folder under the
+study's output, so that a study that was interrupted goes on where it was, and takes over runs that
+are finished, whoever trained them: on eight GPUs, say, by torchrun.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from blnet.bench.results import Measurement
+from blnet.bench.results import Measurement, read_json
+from blnet.bench.settings import RESULTS
 
 if TYPE_CHECKING:
     from blnet.bench.session import Session
     from blnet.bench.settings import Settings
+    from blnet.training.command import TrainCommand
     from blnet.training.reporting import Summary
-    from blnet.vision.config import VisionConfig
+    from blnet.training.task import Task
 
+VISION, SPEECH = "vision", "speech"  # kinds of study
 RUNS = "runs"  # folder of the training runs inside a study's output
 Add = Callable[[Measurement], None]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A set of pictures and a recipe that a study can be run on.
+    """A set of pictures or recordings and a recipe that a study can be run on.
 
     Attributes:
         recipe: name of the recipe.
         about: what it is and what it takes.
-        flags: flags of `blnet train vision` beside the recipe's.
-        needs_data: whether --data must name the pictures.
+        flags: flags of the training command beside the recipe's.
+        needs_data: whether --data must name the pictures or recordings.
+        kind: what is trained on, vision or speech.
+        speakers: run after run each of them is held out in turn; () where seeds are what differs.
+        evaluation: member of an archive to evaluate on, where --data names the training part.
     """
 
     recipe: str
     about: str
     flags: tuple[str, ...] = ()
     needs_data: bool = False
+    kind: str = VISION
+    speakers: tuple[str, ...] = ()
+    evaluation: str | None = None
 
 
 SCALES = {
@@ -52,43 +62,119 @@ SCALES = {
     "imagenet": Scale(
         "imagenet_paper", "ImageNet as in the paper: days a run on one GPU", (), True
     ),
+    "synth": Scale("keyword", "words spoken by eSpeak NG: minutes on a CPU", kind=SPEECH),
+    "fsdd": Scale(
+        "fsdd", "Free Spoken Digits, its own split: minutes a run on a CPU", (), True, SPEECH
+    ),
+    "fsdd_speakers": Scale(
+        "fsdd",
+        "Free Spoken Digits, each of its speakers held out in turn",
+        (),
+        True,
+        SPEECH,
+        ("george", "jackson", "lucas", "nicolas", "theo", "yweweler"),
+    ),
+    "yesno": Scale("yesno", "YesNo, transcripts by CTC: minutes a run on a CPU", (), True, SPEECH),
+    "so762": Scale(
+        "so762",
+        "speechocean762's subset, transcripts by CTC: half an hour a run on a CPU",
+        (),
+        True,
+        SPEECH,
+        evaluation="test.tsv",
+    ),
 }
+DEFAULT_SCALES = {VISION: "digits", SPEECH: "synth"}
+KINDS = {"accuracy": VISION, "conversion": VISION, "speech": SPEECH}  # suite -> what it trains on
 
 
-def check(settings: Settings) -> None:
+def scale_name(settings: Settings, kind: str) -> str:
+    """Return the scale that a study of a kind, vision or speech, is run on."""
+    return settings.scale or DEFAULT_SCALES[kind]
+
+
+def run_seeds(settings: Settings, kind: str) -> range:
+    """Return the seeds of a study's runs; where speakers are held out, one for each of them."""
+    scale = SCALES.get(scale_name(settings, kind))
+    speakers = () if scale is None else scale.speakers
+    return range(settings.seed, settings.seed + (len(speakers) or settings.seeds))
+
+
+def check(settings: Settings, kind: str) -> None:
     """Check a study's settings before anything is trained.
 
     Raises:
-        ValueError: if the scale is not known, or its pictures were not named.
+        ValueError: if the scale is not one of the study's kind, or its data were not named.
     """
-    if settings.scale not in SCALES:
-        raise ValueError(f"--scale must be one of {', '.join(SCALES)}, got {settings.scale!r}")
-    if SCALES[settings.scale].needs_data and settings.data is None:
+    name = scale_name(settings, kind)
+    fitting = [scale for scale, about in SCALES.items() if about.kind == kind]
+    if name not in fitting:
         raise ValueError(
-            f"--scale {settings.scale} needs --data PATH, the pictures to train and evaluate on"
+            f"--scale of a study of {kind} must be one of {', '.join(fitting)}, got {name!r}"
         )
+    if SCALES[name].needs_data and settings.data is None:
+        raise ValueError(f"--scale {name} needs --data PATH, what to train and evaluate on")
+
+
+def goes_on(settings: Settings, folder: Path, studies: Collection[str]) -> bool:
+    """Return whether a run goes on with the studies in a folder: all it runs has runs there.
+
+    Args:
+        settings: of the run.
+        folder: its output.
+        studies: names of the suites that are studies.
+
+    Raises:
+        ValueError: if the folder holds a study of another scale, of other epochs, or one more.
+    """
+    mine = set(settings.suites)
+    if not mine or not mine <= set(studies) or not (folder / RESULTS).exists():
+        return False
+    if not all((folder / RUNS / suite).is_dir() for suite in mine):
+        return False
+    before = read_json(folder / RESULTS)
+    default = DEFAULT_SCALES[KINDS[next(iter(mine))]]
+    for name, unset in (("scale", default), ("epochs", None)):
+        then, now = before.settings.get(name) or unset, getattr(settings, name) or unset
+        if then != now:
+            raise ValueError(
+                f"--output {folder} holds a study of --{name} {then}, and here it is {now}; give "
+                "the same, or name another folder"
+            )
+    lost = sorted({m.suite for m in before.measurements} - mine)
+    if lost:
+        raise ValueError(
+            f"--output {folder} holds the study {lost[0]} as well, whose results would be lost; "
+            "name it too, or another folder"
+        )
+    return True
+
+
+def command_of(kind: str) -> TrainCommand:
+    """Return the training command of a kind, vision or speech."""
+    command: TrainCommand = import_module(f"blnet.{kind}.train").COMMAND
+    return command
 
 
 def configure(
-    settings: Settings, model: list[str], folder: Path, seed: int, epochs: int | None = None
-) -> tuple[VisionConfig, str]:
+    settings: Settings, kind: str, model: list[str], folder: Path, seed: int,
+    epochs: int | None = None,
+) -> tuple[Any, str]:  # fmt: skip
     """Return the configuration of a study's run, and the command that trains it elsewhere.
 
     Args:
         settings: of the study.
+        kind: vision or speech.
         model: flags that say which network.
         folder: of the run.
         seed: of the run.
         epochs: in place of the recipe's and the settings'.
     """
-    from blnet.vision.train import COMMAND
-
-    scale = SCALES[settings.scale]
+    scale = SCALES[scale_name(settings, kind)]
     words = ["--recipe", scale.recipe, *scale.flags, "--baseline=false", *model]
-    if settings.data is not None:
-        words += [f"--data.path={settings.data}"]
-        if settings.data.endswith(".npz") and scale.recipe == "imagenette":
-            words += ["--data.name=npz"]
+    words += _data_flags(scale, settings.data)
+    if scale.speakers:
+        words += [f"--data.holdout-speaker={scale.speakers[seed % len(scale.speakers)]}"]
     epochs = epochs or settings.epochs
     words += [f"--epochs={epochs}"] if epochs else []
     words += [
@@ -99,8 +185,21 @@ def configure(
         "--tensorboard=false",
         "--keep=1",
     ]
-    config, _ = COMMAND.parse(words)
-    return config, shlex.join(["blnet", "train", "vision", *words])
+    config, _ = command_of(kind).parse(words)
+    return config, shlex.join(["blnet", "train", kind, *words])
+
+
+def _data_flags(scale: Scale, data: str | None) -> list[str]:
+    if data is None:
+        return []
+    flags = [f"--data.path={data}"]
+    if data.endswith(".npz") and scale.recipe == "imagenette":
+        flags += ["--data.name=npz"]
+    if scale.evaluation:
+        archive, separator, _ = data.rpartition("::")
+        place = f"{archive}{separator}" if separator else f"{Path(data).parent}/"
+        flags += [f"--data.eval-path={place}{scale.evaluation}"]
+    return flags
 
 
 def train(
@@ -111,6 +210,7 @@ def train(
     model: list[str],
     facts: dict[str, Any],
     epochs: int | None = None,
+    kind: str = VISION,
 ) -> Measurement:
     """Train a network, or take over its finished run; what went wrong is in the measurement.
 
@@ -119,13 +219,14 @@ def train(
         suite: name of the suite.
         family: what tables call the network.
         seed: of the run.
-        model: flags of `blnet train vision` that say which network.
+        model: flags of the training command that say which network.
         facts: what the suite knows of it.
         epochs: in place of the recipe's and the settings'.
+        kind: vision or speech.
 
     Returns:
-        A measurement whose samples are seconds an epoch, with accuracy (0 to 1), epochs, images,
-        parameters and MACs among its facts.
+        A measurement whose samples are seconds an epoch, with the last evaluation's metrics (0 to
+        1), epochs, samples, parameters and MACs among its facts.
 
     Raises:
         KeyboardInterrupt: if the run was stopped; its checkpoint goes on with the study.
@@ -134,14 +235,16 @@ def train(
     from blnet.training.stopping import Interrupted
 
     settings = session.settings
-    folder = session.folder / RUNS / suite / f"{_file_name(family)}-seed{seed}"
-    made = Measurement(suite, settings.scale, family, f"seed {seed}", facts={**facts, "seed": seed})
-    step = f"{suite}, {settings.scale}: {family}, seed {seed}"
+    folder = run_folder(session, suite, family, seed)
+    scale = scale_name(settings, kind)
+    made = Measurement(suite, scale, family, f"seed {seed}", facts={**facts, "seed": seed})
+    step = f"{suite}, {scale}: {family}, seed {seed}"
     session.watch(step, 0.0)
+    folder.mkdir(parents=True, exist_ok=True)  # by which a study that was interrupted is known
     try:
-        config, command = configure(settings, model, folder, seed, epochs)
+        config, command = configure(settings, kind, model, folder, seed, epochs)
         made.description = command
-        made.facts |= _trained(session, config, folder)
+        made.facts |= _trained(session, kind, config, folder)
     except Interrupted:
         raise KeyboardInterrupt from None
     except (ValueError, OSError) as error:
@@ -153,51 +256,50 @@ def train(
     return made
 
 
-def _trained(session: Session, config: VisionConfig, folder: Path) -> dict[str, Any]:
+def run_folder(session: Session, suite: str, family: str, seed: int) -> Path:
+    """Return the folder of a network's run with a seed."""
+    return session.folder / RUNS / suite / f"{_file_name(family)}-seed{seed}"
+
+
+def _trained(session: Session, kind: str, config: Any, folder: Path) -> dict[str, Any]:
     """Run the training, and return what it came to."""
     from rich.console import Console
 
     from blnet.training.devices import make_accelerator
+    from blnet.training.networks import load_network
     from blnet.training.run import run
-    from blnet.vision.data import load_data
-    from blnet.vision.task import ImageTask
 
-    config.check()
-    # The runs differ in network and seed only, so all see the same pictures.
-    data = session.cached(
-        ("data", config.data, config.augment), lambda: load_data(config.data, config.augment)
-    )
-    task = ImageTask(config, data)
-    folder.mkdir(parents=True, exist_ok=True)
+    command = command_of(kind)
+    # Most runs differ in network and seed only, so all see the same pictures or recordings.
+    key = ("data", kind, config.data, config.augment)
+    first = session.cached(key, lambda: command.make_task(config))
+    task = command.make_task(config, first)
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         console = Console(file=log, width=140)
         summary = run(task, config, folder, make_accelerator(config), console)
-    return {**cost(task, folder), **_facts(config, summary, data.counts)}
-
-
-def _facts(config: VisionConfig, summary: Summary, counts: tuple[int, int]) -> dict[str, Any]:
-    images = (counts[0] // config.batch_size) * config.batch_size * config.epochs
+    cost = task.cost(load_network(folder)[0])
     return {
-        # The last network's, not the best one's: choosing by the test images would flatter.
-        "accuracy": summary.last["accuracy"],
-        "loss": summary.last["loss"],
-        "epochs": config.epochs,
-        "images": images,
-        "evaluation_images": counts[1],
-        "train_seconds": summary.train_seconds,
-        "waiting": summary.waiting,
+        "parameters": cost.parameters,
+        "macs": cost.macs,
+        **_facts(config, summary, task),
     }
 
 
-def cost(task: Any, folder: Path) -> dict[str, Any]:
-    """Return parameters, and MACs for one image, of the network that a run trained."""
-    from blnet import profile
-    from blnet.training.networks import load_network
+def _facts(config: Any, summary: Summary, task: Task) -> dict[str, Any]:
+    from blnet.training.task import count_of
 
-    model, _ = load_network(folder)
-    shape = task.data.preprocessing
-    found = profile(model, (1, shape.channels, shape.size, shape.size))
-    return {"parameters": found.parameters, "macs": found.macs}
+    steps = count_of(task.train_data) // config.batch_size
+    return {
+        # The last network's, not the best one's: choosing by the test data would flatter.
+        **summary.last,
+        "monitor": task.monitor,
+        "epochs": config.epochs,
+        "steps": steps,
+        "images": steps * config.batch_size * config.epochs,
+        "evaluation_images": count_of(task.eval_data),
+        "train_seconds": summary.train_seconds,
+        "waiting": summary.waiting,
+    }
 
 
 def median_epoch(measurements: list[Measurement]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 from pathlib import Path
@@ -11,18 +12,19 @@ from types import ModuleType
 import pytest
 from rich.console import Console
 
-from blnet.bench import accuracy, studies
+from blnet.bench import accuracy, command, progress, runner, studies
 from blnet.bench.command import STUDIES, SUITES, _default, parse_settings
 from blnet.bench.intervals import mean
 from blnet.bench.report import csv_text, markdown, print_tables
-from blnet.bench.results import Measurement, Results, read_json
-from blnet.bench.runner import finish
+from blnet.bench.results import Measurement, Results, read_json, write_json
 from blnet.bench.session import Session
 from blnet.bench.settings import Settings
 from blnet.bench.suites import test_accuracy as accuracy_suite
 from blnet.bench.suites import test_conversion as conversion_suite
 from blnet.cli import main
 from blnet.training.journal import read_rows
+from blnet.training.run import run
+from blnet.training.stopping import Interrupted
 
 
 def result(family: str, seed: int, top1: float, macs: int = 100, **facts) -> Measurement:
@@ -74,9 +76,9 @@ def test_rows_are_means_over_seeds_and_differences_seed_by_seed() -> None:
         result("bl_resnet50 a2 b4", 1, 0.96),
     )
     plain, ours = accuracy.rows(found, "accuracy")
-    assert plain.accuracy.value == pytest.approx(92)
+    assert plain.score.value == pytest.approx(92)
     assert plain.difference is None
-    assert ours.accuracy.value == pytest.approx(94)
+    assert ours.score.value == pytest.approx(94)
     assert ours.difference.value == pytest.approx(2)
     assert ours.difference.half_width == pytest.approx(0, abs=1e-9)  # each seed gained the same
     assert ours.mac_ratio == 2
@@ -151,7 +153,7 @@ def test_studies_run_by_name_only_and_are_the_paper_s_settings() -> None:
 def test_runs_of_a_scale_are_those_of_its_recipe() -> None:
     settings = Settings(scale="imagenet", data="pictures", epochs=90)
     flags = ["--model.name=bl_resnet50", "--model.alpha=4"]
-    config, command = studies.configure(settings, flags, Path("out"), 7)
+    config, command = studies.configure(settings, studies.VISION, flags, Path("out"), 7)
     assert (config.epochs, config.seed, config.optimizer.lr) == (90, 7, 0.1)
     assert (config.model.alpha, config.data.path, config.resume) == (4, "pictures", "auto")
     assert not config.baseline
@@ -164,6 +166,9 @@ def test_runs_of_a_scale_are_those_of_its_recipe() -> None:
         (["accuracy", "--scale", "imagenet"], "--scale imagenet needs --data"),
         (["conversion", "--scale", "cifar10"], "--scale cifar10 needs --data"),
         (["accuracy", "--scale", "mnist"], "invalid choice"),
+        (["accuracy", "--scale", "synth"], "of a study of vision must be one of digits, cifar10"),
+        (["speech", "--scale", "fsdd"], "--scale fsdd needs --data"),
+        (["speech", "--scale", "digits"], "of a study of speech must be one of synth, fsdd"),
         (["accuracy", "--seeds", "0"], "--seeds must be at least 1"),
         (["accuracy", "--epochs", "0"], "--epochs must be at least 1"),
     ],
@@ -186,14 +191,24 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(studies.SCALES, "digits", studies.Scale("digits", "tiny", flags))
 
 
-def bench(suite: ModuleType, epochs: int, folder: Path) -> int:
-    """Run a study as `blnet bench` does, without pytest inside pytest."""
+def bench(suite: ModuleType, epochs: int, folder: Path, *more: str) -> int:
+    """Run a study by its command, without pytest inside pytest."""
     small = ["--models", "bl_resnet18", "--alpha", "2", "--seeds", "1", "--threads", "1"]
-    settings = parse_settings([*small, "--device", "cpu", "--epochs", str(epochs)])
-    session = Session(settings, folder=folder)
-    for case in suite.cases(settings):
-        session.measured(suite, case)
-    return finish(session.results, folder)
+    words = [*small, "--device", "cpu", "--epochs", str(epochs), "--output", str(folder), *more]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "run_suites", run_here)
+        patch.setattr(progress, "error_console", lambda: Console(file=io.StringIO()))
+        return main(["bench", suite.NAME, *words])
+
+
+def run_here(suites: dict[str, str], session: Session) -> None:
+    """Do as `run_suites` does, in this process."""
+    try:
+        for module in map(importlib.import_module, suites.values()):
+            for case in module.cases(session.settings):
+                session.measured(module, case)
+    except KeyboardInterrupt:
+        session.results.interrupted = True
 
 
 @pytest.mark.usefixtures("tiny")
@@ -213,7 +228,6 @@ def test_a_study_trains_keeps_its_runs_and_goes_on(tmp_path: Path, capsys) -> No
         assert m.description.startswith("blnet train vision --recipe digits")
     assert (folder / "accuracy.png").is_file()
     # Finished runs are taken over, not trained again.
-    (folder / "results.json").unlink()
     before = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("step-*/model.safetensors"))
     assert bench(accuracy_suite, 1, folder) == 0
     after = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("step-*/model.safetensors"))
@@ -222,6 +236,58 @@ def test_a_study_trains_keeps_its_runs_and_goes_on(tmp_path: Path, capsys) -> No
     assert [m.facts["accuracy"] for m in again.measurements] == [
         m.facts["accuracy"] for m in found.measurements
     ]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_an_interrupted_study_goes_on_with_the_same_command(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    folder, runs = tmp_path / "study", []
+
+    def stopped(task, config, place, *rest):
+        runs.append(place.name)
+        if len(runs) == 2:
+            raise Interrupted(2, 1)
+        return run(task, config, place, *rest)
+
+    monkeypatch.setattr("blnet.training.run.run", stopped)
+    monkeypatch.setattr("sys.argv", ["blnet", "bench", "accuracy"])
+    assert bench(accuracy_suite, 1, folder) == 130
+    assert f"go on with: blnet bench accuracy --output {folder}\n" in capsys.readouterr().err
+    assert [m.family for m in read_json(folder / "results.json").measurements] == ["resnet18"]
+    # The same command, and then with more seeds.
+    assert bench(accuracy_suite, 1, folder) == 0
+    assert bench(accuracy_suite, 1, folder, "--seeds", "2") == 0
+    found = read_json(folder / "results.json")
+    assert not found.interrupted
+    assert len([m for m in found.measurements if m.status == "ok"]) == 4
+    assert runs == 2 * ["resnet18-seed0", "bl_resnet18-a2-b4-seed0"] + [
+        f"{name}-seed{seed}" for seed in (0, 1) for name in ("resnet18", "bl_resnet18-a2-b4")
+    ]
+    capsys.readouterr()
+    assert bench(accuracy_suite, 2, folder) == 2
+    assert "holds a study of --epochs 1, and here it is 2" in capsys.readouterr().err
+    for suites in (["accuracy", "merge"], ["accuracy", "conversion"], ["conversion"], []):
+        assert main(["bench", *suites, "--device", "cpu", "--output", str(folder)]) == 2
+        assert "holds a results.json already" in capsys.readouterr().err
+
+
+def test_a_study_s_results_are_not_lost_to_another_study(tmp_path: Path) -> None:
+    write_json(tmp_path / "results.json", results(result("resnet50", 0, 0.9)))
+    settings = Settings(suites=("conversion",))
+    assert not studies.goes_on(settings, tmp_path, STUDIES)
+    for suite in STUDIES:
+        (tmp_path / "runs" / suite).mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds the study accuracy as well"):
+        studies.goes_on(settings, tmp_path, STUDIES)
+    assert studies.goes_on(Settings(suites=STUDIES), tmp_path, STUDIES)
+    assert not studies.goes_on(Settings(suites=("accuracy", "merge")), tmp_path, STUDIES)
+
+
+@pytest.mark.parametrize("words", [["--output", "a b"], ["--output=a b"]])
+def test_how_to_go_on_names_the_folder_once(words, monkeypatch) -> None:
+    monkeypatch.setattr("sys.argv", ["blnet", "bench", "accuracy", *words])
+    assert command._with_output(Path("a b")).count("a b") == 1
 
 
 @pytest.mark.usefixtures("tiny")

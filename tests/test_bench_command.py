@@ -41,7 +41,7 @@ def test_list_measures_nothing(capsys, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["nosuch"], "no suite 'nosuch'; choose from models, training, merge"),
+        (["nosuch"], "no suite 'nosuch'; choose from models, training, speech_models"),
         (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--batch", "x"], "invalid int value"),
         (["--size", "8"], "--size must be at least 32, got 8"),

@@ -110,6 +110,17 @@ def test_the_last_few_are_kept(tmp_path: Path) -> None:
     assert folder.latest() == folder.all()[-1]
 
 
+def test_what_was_replaced_takes_no_place_among_those_kept(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for number in (4, 8, 8):
+        save(folder, number)
+    assert [path.name for path in folder.all()] == ["step-00000004", "step-00000008"]
+    # Of a run that was killed between the two names it is all there is of the step.
+    os.rename(folder.all()[-1], folder.folder / "step-00000008.old")
+    save(folder, 9)
+    assert [path.name for path in folder.all()] == ["step-00000008.old", "step-00000009"]
+
+
 def test_what_killed_runs_left_is_removed(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     save(folder, 1)
@@ -234,6 +245,20 @@ def test_the_best_network_is_found_in_the_runs_folder(tmp_path: Path) -> None:
     named = {"name": "torchvision:resnet18", "options": {"num_classes": 3}}
     CheckpointFolder(tmp_path).save_best(plain, {"network": named})
     assert type(load_network(tmp_path)[0]) is type(plain)
+
+
+def test_a_checkpoint_s_folder_is_its_network_the_average_first(tmp_path: Path) -> None:
+    import blnet.vision.models  # noqa: F401  (registers the name)
+
+    options = {"num_classes": 3, "width": 0.125, "stem": "small"}
+    one, other = (registry.build("bl_resnet18", **options) for _ in range(2))
+    optimizer = make_optimizer(one, OptimizerConfig())
+    path = CheckpointFolder(tmp_path).save(4, one, other, optimizer, SAVED, {"epoch": 1})
+    for expected in (other, one):
+        found, extra = load_network(path)
+        assert extra == {"epoch": 1}
+        assert torch.equal(found.fc.weight, expected.fc.weight)
+        (path / EMA).unlink(missing_ok=True)
 
 
 def test_a_network_that_cannot_be_found_says_what_to_do(tmp_path: Path) -> None:

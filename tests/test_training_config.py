@@ -60,6 +60,10 @@ def test_a_large_seed_is_named_as_it_is() -> None:
         ({"schedule": ScheduleConfig(name="step")}, "--schedule.step-epochs"),
         ({"schedule": ScheduleConfig(name="step", step_epochs=[2, 1])}, "rising order"),
         ({"schedule": ScheduleConfig(name="step", step_epochs=[0])}, "from 1"),
+        (
+            {"schedule": ScheduleConfig(name="step", step_epochs=[4, 9], warmup_epochs=4.5)},
+            r"--schedule.step-epochs \[4, 9\] begins inside the warm-up of .*warmup-epochs 4.5",
+        ),
         ({"schedule": ScheduleConfig(min_lr=1)}, "--schedule.min-lr 1 is above"),
         ({"optimizer": OptimizerConfig(momentum=0)}, "--optimizer.momentum above 0"),
         ({"resume": "auto"}, "--resume auto needs --output"),
@@ -69,6 +73,11 @@ def test_values_that_do_not_go_together_say_so(changes: dict[str, Any], told: st
     with pytest.raises(ValueError, match=told) as caught:
         TrainingConfig(**changes).check()
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_step_may_come_where_the_warm_up_ends() -> None:
+    schedule = ScheduleConfig(name="step", step_epochs=[4], warmup_epochs=4)
+    TrainingConfig(schedule=schedule).check()
 
 
 def test_a_resumed_run_may_change_where_it_runs_and_nothing_else() -> None:
@@ -177,3 +186,11 @@ def test_an_average_keeps_its_share() -> None:
     nn.init.ones_(model.weight)
     ema.update(model, step=2)
     assert ema.module.weight.item() == pytest.approx(0.25)
+
+
+def test_the_decay_s_warm_up_is_as_slow_as_its_help_says() -> None:
+    ema = make_ema(nn.Linear(1, 1), EmaConfig(decay=0.99999))
+    assert ema is not None
+    for steps, decay in ((1_000, 0.99), (31_623, 0.999), (1_000_000, 0.9999)):
+        assert ema.get_decay(steps) == pytest.approx(decay, abs=1e-6)
+        assert ema.get_decay(steps) == pytest.approx(1 - steps ** (-2 / 3))

@@ -178,6 +178,14 @@ def test_both_processes_end_with_the_same_sentence(
     assert re.search(what, first), first
 
 
+def test_batch_statistics_over_processes_are_for_gpus(
+    launch_together: Start, tmp_path: Path
+) -> None:
+    assert finish(launch_together(tmp_path / "run", sync_bn=True)) == [2, 2]
+    assert words(tmp_path / "run", 0).startswith("--sync-bn needs GPUs")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_process_that_fails_alone_does_not_leave_the_other_waiting(
     launch_together: Start, tmp_path: Path
 ) -> None:

@@ -427,43 +427,20 @@ def test_a_stream_that_ends_too_early_says_so(tmp_path: Path) -> None:
         run(task, tiny_config(str(tmp_path)), tmp_path / "run")
 
 
-def test_a_folder_that_is_none_says_so(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OSError, match=r"--output .*cannot be written to \(.*choose a folder"):
-            train_tiny(str(folder))
+class Whole(TinyTask):
+    """Its batch normalisation sees one value for each sample."""
+
+    def build_model(self) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.BatchNorm1d(3))
 
 
-def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
-    train_tiny(str(tmp_path / "run"), epochs=1)
-    with pytest.raises(ValueError, match=r"holds a run already; go on with it with --resume auto"):
-        train_tiny(str(tmp_path / "run"), epochs=1, resume="never")
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"seed": 3}, "--seed was 0 and is 3"),
-        ({"optimizer": OptimizerConfig(lr=0.1, clip_norm=1.0)}, "--optimizer.lr was 0.05 and is"),
-        ({"accumulate": 2}, "samples in a micro-batch 12 and here are samples in a micro-batch 6"),
-    ],
-)
-def test_another_runs_checkpoint_says_what_differs(
-    changes: dict[str, Any], told: str, tmp_path: Path
-) -> None:
-    train_tiny(str(tmp_path / "run"), epochs=1)
-    with pytest.raises(ValueError, match=told) as caught:
-        train_tiny(str(tmp_path / "run"), epochs=1, **changes)
-    assert "another --output" in str(caught.value)
-
-
-def test_a_checkpoint_of_another_network_is_left_alone(tmp_path: Path) -> None:
-    train_tiny(str(tmp_path / "run"), epochs=1)
-    before = weights(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"does not fit the network.*another --output"):
-        train_tiny(str(tmp_path / "run"), {"norm": False}, epochs=1)
-    after = weights(tmp_path / "run")
-    assert all(torch.equal(before[key], after[key]) for key in before)
+def test_a_batch_too_small_for_batch_normalisation_says_so(tmp_path: Path) -> None:
+    config = tiny_config(str(tmp_path), accumulate=12)
+    told = (
+        r"a micro-batch of 1 blobs is too little .*--batch-size \(12\) or lower --accumulate \(12"
+    )
+    with pytest.raises(ValueError, match=told):
+        run(Whole(), config, tmp_path / "run")
 
 
 def test_a_picture_that_fails_hides_no_error_and_ends_no_run(

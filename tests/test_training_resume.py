@@ -16,10 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from blnet.training import loop
 from blnet.training.checkpoints import EMA, MODEL, TRAINING, CheckpointFolder
 from blnet.training.config import EmaConfig, OptimizerConfig
 from blnet.training.journal import read_rows
-from blnet.training.testing import lead_group, report_tiny, train_tiny
+from blnet.training.testing import lead_group, report_eagerly, report_tiny, train_tiny
 
 KILLS = 20
 EPOCHS = 6
@@ -170,6 +171,44 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     check_same(whole(name), stopped)
     names = [row["name"] for row in read_rows(stopped, "corrupt")]
     assert len(names) == len(set(names)) == len(task.get("corrupt", ()))
+
+
+@pytest.mark.parametrize("trouble", ["terminate", "interrupt", "kill", "memory"])
+def test_an_evaluation_that_ends_early_costs_no_training(
+    trouble: str, launch: Launch, tmp_path: Path
+) -> None:
+    # At the second of four batches of the second epoch's evaluation, which begins after step 8.
+    stopped = tmp_path / "stopped"
+    settings = {"epochs": 3, "log_steps": 1, "checkpoint_steps": 0}
+    task = {"evaluation": 48, "trouble": trouble, "at": 5, "evaluating": True}
+    process = launch(report_eagerly, str(stopped), task, **settings)
+    assert finish(process) == {"terminate": 143, "interrupt": 130, "kill": -9, "memory": 2}[trouble]
+    latest = CheckpointFolder(stopped).latest()
+    assert latest is not None
+    assert latest.name == "step-00000008"
+    assert len(list(read_rows(stopped, "epoch"))) == 1, "it stops before the evaluation's end"
+    train_tiny(str(stopped), {"evaluation": 48}, **settings)
+    train_tiny(str(tmp_path / "whole"), {"evaluation": 48}, **settings)
+    check_same(tmp_path / "whole", stopped)
+
+
+def test_short_epochs_are_written_once_and_the_first_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    save = CheckpointFolder.save
+
+    def counted(self: CheckpointFolder, step: int, *rest: Any) -> Path:
+        written.append(step)
+        return save(self, step, *rest)
+
+    monkeypatch.setattr(CheckpointFolder, "save", counted)
+    train_tiny(str(tmp_path / "run"), epochs=3, checkpoint_steps=0)
+    assert written == [4, 4, 8, 12]
+    written.clear()
+    monkeypatch.setattr(loop, "MOST_LOST", -1.0)
+    train_tiny(str(tmp_path / "other"), epochs=3, checkpoint_steps=0)
+    assert written == [4, 4, 8, 8, 12, 12]
 
 
 def test_a_second_signal_stops_at_once(launch: Launch, tmp_path: Path) -> None:

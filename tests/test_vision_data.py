@@ -351,6 +351,32 @@ def test_training_folder_alone_gives_a_share(tmp_path):
     refused(small(tmp_path, name="imagenet"), "--data.path", "no folder val")
 
 
+@pytest.mark.parametrize("name", ["folder", "imagenet"])
+def test_pictures_of_no_class_are_not_passed_over(tmp_path, name):
+    folder_of(tmp_path / "train", cat=range(5), dog=range(5, 10))
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "notes.txt").touch()
+    if name == "folder":
+        assert load_data(small(tmp_path, name=name)).counts == (8, 2)
+    (tmp_path / "test" / "a.png").write_bytes(encoded(red(1)))
+    refused(small(tmp_path, name=name), str(tmp_path / "test"), "pictures but no class folders")
+    # A test part that nobody has labelled, beside one to evaluate on.
+    folder_of(tmp_path / "val", cat=[20], dog=[21])
+    assert load_data(small(tmp_path, name=name)).counts == (10, 2)
+
+
+def test_one_class_is_nothing_to_learn(tmp_path):
+    folder_of(tmp_path / "one", cat=range(5))
+    told = "has 1 class, and there is nothing to tell apart"
+    refused(small(tmp_path / "one", name="folder"), told, str(tmp_path / "one"))
+    folder_of(tmp_path / "two" / "train", cat=range(5))
+    folder_of(tmp_path / "two" / "val", cat=[7])
+    refused(small(tmp_path / "two", name="imagenet"), told)
+    path = archive_of(tmp_path / "c.npz", [0] * 5, ("cat",))
+    refused(DataConfig(name="npz", path=path), told, path)
+    refused(DataConfig(name="fake", classes=1), told)
+
+
 def test_an_evaluation_folder_of_its_own(tmp_path):
     folder_of(tmp_path / "one", cat=[1, 2], dog=[3])
     folder_of(tmp_path / "two", cat=[4], dog=[5])

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from blnet.training.confusion import (
     write_confusion,
     write_per_class,
 )
-from blnet.vision import evaluate, inference
+from blnet.vision import evaluate, inference, report
 from blnet.vision.config import DataConfig, VisionConfig
 from blnet.vision.data import load_data
 from blnet.vision.evaluate import evaluation_data, measure
@@ -183,9 +184,7 @@ def test_shards_get_the_checkpoints_preprocessing(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "val-0.tar")) as shard:
         for number in range(6):
             shard.write({"__key__": f"{number:03d}", "png": picture.getvalue(), "cls": b"3"})
-    settings = DataConfig(
-        name="webdataset", eval_path=str(tmp_path / "val-0.tar"), eval_images=6, classes=10
-    )
+    settings = DataConfig(name="webdataset", eval_path=str(tmp_path / "val-0.tar"), classes=10)
     data = evaluation_data(settings, GREY)
     model = network()
     found = measure(model, data, VisionConfig(batch_size=4, device="cpu"))
@@ -193,6 +192,18 @@ def test_shards_get_the_checkpoints_preprocessing(tmp_path):
     with torch.no_grad():
         answer = int(model(GREY.normalize(image[None])).argmax())
     assert found.confusion[3, answer] == found.images == 6
+
+
+def test_every_network_has_a_folder_of_its_own(tmp_path):
+    names = ["run", "a/run", "run-2", "b/run", "best.safetensors", "c/best.safetensors"]
+    found = []
+    for name in names:
+        place = tmp_path / name
+        (place.parent if place.suffix else place).mkdir(parents=True, exist_ok=True)
+        found.append(SimpleNamespace(trained=SimpleNamespace(source=str(place))))
+    assert report._places(found) == ["run", "run-3", "run-2", "run-4", "best", "best-2"]
+    assert report._places(found[2:3]) == ["."]
+    assert report._places(found[:2] + found[:1]) == ["run", "run-2", "run-3"]
 
 
 # What is printed and written ----------------------------------------------------------------------

@@ -18,7 +18,8 @@ from blnet.network import BigLittleConfig, BigLittleNet
 from blnet.official import official_key
 from blnet.training.answers import Answer
 from blnet.vision import predict as predicting
-from blnet.vision.inference import imagenet_names, load_trained
+from blnet.vision.classes import imagenet_names
+from blnet.vision.inference import load_trained
 from blnet.vision.predict import PICTURES, predict
 from blnet.vision.preprocessing import Preprocessing
 

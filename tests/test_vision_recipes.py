@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from blnet.training.optimization import make_ema
 from blnet.vision.config import VisionConfig
 from blnet.vision.preprocessing import IMAGENET
 from blnet.vision.task import build_network
@@ -56,6 +58,16 @@ def test_the_paper_s_recipe_is_the_paper_s() -> None:
     model = config.model
     assert (model.name, model.alpha, model.beta) == ("bl_resnet50", 2, 4)
     assert (model.branches, model.stem, model.width) == (2, "imagenet", 1)
+
+
+@pytest.mark.parametrize(("name", "images"), [("cifar10", 50_000), ("imagenet_modern", 1_281_167)])
+def test_an_average_comes_to_its_decay_and_forgets_the_start(name: str, images: int) -> None:
+    config = recipe(name)
+    steps = config.epochs * (images // config.batch_size)
+    ema = make_ema(nn.Linear(1, 1), config.ema)
+    assert ema is not None
+    assert ema.get_decay(steps) == config.ema.decay
+    assert config.ema.decay**steps < 1e-6
 
 
 def test_flags_count_more_than_the_recipe_wherever_it_stands() -> None:

@@ -371,17 +371,17 @@ def test_shards_without_samples_do_not_turn_for_ever(tmp_path, counts):
 def config(tmp_path, **changes):
     pattern = write_shards(tmp_path, [3, 3])
     values = {
-        "path": pattern, "eval_path": pattern, "classes": CLASSES, "train_images": 60,
-        "eval_images": 6, "size": 8,
+        "path": pattern, "eval_path": pattern, "classes": CLASSES, "train_images": 60, "size": 8,
     }  # fmt: skip
     return DataConfig(name="webdataset", **{**values, **changes})
 
 
 def test_load_data_gives_streams(tmp_path):
     data = load_data(config(tmp_path), AugmentConfig(flip=0.5), seed=1)
-    assert data.counts == (60, 6) == (data.train.samples, data.evaluation.samples)
+    assert data.counts == (60, None)
+    assert data.train.samples == 60
     assert data.classes == tuple("0123456")
-    assert data.name.startswith("webdataset (60 training and 6 test images of ")
+    assert data.name.startswith("webdataset (60 training and all test images of ")
     assert data.preprocessing.size == 8
     assert len(all_of(data.evaluation)) == 6
     assert same(all_of(data.evaluation), all_of(data.evaluation))
@@ -396,12 +396,13 @@ def test_load_data_gives_streams(tmp_path):
 
 def test_evaluation_alone_needs_no_training_shards(tmp_path):
     data = load_data(config(tmp_path, path=None, train_images=None), parts="evaluation")
-    assert data.counts == (0, 6)
+    assert data.counts == (0, None)
+    assert data.name.startswith("webdataset (all test images of ")
     assert len(data.train) == 0
     assert len(all_of(data.evaluation)) == 6
 
 
-@pytest.mark.parametrize("field", ["path", "eval_path", "classes", "train_images", "eval_images"])
+@pytest.mark.parametrize("field", ["path", "eval_path", "classes", "train_images"])
 def test_what_is_needed_is_named(tmp_path, field):
     with pytest.raises(ValueError, match=f"--data.{field.replace('_', '-')} is missing"):
         load_data(config(tmp_path, **{field: None}))
@@ -414,6 +415,8 @@ def test_what_is_needed_is_named(tmp_path, field):
         ({"eval_path": "file:none.tar"}, "--data.eval-path: shard none.tar does not exist"),
         ({"path": "part-{0..3.tar"}, "--data.path 'part-{0..3.tar' is no pattern"),
         ({"limit": 3}, "--data.limit cannot be had"),
+        ({"eval_images": 3}, "--data.eval-images cannot be had with webdataset"),
+        ({"classes": 1}, "--data.classes 1: webdataset has 1 class"),
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path, changes, words):

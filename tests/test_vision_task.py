@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import Subset
 
 from blnet.checkpoint import read_header
 from blnet.cli import main
 from blnet.training.config import DistillationConfig
 from blnet.training.journal import read_rows
 from blnet.training.networks import load_network
+from blnet.training.run import run as run_task
 from blnet.vision.config import AugmentConfig, DataConfig, ModelConfig, VisionConfig
-from blnet.vision.task import ImageTask, accuracies, describe
+from blnet.vision.data import ImageData, load_data
+from blnet.vision.preprocessing import IMAGENET
+from blnet.vision.task import ImageTask, accuracies, build_network, describe
 
 SMALL = ["--width=0.125", "--limit=120", "--batch-size=32", "--tensorboard=false", "--device=cpu"]
 MODEL = ModelConfig(stem="small", width=0.125)
@@ -125,6 +132,83 @@ def test_a_teacher_of_other_pictures_is_refused(run: Path) -> None:
     task = ImageTask(config)
     with pytest.raises(ValueError, match=r"--distillation.teacher .* 3 channels"):
         task.check_teacher(*load_network(run))
+
+
+def renamed(data: ImageData, names: str) -> ImageData:
+    return dataclasses.replace(data, classes=tuple(names))
+
+
+def test_a_teacher_of_other_classes_is_refused(run: Path, tmp_path: Path) -> None:
+    config = VisionConfig(
+        model=MODEL, data=DATA, distillation=DistillationConfig(teacher=str(run)), batch_size=20
+    )
+    data = load_data(DATA)
+    ImageTask(config, data).check_teacher(*load_network(run))
+    other = renamed(data, "0123456798")
+    told = r"--distillation.teacher .* knows class 8 as '8' and digits .* has '9' there; choose a"
+    with pytest.raises(ValueError, match=told) as caught:
+        run_task(ImageTask(config, other), config, tmp_path / "out")
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    # To go on from it is another matter: other classes are what fine-tuning is for.
+    start = dataclasses.replace(MODEL, start=str(run))
+    ImageTask(dataclasses.replace(config, model=start), other).build_model()
+
+
+def test_a_run_goes_on_with_the_same_classes_only(tmp_path: Path) -> None:
+    config = VisionConfig(model=MODEL, data=DATA, batch_size=20, epochs=1, device="cpu",
+                          resume="auto", output=str(tmp_path), tensorboard=False)  # fmt: skip
+    data = load_data(DATA)
+    run_task(ImageTask(config, data), config, tmp_path)
+    run_task(ImageTask(config, data), config, tmp_path)
+    with pytest.raises(ValueError, match=r"the data had \w+ as checksum .* and has \w+; give"):
+        run_task(ImageTask(config, renamed(data, "0123456798")), config, tmp_path)
+    fewer = dataclasses.replace(data, evaluation=Subset(data.evaluation, range(39)))
+    with pytest.raises(ValueError, match="the data had 40 evaluation images and has 39; give"):
+        run_task(ImageTask(config, fewer), config, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["inception_v3", "googlenet"])
+def test_a_network_with_several_outputs_is_refused(name: str) -> None:
+    model = ModelConfig(name=f"torchvision:{name}")
+    told = rf"torchvision:{name} returns \w+Outputs in training, and one tensor of logits"
+    size = dataclasses.replace(IMAGENET, size=299)
+    with torch.device("meta"), pytest.raises(ValueError, match=told):
+        build_network(model, 10, size)
+
+
+class Undecided(nn.Module):
+    """Looks at numbers in training, so that it does not run without any."""
+
+    def __init__(self, several: bool = False, broken: bool = False) -> None:
+        super().__init__()
+        self.fc = nn.Linear(192, 10)
+        self.several = several
+        self.broken = broken
+
+    def forward(self, x: torch.Tensor) -> object:
+        if self.training and bool((x > 1).any()):
+            raise AssertionError("zeros are asked for")
+        if self.training and self.broken:
+            raise RuntimeError("output size is too small")
+        answer = self.fc(x.flatten(1))
+        return (answer, answer) if self.training and self.several else answer
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, None),
+        ({"several": True}, "returns tuple in training"),
+        ({"broken": True}, r"does not train on pictures of 3 .* 8 x 8 pixels \(output size is too"),
+    ],
+)
+def test_a_network_is_tried_for_what_it_gives(options, told, monkeypatch) -> None:
+    monkeypatch.setattr("blnet.registry.build", lambda name, **unused: Undecided(**options))
+    model, size = ModelConfig(name="torchvision:alexnet"), dataclasses.replace(IMAGENET, size=8)
+    refusal = pytest.raises(ValueError, match=told) if told else contextlib.nullcontext()
+    with refusal:
+        assert build_network(model, 10, size)[0].training
 
 
 def test_loss_is_smoothed_in_training_only() -> None:

@@ -37,7 +37,7 @@ class DataConfig:
         limit: at most so many training and so many evaluation images, balanced over the classes.
         train_images: webdataset: images in an epoch (a stream has no length of its own);
             fake: training images.
-        eval_images: webdataset and fake: evaluation images.
+        eval_images: fake: evaluation images (of webdataset all in the shards are).
         classes: webdataset and fake: number of classes.
     """
 

@@ -12,8 +12,9 @@ from torch.utils.data import Dataset
 
 from blnet.files import reason
 from blnet.vision.augment import training_transform
+from blnet.vision.classes import class_names
 from blnet.vision.config import AugmentConfig, DataConfig
-from blnet.vision.folders import class_names, load_folder
+from blnet.vision.folders import load_folder
 from blnet.vision.npz import load_archive
 from blnet.vision.preprocessing import IMAGENET, Preprocessing
 from blnet.vision.shards import ShardStream, check_stream
@@ -44,7 +45,7 @@ class ImageData:
         classes: name of each class.
         preprocessing: what evaluation does to a picture; its `normalize` is still to be applied.
         name: what to call the set in the log.
-        counts: number of training and of evaluation images.
+        counts: number of training and of evaluation images, of shards None: all that they hold.
     """
 
     train: Dataset[Any] | ShardStream
@@ -52,7 +53,7 @@ class ImageData:
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     name: str
-    counts: tuple[int, int]
+    counts: tuple[int, int | None]
 
 
 def load_data(
@@ -89,6 +90,8 @@ def load_data(
         return _load_streams(data, augment, preprocessing or _preprocessing(data),
                              evaluation_only, seed)  # fmt: skip
     found = _LOADERS[data.name](data, evaluation_only)
+    if not evaluation_only:  # else the network's classes are what counts
+        _check_classes(len(found.classes), f"{data.name} of {found.origin}")
     preprocessing = preprocessing or _preprocessing(data, found)
     train, evaluation = (
         balanced(part, data.limit, data.split_seed) for part in (found.train, found.evaluation)
@@ -107,9 +110,18 @@ def load_data(
     )
 
 
-def _title(data: DataConfig, counts: tuple[int, int], origin: str, size: int) -> str:
+def _check_classes(count: int, what: str) -> None:
+    if count < 2:
+        raise ValueError(
+            f"{what} has {count} class, and there is nothing to tell apart below two; name data of "
+            "two classes at least"
+        )
+
+
+def _title(data: DataConfig, counts: tuple[int, int | None], origin: str, size: int) -> str:
     train = f"{counts[0]:,} training and " if counts[0] else ""
-    return f"{data.name} ({train}{counts[1]:,} test images of {origin}, {size}x{size})"
+    test = "all" if counts[1] is None else f"{counts[1]:,}"
+    return f"{data.name} ({train}{test} test images of {origin}, {size}x{size})"
 
 
 def _preprocessing(data: DataConfig, found: Parts | None = None) -> Preprocessing:
@@ -213,9 +225,11 @@ def _load_streams(
 ) -> ImageData:
     check_stream(data, evaluation_only)
     classes = int(data.classes or 0)
-    counts = 0 if evaluation_only else int(data.train_images or 0), int(data.eval_images or 0)
+    if not evaluation_only:
+        _check_classes(classes, f"--data.classes {classes}: webdataset")
+    counts = 0 if evaluation_only else int(data.train_images or 0), None
     evaluation = ShardStream(
-        str(data.eval_path), counts[1], classes, preprocessing.convert, preprocessing,
+        str(data.eval_path), 0, classes, preprocessing.convert, preprocessing,
         training=False, flag="--data.eval-path",
     )  # fmt: skip
     train: Dataset[Any] | ShardStream

@@ -17,8 +17,9 @@ from blnet.training.config import Precision
 from blnet.training.devices import by_first, make_accelerator
 from blnet.training.display import plain_console
 from blnet.vision import reproduction
+from blnet.vision.classes import check_same_names
 from blnet.vision.config import DataConfig, DataName, VisionConfig
-from blnet.vision.data import ImageData, class_names, load_data
+from blnet.vision.data import ImageData, load_data
 from blnet.vision.inference import Trained, load_trained
 from blnet.vision.measurement import Measurement, measure
 from blnet.vision.preprocessing import Preprocessing
@@ -27,7 +28,6 @@ from blnet.vision.report import Evaluation, as_table, write_results
 __all__ = ["Measurement", "configure", "evaluation_data", "measure", "run"]
 
 _BATCH = 128
-_NAMELESS = ("webdataset", "fake")  # sets whose classes are numbers
 _EXAMPLES = """examples:
   blnet evaluate vision results/digits
   blnet evaluate vision results/digits results/digits/baseline --output results/digits/evaluation
@@ -79,7 +79,7 @@ def _add_data_flags(group: Any) -> None:
                        default=None, help="fetch cifar10 or cifar100 into --data-path")  # fmt: skip
     for flag, text in (
         ("--limit", "at most so many images, balanced over the classes"),
-        ("--eval-images", "webdataset and fake: number of images"),
+        ("--eval-images", "fake: number of images"),
         ("--classes", "webdataset and fake: number of classes"),
     ):
         group.add_argument(flag, flag.replace("--", "--data."), dest=flag[2:].replace("-", "_"),
@@ -199,16 +199,8 @@ def check_same_classes(trained: Trained, settings: DataConfig, data: ImageData) 
     if trained.classes != len(data.classes):
         raise ValueError(f"{trained.source} knows {trained.classes} classes and {data.name} has "
                          f"{len(data.classes)}; {advice}")  # fmt: skip
-    recorded = _recorded(trained)
-    nameless = settings.name in _NAMELESS or (recorded and recorded.name in _NAMELESS)
-    if trained.names is None or nameless:
-        return
-    # ImageNet's classes have ids as folders and English names elsewhere.
-    pairs = zip(class_names(trained.names), class_names(data.classes), strict=True)
-    for index, (mine, other) in enumerate(pairs):
-        if mine != other:
-            raise ValueError(f"{trained.source} knows class {index} as {mine!r} and {data.name} "
-                             f"has {other!r} there; {advice}")  # fmt: skip
+    told = (trained.source, data.name, advice)
+    check_same_names(trained.names, trained.extra, data.classes, settings.name, told)
 
 
 def _report(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from blnet.files import reason
+from blnet.vision.classes import class_names
 from blnet.vision.config import DataConfig
 from blnet.vision.sources import Integers, Part, Parts
 from blnet.vision.splits import hold_out
@@ -116,20 +115,6 @@ def load_folder(data: DataConfig, evaluation_only: bool) -> Parts:
     return Parts(train, evaluation, classes, str(shown))
 
 
-def class_names(folders: Sequence[str]) -> tuple[str, ...]:
-    """Return English names if the folders are ImageNet's 1,000 WordNet ids, sorted; else theirs.
-
-    The names are those that torchvision gives its weights; two of them stand for two classes each
-    (crane, maillot).
-    """
-    ids = len(folders) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in folders)
-    if not ids or (folders[0], folders[-1]) != ("n01440764", "n15075141"):
-        return tuple(folders)
-    from torchvision.models import ResNet50_Weights
-
-    return tuple(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
-
-
 def _roots(data: DataConfig, evaluation_only: bool) -> tuple[Path, Path | None, str]:
     """Return the folders of both parts, None for one to hold out, and the setting of the second."""
     given = None if data.eval_path is None else Path(data.eval_path)
@@ -142,15 +127,32 @@ def _roots(data: DataConfig, evaluation_only: bool) -> tuple[Path, Path | None, 
     train = path / "train"
     if given is not None:
         return (train if _is_part(train) else path), given, "--data.eval-path"
-    found = [path / name for name in EVALUATION_FOLDERS if _is_part(path / name)]
-    if not found and data.name == "imagenet":
+    found = _evaluation_folder(path, beside_train=_is_part(train))
+    if found is None and data.name == "imagenet":
         raise ValueError(
             f"--data.path {path} has no folder val with ImageNet's class folders; put the "
             "validation images there, or take --data.name folder to hold training images out"
         )
-    if found and not (_is_part(train) or evaluation_only):
-        raise ValueError(f"--data.path {path} has a folder {found[0].name} but no train; add it")
-    return (train if _is_part(train) else path), (found[0] if found else None), "--data.path"
+    if found is not None and not (_is_part(train) or evaluation_only):
+        raise ValueError(f"--data.path {path} has a folder {found.name} but no train; add it")
+    return (train if _is_part(train) else path), found, "--data.path"
+
+
+def _evaluation_folder(path: Path, beside_train: bool) -> Path | None:
+    """Return the folder of the evaluation part, the first of the names it may have.
+
+    Raises:
+        ValueError: if the first there is, beside a part to train on, holds pictures of no class.
+    """
+    for place in (path / name for name in EVALUATION_FOLDERS):
+        if _is_part(place):
+            return place
+        if beside_train and place.is_dir() and any(map(_is_picture, os.listdir(place))):
+            raise ValueError(
+                f"--data.path: folder {place} holds pictures but no class folders; sort them into "
+                "a folder a class, or move it away to hold training images out"
+            )
+    return None
 
 
 def _is_part(folder: Path) -> bool:

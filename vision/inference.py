@@ -16,14 +16,13 @@ from blnet.network import BigLittleNet
 from blnet.profiling import Profile, profile
 from blnet.tracing import meta_twin, run_on_meta
 from blnet.training.networks import load_network
+from blnet.vision.classes import IMAGENET_CLASSES, class_names_of, imagenet_names
 from blnet.vision.config import ModelConfig
-from blnet.vision.folders import class_names
 from blnet.vision.preprocessing import IMAGENET, Preprocessing
 from blnet.vision.reproduction import matching
 from blnet.vision.task import describe
 
 TASK = "vision"
-_IMAGENET_CLASSES = 1000
 _MAKES_ONE = "'blnet train vision' makes one"
 
 
@@ -59,8 +58,8 @@ def load_trained(source: StrPath) -> Trained:
     """Return the trained image network of a checkpoint.
 
     Args:
-        source: a .safetensors file of ours, the folder of a run, whose best network it is then, or
-            a published .pth file.
+        source: a .safetensors file of ours, the folder of a run, whose best network it is then, of
+            one of its checkpoints, or a published .pth file.
 
     Raises:
         ValueError: if it is none of these, is of another task, or contradicts itself.
@@ -85,7 +84,7 @@ def load_trained(source: StrPath) -> Trained:
     except ValueError as error:
         raise ValueError(f"checkpoint {source} cannot be used: {reason(error, 400)}") from error
     published = Path(source).is_file() and Path(source).suffix != ".safetensors"
-    if published and names is None and classes == _IMAGENET_CLASSES:
+    if published and names is None and classes == IMAGENET_CLASSES:
         names = imagenet_names()
     return Trained(str(source), model.float(), extra, preprocessing, classes, names, cost)
 
@@ -98,51 +97,6 @@ def preprocessing_of(extra: Mapping[str, Any]) -> Preprocessing:
     """
     found = extra.get("preprocessing")
     return IMAGENET if found is None else Preprocessing.from_dict(found)
-
-
-def class_names_of(extra: Mapping[str, Any], classes: int) -> tuple[str, ...] | None:
-    """Return the class names that a checkpoint's header holds; None where it holds none.
-
-    Args:
-        extra: the header's `extra`.
-        classes: number of classes that the network answers for.
-
-    Raises:
-        ValueError: if the names are not as many, or no text.
-    """
-    found = extra.get("classes")
-    if found is None:
-        return None
-    if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
-        raise ValueError("its header's classes are not a list of names; train it anew")
-    if len(found) != classes:
-        raise ValueError(
-            f"its header names {len(found)} classes and the network has {classes}; train it anew"
-        )
-    return tuple(found)
-
-
-def labels_of(extra: Mapping[str, Any], classes: int) -> tuple[str, ...]:
-    """Return what to call each class: the header's names, ImageNet's for 1,000 classes, or numbers.
-
-    Args:
-        extra: the header's `extra`.
-        classes: number of classes that the network answers for.
-
-    Raises:
-        ValueError: if the header's names are not as many.
-    """
-    names = class_names_of(extra, classes)
-    if names is not None:
-        return class_names(names)
-    return imagenet_names() if classes == _IMAGENET_CLASSES else tuple(map(str, range(classes)))
-
-
-def imagenet_names() -> tuple[str, ...]:
-    """Return the English names of ImageNet's 1,000 classes that torchvision gives its weights."""
-    from torchvision.models import ResNet50_Weights
-
-    return tuple(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
 
 
 def network_facts(trained: Trained) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from blnet.training.answers import FORMATS, Answer, Kind, Prediction, most_proba
 from blnet.training.config import TrainingConfig
 from blnet.training.devices import make_accelerator, out_of_memory
 from blnet.training.loading import CorruptSample
+from blnet.vision.classes import labels_of
 from blnet.vision.inference import (
     check_finite,
-    labels_of,
     load_trained,
     preprocessing_of,
 )

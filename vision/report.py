@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -134,12 +135,14 @@ def _places(evaluations: Sequence[Evaluation]) -> list[str]:
     """Return each network's folder inside the output's: that of its run, or its file's name."""
     if len(evaluations) == 1:
         return ["."]
+    paths = [Path(one.trained.source) for one in evaluations]
+    stems = [path.resolve().name if path.is_dir() else path.stem for path in paths]
     names: list[str] = []
-    for one in evaluations:
-        path = Path(one.trained.source)
-        stem = path.resolve().name if path.is_dir() else path.stem
-        taken = sum(name == stem or name.startswith(f"{stem}-") for name in names)
-        names.append(f"{stem}-{taken + 1}" if taken else stem)
+    for stem in stems:
+        # None takes a name that another one has of its own: "run-2" may be a run's folder.
+        others = (f"{stem}-{number}" for number in itertools.count(2))
+        free = (name for name in others if name not in names and name not in stems)
+        names.append(next(free) if stem in names else stem)
     return names
 
 

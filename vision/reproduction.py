@@ -16,11 +16,11 @@ from torchvision.models import ResNet
 
 from blnet import registry
 from blnet.network import BigLittleNet
+from blnet.vision.classes import IMAGENET_CLASSES
 from blnet.vision.config import DataConfig
 from blnet.vision.preprocessing import IMAGENET, Preprocessing
 from blnet.vision.table import PUBLISHED, Published
 
-IMAGENET_CLASSES = 1000
 VALIDATION_IMAGES = 50_000  # in ImageNet's validation set (ILSVRC 2012)
 NOT_RUN = "not run"
 _MISSING = "-"

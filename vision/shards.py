@@ -36,7 +36,7 @@ class ShardStream:
     Training reads the shards again and again, each pass in another order, and draws samples from a
     buffer; it never ends, an epoch is a number of samples. Every reader takes other shards; where
     there are fewer shards than readers, all read all of them and take turns sample by sample.
-    Evaluation reads every shard once, in order, each by one reader.
+    Evaluation reads every shard once, to its end, in order, each by one reader.
 
     A sample that cannot be read is yielded as a `CorruptSample`. So is a shard, once, that cannot
     be opened or that breaks off: what came before the break is used.
@@ -44,7 +44,7 @@ class ShardStream:
     Args:
         pattern: path or URL of the shards, with braces for several: 'train-{000..099}.tar'; with
             'pipe:COMMAND', what the command prints.
-        samples: samples in an epoch, of all readers together.
+        samples: samples in an epoch, of all readers together; of evaluation 0, as nobody knows.
         classes: number of classes.
         convert: gives any picture the mode that the network takes.
         transform: makes a uint8 tensor (channels, height, width) of it.
@@ -172,7 +172,6 @@ def check_stream(data: DataConfig, evaluation_only: bool) -> None:
     needed = {
         "classes": "the number of classes",
         "eval_path": "the shards of the evaluation part",
-        "eval_images": "the number of images to evaluate on",
     }
     if not evaluation_only:
         needed["path"] = "the shards to train on"
@@ -185,6 +184,11 @@ def check_stream(data: DataConfig, evaluation_only: bool) -> None:
         raise ValueError(
             "--data.limit cannot be had with webdataset, whose shards are read as they come; give "
             "a lower --data.train-images and fewer shards"
+        )
+    if data.eval_images is not None:
+        raise ValueError(
+            "--data.eval-images cannot be had with webdataset, which evaluates every image of "
+            "--data.eval-path; leave it out, and name fewer shards there for fewer images"
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +17,13 @@ from torchmetrics.classification import MulticlassAccuracy
 import blnet.vision.models  # noqa: F401  (registers the networks by name)
 from blnet import registry
 from blnet.conversion import convert
-from blnet.profiling import profile
+from blnet.files import reason
+from blnet.profiling import Profile, profile
+from blnet.tracing import meta_twin
 from blnet.training.networks import load_network
 from blnet.training.task import Batch, Task
 from blnet.vision.augment import Mix
+from blnet.vision.classes import check_same_names, class_names_of
 from blnet.vision.config import ModelConfig, VisionConfig
 from blnet.vision.data import ImageData, load_data
 from blnet.vision.preprocessing import Preprocessing
@@ -73,10 +78,13 @@ def build_network(
     source = config.start or config.inherit
     if source is None:
         options = model_options(config, classes, preprocessing.channels)
-        return registry.build(config.name, **options), {"name": config.name, "options": options}
+        built = registry.build(config.name, **options)
+        _check_output(built, config.name, preprocessing)
+        return built, {"name": config.name, "options": options}
     flag = "--model.start" if config.start else "--model.inherit"
     found, extra = load_network(source)
     check_classes(found, extra, classes, preprocessing, f"{flag} {source}")
+    _check_output(found, f"{flag} {source}", preprocessing)
     made = extra.get("network") or {}
     if config.inherit is None:
         return found.train(), made
@@ -90,6 +98,38 @@ def build_network(
             converted.plan, source=made["name"], source_options=made["options"]
         )
     return converted, {}
+
+
+def _check_output(model: nn.Module, what: str, preprocessing: Preprocessing) -> None:
+    """Check that a network gives logits, and nothing beside them, in training as well.
+
+    Raises:
+        ValueError: if it gives anything else, as Inception does, which answers several times, or
+            does not take such pictures.
+    """
+    shape = (2, preprocessing.channels, preprocessing.size, preprocessing.size)
+    try:
+        found = _trained_output(model, torch.empty(shape, device="meta"))
+    except Exception:  # not every network runs without numbers
+        try:
+            found = _trained_output(model, torch.zeros(shape))
+        except Exception as error:  # a network of the user's raises nearly anything
+            raise ValueError(
+                f"{what} does not train on pictures of {shape[1]} channels and {shape[2]} x "
+                f"{shape[3]} pixels ({reason(error)}); choose another network or size"
+            ) from error
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"{what} returns {type(found).__name__} in training, and one tensor of logits is "
+            "trained here; choose a network with a single output"
+        )
+
+
+def _trained_output(model: nn.Module, images: Tensor) -> Any:
+    """Return what a copy of a network, on the images' device, gives for them in training."""
+    twin = meta_twin(model) if images.is_meta else copy.deepcopy(model)
+    with torch.no_grad():
+        return twin.train()(images)
 
 
 def check_classes(
@@ -201,13 +241,28 @@ class ImageTask(Task):
         return right
 
     def check_teacher(self, teacher: nn.Module, extra: Mapping[str, Any]) -> None:
-        """Check that a teacher knows these classes and takes these pictures.
+        """Check that a teacher knows these classes, in this order, and takes these pictures.
 
         Raises:
             ValueError: if not.
         """
         name = f"--distillation.teacher {self.config.distillation.teacher}"
         check_classes(teacher, extra, self.classes, self.data.preprocessing, name)
+        try:
+            known = class_names_of(extra, self.classes)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be used: {reason(error)}") from error
+        told = (name, self.data.name, "choose a teacher of the same classes")
+        check_same_names(known, extra, self.data.classes, self.config.data.name, told)
+
+    def identity(self) -> dict[str, Any]:
+        """Return how many images and classes there are, and a checksum of the classes' names."""
+        names = hashlib.blake2b("\n".join(self.data.classes).encode(), digest_size=4).hexdigest()
+        return {
+            **super().identity(),
+            "classes": self.classes,
+            "as checksum of the classes' names": names,
+        }
 
     def header(self) -> dict[str, Any]:
         """Return what `blnet evaluate` and `blnet predict` need beside the weights."""
@@ -218,14 +273,17 @@ class ImageTask(Task):
             "data": dataclasses.asdict(self.config.data),
         }
 
+    def cost(self, model: nn.Module) -> Profile:
+        """Return parameters, and MACs for one picture."""
+        preprocessing = self.data.preprocessing
+        return profile(model, (1, preprocessing.channels, preprocessing.size, preprocessing.size))
+
     def facts(self, model: nn.Module) -> dict[str, str]:
         """Return the network with its cost, and the data."""
-        preprocessing = self.data.preprocessing
-        shape = (1, preprocessing.channels, preprocessing.size, preprocessing.size)
-        cost = profile(model, shape)
+        cost = self.cost(model)
         return {
             "network": f"{describe(self.config.model)}, {cost.parameters:,} parameters, "
-            f"{cost.macs / 1e9:.4g} GMACs at {'x'.join(map(str, shape[1:]))}",
+            f"{cost.macs / 1e9:.4g} GMACs at {'x'.join(map(str, cost.input_size[1:]))}",
             "data": self.data.name,
         }
 

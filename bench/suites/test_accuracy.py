@@ -18,6 +18,7 @@ from blnet.bench.session import Case, Session
 from blnet.bench.settings import Settings
 
 NAME = "accuracy"
+KIND = studies.VISION
 # (alpha, beta) of the paper's recognition table.
 PAPER_BRANCHINGS = ((2, 2), (2, 4), (4, 2), (4, 4))
 
@@ -25,8 +26,8 @@ PAPER_BRANCHINGS = ((2, 2), (2, 4), (4, 2), (4, 4))
 def cases(settings: Settings) -> list[Case]:
     """Return every network with every seed; a seed's networks one after the other."""
     return [
-        Case(settings.scale, spec.label, f"seed {seed}")
-        for seed in settings.run_seeds
+        Case(studies.scale_name(settings, KIND), spec.label, f"seed {seed}")
+        for seed in studies.run_seeds(settings, KIND)
         for spec in specs(settings, PAPER_BRANCHINGS)
     ]
 
@@ -34,8 +35,8 @@ def cases(settings: Settings) -> list[Case]:
 def study(session: Session, add: studies.Add) -> None:
     """Train all of them."""
     settings = session.settings
-    studies.check(settings)
-    for seed in settings.run_seeds:
+    studies.check(settings, KIND)
+    for seed in studies.run_seeds(settings, KIND):
         for spec in specs(settings, PAPER_BRANCHINGS):
             facts = {
                 "network": spec.name,

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from blnet.bench import studies
-from blnet.bench.accuracy import CONVERTED
+from blnet.bench.accuracy import CONVERTED, PLAIN
 from blnet.bench.networks import Spec, specs
 from blnet.bench.replay import replay, virtual_clock
 from blnet.bench.results import Measurement
@@ -28,11 +28,11 @@ from blnet.bench.settings import Settings
 from blnet.bench.suites.test_accuracy import model_flags
 
 NAME = "conversion"
+KIND = studies.VISION
 BRANCHING = ((2, 4),)
 EPOCHS_SHARE = 1 / 3  # of the plain network's epochs, for fine-tuning; the recipe is the same
 DISTILLATION = ("--distillation.weight=0.5", "--distillation.temperature=2")
 BACKWARD = 3  # forward and backward pass cost three times the forward pass
-PLAIN = "plain"
 SAME_TUNING, SAME_TOTAL = "anew, same fine-tuning cost", "anew, same total cost"
 FAMILIES = (PLAIN, CONVERTED, SAME_TUNING, SAME_TOTAL)
 
@@ -40,8 +40,8 @@ FAMILIES = (PLAIN, CONVERTED, SAME_TUNING, SAME_TOTAL)
 def cases(settings: Settings) -> list[Case]:
     """Return every way to a Big-Little network with every seed."""
     return [
-        Case(settings.scale, family, f"seed {seed}")
-        for seed in settings.run_seeds
+        Case(studies.scale_name(settings, KIND), family, f"seed {seed}")
+        for seed in studies.run_seeds(settings, KIND)
         for family in FAMILIES
     ]
 
@@ -49,12 +49,12 @@ def cases(settings: Settings) -> list[Case]:
 def study(session: Session, add: studies.Add) -> None:
     """Train, convert, fine-tune, and train anew."""
     settings = session.settings
-    studies.check(settings)
+    studies.check(settings, KIND)
     plain, big_little = (
         next(s for s in specs(settings, BRANCHING) if (s.alpha is None) == is_plain)
         for is_plain in (True, False)
     )
-    for seed in settings.run_seeds:
+    for seed in studies.run_seeds(settings, KIND):
         _one(session, add, seed, plain, big_little)
 
 
@@ -69,8 +69,8 @@ def _one(session: Session, add: studies.Add, seed: int, plain: Spec, big_little:
     first = train(PLAIN, model_flags(plain), plain.name)
     if not first.timed:
         return  # its failure is in the results
-    teacher = session.folder / studies.RUNS / NAME / f"plain-seed{seed}"
-    config, _ = studies.configure(session.settings, model_flags(plain), teacher, seed)
+    teacher = session.folder / studies.RUNS / NAME / f"{PLAIN}-seed{seed}"
+    config, _ = studies.configure(session.settings, KIND, model_flags(plain), teacher, seed)
     tuning = max(1, round(EPOCHS_SHARE * config.epochs))
     flags = [
         f"--model.inherit={teacher}",

@@ -51,7 +51,8 @@ class Saved:
     Attributes:
         progress: where the run was: epoch, step, sums; fit for JSON.
         config: the configuration it ran with.
-        layout: devices and the like, which a stream's order depends on.
+        layout: what the order of the samples depends on, devices and the like, and what tells the
+            data from other data.
         scaler: state of the gradient scaler of fp16; empty without one.
     """
 
@@ -147,7 +148,10 @@ class CheckpointFolder:
         return path
 
     def _prune(self) -> None:
-        for path in self.all()[: -self.keep]:
+        # Of each step the newest: what was replaced counts, and stays, only where a run was killed
+        # before its successor had the name.
+        newest = {_age(path)[0]: path for path in self.all()}
+        for path in set(self.all()) - set(list(newest.values())[-self.keep :]):
             self._remove(path)
         # What runs left behind that were killed.
         for path in self.folder.glob(".*.partial"):

@@ -43,7 +43,8 @@ class OptimizerConfig:
         lr: learning rate at the top of the schedule, for the whole batch.
         momentum: of sgd (Nesterov's, unless --optimizer.nesterov false).
         nesterov: whether sgd's momentum is Nesterov's.
-        weight_decay: weight decay (of adamw and lamb decoupled).
+        weight_decay: weight decay: of sgd part of the gradient, of adamw decoupled from it, of lamb
+            part of the update before that is scaled to the length of the weights.
         decay_norms: whether normalisation weights and biases decay as well, as in the paper.
         clip_norm: largest norm of the gradient; it is scaled down to it. 0 for no limit.
     """
@@ -63,7 +64,8 @@ class ScheduleConfig:
 
     Attributes:
         name: cosine from lr to min_lr, step (times step_factor at each of step_epochs) or constant.
-        warmup_epochs: epochs, or a fraction of one, of linear warm-up from lr / 100.
+        warmup_epochs: epochs, or a fraction of one, of linear warm-up from lr / 100 to lr; they
+            stand in place of the schedule's own first ones, and the rest of it is as without.
         min_lr: where cosine ends.
         step_epochs: epochs after which step lowers the rate.
         step_factor: what step multiplies the rate with.
@@ -82,7 +84,9 @@ class EmaConfig:
 
     Attributes:
         decay: share of the average that stays at a step; 0 for no average.
-        warmup: whether the decay grows to its value, so that a short run forgets its start.
+        warmup: whether the decay grows to its value, as 1 - step^(-2/3), so that a short run
+            forgets its start; it is 0.99 after 1,000 steps, 0.999 after 32,000 and 0.9999 after a
+            million.
     """
 
     decay: float = 0.0
@@ -201,6 +205,12 @@ class TrainingConfig:
             raise ValueError(
                 f"--schedule.step-epochs {epochs} must be epochs from 1 in rising order, "
                 "[30, 60] say"
+            )
+        if self.schedule.name == "step" and epochs[0] < self.schedule.warmup_epochs:
+            raise ValueError(
+                f"--schedule.step-epochs {epochs} begins inside the warm-up of "
+                f"--schedule.warmup-epochs {self.schedule.warmup_epochs:g}, which knows no steps; "
+                "shorten the warm-up or begin later"
             )
 
     def as_dict(self) -> dict[str, Any]:

@@ -53,6 +53,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             f"--device {config.device}: the processes of this run are connected for "
             f"{accelerator.device.type}; start the run in processes of its own"
         )
+    if config.sync_bn and cpu and accelerator.num_processes > 1:
+        raise ValueError("--sync-bn needs GPUs: PyTorch takes batch statistics over several "
+                         "processes on those alone; leave it out")  # fmt: skip
     return accelerator
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,7 @@ def evaluate(
     accelerator: Accelerator,
     batch_size: int,
     metrics: Any = None,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Findings:
     """Return what the task's metrics are over its evaluation data.
 
@@ -46,6 +48,7 @@ def evaluate(
         accelerator: the devices; each evaluates its share.
         batch_size: samples a device takes at once.
         metrics: a metric collection in place of the task's own; it is left filled.
+        before_batch: called before each batch; what it raises ends the evaluation.
 
     Raises:
         ValueError: if nothing could be read, or a loading process dies.
@@ -57,6 +60,7 @@ def evaluate(
     model.eval()
     try:
         for loaded in _batches(task, loader, accelerator, batch_size):
+            before_batch()
             corrupt += loaded.corrupt
             if loaded.batch is None:
                 continue

@@ -21,17 +21,20 @@ from torch import Tensor
 from blnet.training.checkpoints import CheckpointFolder
 from blnet.training.config import TrainingConfig
 from blnet.training.corrupt import CorruptLog
-from blnet.training.devices import by_first, choose_workers, out_of_memory, seed_all
+from blnet.training.devices import by_first, choose_workers, seed_all
 from blnet.training.display import Display
 from blnet.training.evaluation import Findings, evaluate
-from blnet.training.failures import in_words
+from blnet.training.failures import in_words, of_batch
 from blnet.training.journal import Journal, read_rows
-from blnet.training.loading import Layout, Loaded, Loader, Stream, mixed_seed
+from blnet.training.loading import Layout, Loaded, Loader, mixed_seed
 from blnet.training.progress import Means, RunProgress, Sums
 from blnet.training.reporting import Reporter, Summary
 from blnet.training.state import STEP_SEED, RunState
 from blnet.training.stopping import Interrupted, Stopper
-from blnet.training.task import Batch, Task, to_device
+from blnet.training.task import Batch, Task, count_of, to_device
+
+# Seconds of training that a stop or a failure in an evaluation may cost, at most.
+MOST_LOST = 5.0
 
 
 class Trainer:
@@ -81,8 +84,10 @@ class Trainer:
             CheckpointFolder(folder, config.keep),
             self.steps,
             self._order_facts(),
+            {**task.identity(), "steps an epoch": self.steps},
         )
         self._stopper = Stopper(accelerator)
+        self._kept_step = self.progress.step  # of the newest checkpoint; 0 where there is none
 
     def _order_facts(self) -> dict[str, int]:
         """Return what a step depends on beside the configuration.
@@ -98,8 +103,7 @@ class Trainer:
     @property
     def samples(self) -> int:
         """How many training samples there are."""
-        data = self.task.train_data
-        return int(data.samples if isinstance(data, Stream) else len(data))
+        return count_of(self.task.train_data)
 
     def _steps_an_epoch(self) -> int:
         micro = self.layout.micro_batch
@@ -174,13 +178,8 @@ class Trainer:
         try:
             yield
         except Exception as error:
-            told = in_words(error)
-            if out_of_memory(error):
-                told = ValueError(
-                    f"a micro-batch of {self.layout.micro_batch} {self.task.unit} does not fit "
-                    f"into the memory of the {self.device.type} device; lower --batch-size "
-                    f"({self.config.batch_size}) or raise --accumulate ({self.config.accumulate})"
-                )
+            batch = f"a micro-batch of {self.layout.micro_batch} {self.task.unit}"
+            told = of_batch(error, batch, self.device.type, self.config) or in_words(error)
             if told is None:
                 raise
             raise told from error
@@ -292,12 +291,19 @@ class Trainer:
             self._tell(means)
             window = [0.0] * Sums.SIZE
         stop = self._stopper.asked()
-        # The epoch's end writes a checkpoint; but who asks to stop may not wait for an evaluation.
-        if stop or (not last and (keep or self._is_late())):
+        if stop or (self._is_worth_keeping() if last else keep or self._is_late()):
             progress.window_sums, progress.epoch_sums = window, self._all(self._epoch_sums)
             self._save()
         if stop:
             raise Interrupted(stop, progress.step)
+
+    def _is_worth_keeping(self) -> bool:
+        """Return whether an epoch is kept before its evaluation too: a long one, or the first.
+
+        The epoch's end writes a checkpoint anyway, and so short ones are not written twice. Of the
+        first, so that there is no best network without a checkpoint.
+        """
+        return not self._kept_step or self._is_late(MOST_LOST)
 
     def _calls_for_a_look(self) -> bool:
         if self.accelerator.num_processes > 1:
@@ -309,9 +315,14 @@ class Trainer:
         values: list[float] = self.accelerator.reduce(sums.values.clone(), "sum").tolist()
         return values
 
-    def _is_late(self) -> bool:
-        """Return whether a checkpoint is due by time; devices ask together."""
-        late = time.monotonic() - self._saved_at > 60 * self.config.checkpoint_minutes
+    def _is_late(self, seconds: float | None = None) -> bool:
+        """Return whether a checkpoint is due by time; devices ask together.
+
+        Args:
+            seconds: after which it is; None for those of the configuration.
+        """
+        limit = 60 * self.config.checkpoint_minutes if seconds is None else seconds
+        late = time.monotonic() - self._saved_at > limit
         if self.accelerator.num_processes == 1:
             return late
         # Clocks differ between devices; the first one's counts.
@@ -322,6 +333,7 @@ class Trainer:
         by_first(self._journal.flush, self.accelerator)
         self.state.save(best)
         self._saved_at = time.monotonic()
+        self._kept_step = self.progress.step
 
     def _tell(self, means: Means) -> None:
         progress = self.progress
@@ -353,7 +365,22 @@ class Trainer:
             self._eval_loader,
             self.accelerator,
             self.layout.micro_batch,
+            before_batch=self._stop_evaluation,
         )
         self._corrupt.add(found.corrupt, "evaluation", found.samples + len(found.corrupt))
         self._corrupt.share()
         return found
+
+    def _stop_evaluation(self) -> None:
+        """Stop between two batches of an evaluation, which the resumed run begins anew.
+
+        Several devices finish theirs: they have not the same number of batches to ask together at.
+        """
+        stop, progress = self._stopper.signal, self.progress
+        if not stop or self.accelerator.num_processes > 1:
+            return
+        if self._kept_step < progress.step:
+            progress.window_sums = [0.0] * Sums.SIZE
+            progress.epoch_sums = self._all(self._epoch_sums)
+            self._save()
+        raise Interrupted(stop, progress.step)

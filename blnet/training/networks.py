@@ -10,7 +10,7 @@ from torch import nn
 from blnet import checkpoint, registry
 from blnet.files import StrPath
 from blnet.official import load_official
-from blnet.training.checkpoints import BEST
+from blnet.training.checkpoints import BEST, EMA, MODEL
 
 _LIBRARIES = ("torchvision", "timm")
 
@@ -20,7 +20,8 @@ def load_network(name: StrPath) -> tuple[nn.Module, dict[str, Any]]:
 
     Args:
         name: a checkpoint of ours (.safetensors), the folder of a run, whose best network it is
-            then, or a published checkpoint (.pth).
+            then, that of one of its checkpoints, whose network, averaged where it has an average,
+            it is then, or a published checkpoint (.pth).
 
     Returns:
         The network, and what the run that trained it wrote beside the weights; {} for a published
@@ -32,9 +33,11 @@ def load_network(name: StrPath) -> tuple[nn.Module, dict[str, Any]]:
     """
     path = Path(name)
     if path.is_dir():
-        if not (path / BEST).is_file():
-            raise ValueError(f"{path} is a folder without {BEST}; name a run's folder or a file")
-        path = path / BEST
+        held = [path / file for file in (BEST, EMA, MODEL) if (path / file).is_file()]
+        if not held:
+            raise ValueError(f"{path} is a folder without {BEST}; name a run's folder, one of its "
+                             "checkpoints or a file")  # fmt: skip
+        path = held[0]
     if path.suffix != ".safetensors":
         return load_official(path).eval(), {}
     header = checkpoint.read_header(path)

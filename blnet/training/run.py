@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -11,11 +14,11 @@ from rich.console import Console
 
 from blnet.environment import collect, command_line
 from blnet.files import reason
-from blnet.training.checkpoints import CheckpointFolder
+from blnet.training.checkpoints import BEST, CheckpointFolder
 from blnet.training.config import TrainingConfig
 from blnet.training.devices import by_first, make_accelerator, out_of_memory
 from blnet.training.display import Display, clock
-from blnet.training.journal import PLOT, Journal, plot
+from blnet.training.journal import PLOT, Journal, plot, read_rows
 from blnet.training.loop import Trainer
 from blnet.training.reporting import Summary
 from blnet.training.stopping import Interrupted
@@ -55,8 +58,10 @@ def run(
         OSError: if the folder or a file cannot be written.
     """
     accelerator = accelerator or make_accelerator(config)
-    open_folder(folder, config, accelerator)
-    with Display(task.unit, accelerator.is_main_process, console) as display:
+    with (
+        _opened(folder, config, accelerator),
+        Display(task.unit, accelerator.is_main_process, console) as display,
+    ):
         trainer = _make_trainer(task, config, folder, accelerator, display)
         try:
             if trainer.is_finished:
@@ -120,17 +125,28 @@ def _draw(trainer: Trainer) -> None:
         trainer.display.say(f"warning: {PLOT} could not be drawn ({reason(error)})")
 
 
-def open_folder(folder: Path, config: TrainingConfig, accelerator: Accelerator) -> None:
-    """Make a run's folder, and check that it is empty or to be gone on with.
+@contextlib.contextmanager
+def _opened(folder: Path, config: TrainingConfig, accelerator: Accelerator) -> Iterator[None]:
+    """Make a run's folder, and remove it again where the run fails before anything is in it.
 
     Raises:
-        ValueError: if it holds a run and the configuration does not say to go on with it.
+        ValueError: if it holds a run and the configuration does not say to go on with it, or
+            nothing is left to go on from.
         OSError: if it cannot be made or written to.
     """
-    by_first(lambda: _check_folder(folder, config), accelerator)
+    made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
+    try:
+        by_first(lambda: _open(folder, config), accelerator)
+        yield
+    except BaseException:
+        if accelerator.is_main_process:
+            with contextlib.suppress(OSError):  # raised by the first that holds anything
+                for place in made:
+                    place.rmdir()
+        raise
 
 
-def _check_folder(folder: Path, config: TrainingConfig) -> None:
+def _open(folder: Path, config: TrainingConfig) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -140,9 +156,17 @@ def _check_folder(folder: Path, config: TrainingConfig) -> None:
     except OSError as error:
         raise OSError(f"--output {folder} cannot be written to ({error.strerror}); choose a folder "
                       "that you may write to") from error  # fmt: skip
+    if latest is None and _has_ended_epoch(folder):
+        raise ValueError(f"--output {folder} holds a run whose checkpoints are gone, so that it "
+                         "cannot be gone on with; name another folder")  # fmt: skip
     if config.resume == "never" and latest is not None:
         raise ValueError(f"--output {folder} holds a run already; go on with it with "
                          "--resume auto, or name another folder")  # fmt: skip
+
+
+def _has_ended_epoch(folder: Path) -> bool:
+    """Return whether there is what a run leaves of an epoch, before which it wrote a checkpoint."""
+    return (folder / BEST).exists() or any(read_rows(folder, "epoch"))
 
 
 def head(trainer: Trainer) -> dict[str, str]:

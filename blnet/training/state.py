@@ -42,7 +42,8 @@ class RunState:
         accelerator: the devices.
         checkpoints: the run's checkpoints.
         steps: steps an epoch.
-        order: what the order of the samples depends on beside the configuration.
+        order: what the order of the samples depends on beside configuration and data.
+        data: what tells the data from other data, of `Task.identity`.
 
     Attributes:
         network: the network, without wrappers.
@@ -54,7 +55,7 @@ class RunState:
         progress: where the run is.
 
     Raises:
-        ValueError: if a checkpoint is of another network, configuration or order.
+        ValueError: if a checkpoint is of another network, configuration, order or data.
     """
 
     def __init__(
@@ -65,12 +66,14 @@ class RunState:
         checkpoints: CheckpointFolder,
         steps: int,
         order: dict[str, Any],
+        data: dict[str, Any],
     ) -> None:
         self.task = task
         self.config = config
         self.accelerator = accelerator
         self.checkpoints = checkpoints
         self.order = order
+        self.data = data
         self.progress = RunProgress()
         self.network = self._make_network()
         self.ema = make_ema(self.network, config.ema)
@@ -126,20 +129,34 @@ class RunState:
                 f"{path} is of another run: {'; '.join(told)}; give the same settings, or another "
                 "--output"
             )
-        if saved.layout != self.order:
-            then, now = (", ".join(f"{n} {v}" for n, v in facts.items())
-                         for facts in (saved.layout, self.order))  # fmt: skip
-            raise ValueError(
-                f"{path} was written with {then} and here are {now}, which changes what a step "
-                "sees; choose --accumulate, --workers and the number of devices to match, or "
-                "another --output"
-            )
+        self._check_same(path, saved.layout)
         restore_model(path / MODEL, self.network)
         if self.ema is not None:
             restore_model(path / EMA, self.ema.module)
         restore_optimizer(self.optimizer, state)
         self.progress = RunProgress.from_dict(saved.progress)
         return saved.scaler
+
+    def _check_same(self, path: Path, before: dict[str, Any]) -> None:
+        """Check that samples come in the order of a checkpoint's run, and are those of its data.
+
+        Checkpoints of earlier versions lack some facts, of which nothing is known then.
+        """
+        order, data = (_differing(before, facts) for facts in (self.order, self.data))
+        if order:
+            then, now = (", ".join(f"{name} {pair[i]}" for name, pair in order.items())
+                         for i in (0, 1))  # fmt: skip
+            raise ValueError(
+                f"{path} was written with {then} and here are {now}, which changes what a step "
+                "sees; choose --accumulate, --workers and the number of devices to match, or "
+                "another --output"
+            )
+        if data:
+            told = ", ".join(f"had {then} {n} and has {now}" for n, (then, now) in data.items())
+            raise ValueError(
+                f"{path} is of another run: the data {told}; give the same data, or another "
+                "--output"
+            )
 
     def _agreed(self, path: Path | None) -> Path | None:
         """Check that every process found the same checkpoint, which it is, or all raise."""
@@ -208,13 +225,20 @@ class RunState:
         saved = Saved(
             self.progress.as_dict(),
             self.config.as_dict(),
-            self.order,
+            self.order | self.data,
             {} if scaler is None else scaler.state_dict(),
         )
         averaged = None if self.ema is None else self.ema.module
         self.checkpoints.save(
             self.progress.step, self.network, averaged, self.optimizer, saved, extra
         )
+
+
+def _differing(before: dict[str, Any], facts: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the facts that were known before and were others: name -> (then, now)."""
+    return {
+        name: (before[name], now) for name, now in facts.items() if before.get(name, now) != now
+    }
 
 
 def _is_finite(model: nn.Module) -> bool:

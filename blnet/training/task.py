@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blnet.training.loading import shuffled_batches
+from blnet.profiling import Profile
+from blnet.training.loading import Stream, shuffled_batches
 
 Batch = dict[str, Any]
 
@@ -100,6 +101,24 @@ class Task(ABC):
     ) -> None:
         """Raise a ValueError if a network, from a checkpoint that says this, cannot teach."""
 
+    def identity(self) -> dict[str, Any]:
+        """Return what tells the data from other data: what a fact counts -> its value.
+
+        A run goes on only with data of the same facts; what goes unnamed may change. Values are
+        plain, fit for JSON.
+        """
+        parts = {"training": self.train_data, "evaluation": self.eval_data}
+        counts = {name: count_of(data) for name, data in parts.items()}
+        return {f"{name} {self.unit}": count for name, count in counts.items() if count}
+
+    def cost(self, model: nn.Module) -> Profile:
+        """Return parameters, and MACs for one sample; of speech for a second of it.
+
+        Raises:
+            NotImplementedError: of a task that does not say.
+        """
+        raise NotImplementedError(f"the task {self.name} does not say what a sample is")
+
     def header(self) -> dict[str, Any]:
         """Return what a checkpoint must carry for evaluation and prediction, fit for JSON."""
         return {}
@@ -107,6 +126,11 @@ class Task(ABC):
     def facts(self, model: nn.Module) -> dict[str, str]:
         """Return what the head of the log tells of the network and the data, label -> text."""
         return {}
+
+
+def count_of(data: Any) -> int:
+    """Return how many samples a data set has; 0 for a stream that does not know."""
+    return int(data.samples if isinstance(data, Stream) else len(data))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from blnet.training import loop
 from blnet.training.config import EmaConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 from blnet.training.loading import CorruptSample, mixed_seed
 from blnet.training.reporting import Summary
@@ -98,6 +99,7 @@ class TinyTask(Task):
             "nan" a loss that is no number, "stuck" a step that never ends; "interrupt", "terminate"
             and "kill" are signals, "kill-worker" kills a loading process; none for nothing.
         at: the training batch (of this process) it happens at, counted from 0.
+        evaluating: whether it happens at an evaluation's batch instead, counted likewise.
         rank: the process it happens in; None for every one.
     """
 
@@ -108,7 +110,7 @@ class TinyTask(Task):
     def __init__(
         self, train: int = 48, evaluation: int = 24, corrupt: tuple[int, ...] = (),
         dropout: float = 0.2, norm: bool = True, stream: bool = False, trouble: str | None = None,
-        at: int = 0, rank: int | None = None,
+        at: int = 0, rank: int | None = None, evaluating: bool = False,
     ) -> None:  # fmt: skip
         self.train_data: Any = TinyStream(train, corrupt) if stream else TinyData(train, corrupt)
         self.eval_data = TinyData(evaluation)
@@ -117,6 +119,7 @@ class TinyTask(Task):
         self.trouble = trouble
         self.at = at
         self.rank = rank
+        self.evaluating = evaluating
         self.prepared = 0
 
     def build_model(self) -> nn.Module:
@@ -139,10 +142,12 @@ class TinyTask(Task):
         """Add noise in training, as an augmentation on the device would."""
         if training:
             batch = {**batch, "inputs": batch["inputs"] + 0.1 * torch.rand(())}
+        if training is not self.evaluating:
             here = self.rank is None or self.rank == int(os.environ.get("RANK", "0"))
             if self.prepared == self.at and here:
                 self._make_trouble()
-                batch["inputs"] = batch["inputs"] * (math.nan if self.trouble == "nan" else 1)
+                if self.trouble == "nan":
+                    batch = {**batch, "inputs": batch["inputs"] * math.nan}
             self.prepared += 1
         return batch
 
@@ -226,6 +231,12 @@ def report_tiny(folder: str, *arguments: Any, **changes: Any) -> None:
         told.write_text(str(error))
         sys.exit(2)
     told.write_text("")
+
+
+def report_eagerly(*arguments: Any, **changes: Any) -> None:
+    """Do as `report_tiny`, with every epoch kept before its evaluation too, as long ones are."""
+    loop.MOST_LOST = -1.0
+    report_tiny(*arguments, **changes)
 
 
 def lead_group(*arguments: Any, **changes: Any) -> None:

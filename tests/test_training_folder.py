@@ -1,0 +1,120 @@
+"""A run's folder: nothing in it is overwritten, and what does not fit together is told."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from blnet.training.checkpoints import BEST, MODEL, CheckpointFolder, Saved
+from blnet.training.config import OptimizerConfig
+from blnet.training.journal import METRICS, read_rows
+from blnet.training.testing import train_tiny
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    path = CheckpointFolder(folder).latest()
+    assert path is not None
+    return load_file(path / MODEL)
+
+
+def test_a_folder_that_is_none_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match=r"--output .*cannot be written to \(.*choose a folder"):
+            train_tiny(str(folder))
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    train_tiny(str(tmp_path / "run"), epochs=1)
+    with pytest.raises(ValueError, match=r"holds a run already; go on with it with --resume auto"):
+        train_tiny(str(tmp_path / "run"), epochs=1, resume="never")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"seed": 3}, "--seed was 0 and is 3"),
+        ({"optimizer": OptimizerConfig(lr=0.1, clip_norm=1.0)}, "--optimizer.lr was 0.05 and is"),
+        ({"accumulate": 2}, "samples in a micro-batch 12 and here are samples in a micro-batch 6"),
+        ({"task": {"train": 50}}, r"the data had 48 training blobs and has 50; give"),
+        ({"task": {"train": 36}}, r"had 48 .* and has 36, had 4 steps an epoch and has 3; give"),
+        ({"task": {"evaluation": 9}}, r"the data had 24 evaluation blobs and has 9; give"),
+    ],
+)
+def test_another_runs_checkpoint_says_what_differs(
+    changes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    train_tiny(str(tmp_path / "run"), epochs=1)
+    with pytest.raises(ValueError, match=told) as caught:
+        train_tiny(str(tmp_path / "run"), **{"epochs": 1, **changes})
+    assert "another --output" in str(caught.value)
+
+
+def test_a_checkpoint_that_says_nothing_of_its_data_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As versions before this one wrote them.
+    save = CheckpointFolder.save
+
+    def forgetful(*arguments: Any) -> Path:
+        (saved,) = (each for each in arguments if isinstance(each, Saved))
+        saved.layout = {"samples in a micro-batch": 12}
+        return save(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointFolder, "save", forgetful)
+        train_tiny(str(tmp_path / "run"), epochs=1)
+    train_tiny(str(tmp_path / "run"), {"train": 50}, epochs=1)
+    with pytest.raises(ValueError, match="samples in a micro-batch 12 and here"):
+        train_tiny(str(tmp_path / "run"), epochs=1, accumulate=2)
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+@pytest.mark.parametrize("left", [BEST, METRICS])
+def test_what_is_left_of_a_run_is_not_overwritten(left: str, resume: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train_tiny(str(folder), epochs=1)
+    shutil.rmtree(folder / "checkpoints")
+    for path in folder.iterdir():
+        if path.name != left:
+            path.unlink()
+    before = (folder / left).read_bytes()
+    with pytest.raises(ValueError, match=r"a run whose checkpoints are gone.*another folder"):
+        train_tiny(str(folder), epochs=1, resume=resume)
+    assert (folder / left).read_bytes() == before
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(ValueError, match="the loss became nan"):
+        train_tiny(str(folder), {"trouble": "nan", "at": 2}, log_steps=1)
+    assert list(read_rows(folder, "train"))
+    assert CheckpointFolder(folder).latest() is None
+    train_tiny(str(folder), epochs=1, log_steps=1)
+    assert [row["step"] for row in read_rows(folder, "train")] == [1, 2, 3, 4]
+
+
+def test_a_start_that_fails_leaves_no_folder(tmp_path: Path) -> None:
+    for folder in (tmp_path / "run", tmp_path / "several" / "deep"):
+        with pytest.raises(ValueError, match="more than the 11"):
+            train_tiny(str(folder), {"train": 11})
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="more than the 11"):
+        train_tiny(str(tmp_path / "mine"), {"train": 11})
+    assert (tmp_path / "mine").is_dir(), "only what this run made is removed"
+
+
+def test_a_checkpoint_of_another_network_is_left_alone(tmp_path: Path) -> None:
+    train_tiny(str(tmp_path / "run"), epochs=1)
+    before = weights(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"does not fit the network.*another --output"):
+        train_tiny(str(tmp_path / "run"), {"norm": False}, epochs=1)
+    after = weights(tmp_path / "run")
+    assert all(torch.equal(before[key], after[key]) for key in before)
