@@ -33,6 +33,7 @@ def tiny(**options: Any) -> SpeechNet:
     for parameter in model.parameters():
         if parameter.ndim == 1:  # norms start as nothing, or as the identity
             nn.init.normal_(parameter, std=0.3)
+    nn.init.normal_(model.fc.weight, std=0.1)  # starts at zero
     model.train()
     with torch.no_grad():
         model(torch.randn(4, model.config.in_channels, model.config.bins, 33))
@@ -171,6 +172,11 @@ def test_layers_of_one_frame_are_not_watched() -> None:
     )
     FrameMask().watch(watched)
     assert [len(layer._forward_pre_hooks) for layer in watched] == [0, 0, 1, 1]
+
+
+def test_the_first_answers_are_even() -> None:
+    out = bl_resnet22(width=0.25, head="ctc", num_classes=5)(torch.randn(2, 1, 64, 9))
+    assert not out.any()
 
 
 def test_it_trains_in_a_padded_batch() -> None:

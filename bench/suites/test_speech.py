@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from blnet.bench import studies
 from blnet.bench.replay import replay, virtual_clock
@@ -75,13 +76,16 @@ def model_flags(spec: SpeechSpec) -> list[str]:
 
 def real_time_factor(folder: Any, device: str) -> float:
     """Return how many seconds a second of the evaluation recordings takes, reading included."""
-    from blnet.speech.evaluate import evaluation_task
-    from blnet.speech.inference import load_trained
+    from blnet.speech.data import load_data
+    from blnet.speech.inference import configuration, load_trained
     from blnet.speech.measurement import measure
+    from blnet.speech.tasks import make_target, make_task
 
-    trained = load_trained(folder).to(device)
-    task = evaluation_task(trained, trained.data, _BATCH)
-    return measure(trained, task, _BATCH).real_time_factor
+    trained = load_trained(folder).to(torch.device(device))
+    config = configuration(trained, trained.data)
+    target, classes = make_target(config), trained.classes or None
+    data = load_data(config.data, config.task, target, parts="evaluation", classes=classes)
+    return measure(trained, make_task(config, data), _BATCH).real_time_factor
 
 
 @pytest.mark.benchmark(timer=virtual_clock)

@@ -53,16 +53,16 @@ class SpeechSpec(Spec):
         options: dict[str, Any] = {} if self.alpha is None else {
             "alpha": self.alpha, "beta": self.beta, "pyramid": self.pyramid,
         }  # fmt: skip
-        return Clips(
-            known().build(
-                self.name,
-                head="ctc",
-                num_classes=CLASSES,
-                time_reduction=TIME_REDUCTION,
-                bins=BINS,
-                **options,
-            )
+        network: Any = known().build(
+            self.name,
+            head="ctc",
+            num_classes=CLASSES,
+            time_reduction=TIME_REDUCTION,
+            bins=BINS,
+            **options,
         )
+        network.fc.reset_parameters()  # it starts at zero, which would hide a wrong result
+        return Clips(network)
 
 
 class Clips(nn.Module):
