@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import blnet.speech.models  # noqa: F401  (registers the networks by name)
 from blnet import registry
-from blnet.profiling import profile
+from blnet.profiling import Profile, profile
 from blnet.speech.augment import Perturb, SpecAugment, WaveAugment
 from blnet.speech.batches import bucketed_batches
 from blnet.speech.config import ModelConfig, SpeechConfig, TaskName
@@ -52,18 +53,26 @@ class SpeechTask(Task):
         rate = config.data.sample_rate
         self.features = LogMel(config.features, rate)
         self.alphabet = Alphabet(config.data.alphabet)
+        self.time_reduction = _time_reduction(config)
         self.data = data or load_data(
-            config.data, config.task, self.target_of(config), Perturb(config.augment, rate)
+            config.data, config.task, self.target_of(self._settled()), Perturb(config.augment, rate)
         )
         self.train_data = self.data.train
         self.eval_data = self.data.evaluation
-        self.time_reduction = config.model.time_reduction or TIME_REDUCTION[config.task]
         self._wave = WaveAugment(config.augment)
         self._spec = SpecAugment(config.augment, config.features.hop)
         self._made: dict[str, Any] = {}
         if config.features.normalize == "global" and len(self.train_data):
-            chosen = _spread(self.train_data, _STATISTICS)
-            self.features.set_statistics(*global_statistics(chosen, self.features))
+            with torch.random.fork_rng(devices=()):  # the recordings are varied as they are read
+                torch.manual_seed(0)
+                chosen = _spread(self.train_data, _STATISTICS)
+                self.features.set_statistics(*global_statistics(chosen, self.features))
+
+    def _settled(self) -> SpeechConfig:
+        """Return the configuration with the time reduction that the network has."""
+        reduction = cast("Literal[1, 2, 4]", self.time_reduction)
+        model = dataclasses.replace(self.config.model, time_reduction=reduction)
+        return dataclasses.replace(self.config, model=model)
 
     @classmethod
     @abstractmethod
@@ -84,8 +93,6 @@ class SpeechTask(Task):
             options = self._options()
             network = registry.build(config.model.name, **options)
             self._made = {"name": config.model.name, "options": options}
-        assert isinstance(network, SpeechNet)
-        self.time_reduction = network.config.time_reduction
         return network
 
     def _options(self) -> dict[str, Any]:
@@ -140,6 +147,8 @@ class SpeechTask(Task):
     def check_teacher(self, teacher: nn.Module, extra: Mapping[str, Any]) -> None:
         """Check that a teacher takes these features and gives as many answers of these classes.
 
+        Classes are held against each other by name as far as the teacher's are known.
+
         Raises:
             ValueError: if not.
         """
@@ -151,6 +160,20 @@ class SpeechTask(Task):
                 f"{name} answers for every {teacher.config.time_reduction} frames and the network "
                 f"for every {self.time_reduction}; give both the same --model.time-reduction"
             )
+        self._check_same_names(extra, name)
+
+    def _check_same_names(self, extra: Mapping[str, Any], what: str) -> None:
+        """Raise a ValueError if a network's answers mean other words or characters, where known."""
+        if self.config.task == "keyword":
+            key, own = "classes", list(self.data.classes)
+        else:
+            key, own = "alphabet", list(self.alphabet.characters)
+        found = extra.get(key)
+        theirs = found if isinstance(found, list | str) else own
+        for mine, other in zip(own, theirs, strict=False):
+            if mine != other:
+                raise ValueError(f"{what} answers {other!r} where {self.config.data.name} has "
+                                 f"{mine!r}; choose a teacher of the same {key}")  # fmt: skip
 
     def collate(self, samples: list[tuple[Tensor, Tensor]]) -> Batch:
         """Return the recordings, padded with zeros, their lengths and their targets."""
@@ -192,6 +215,11 @@ class SpeechTask(Task):
         """Return how many frames each recording's answer has."""
         return reduced(batch["frames"], self.time_reduction)
 
+    def identity(self) -> dict[str, Any]:
+        """Return how many recordings there are, and a checksum of the classes' names."""
+        names = hashlib.blake2b("\n".join(self.data.classes).encode(), digest_size=4).hexdigest()
+        return {**super().identity(), "as checksum of the classes' names": names}
+
     def header(self) -> dict[str, Any]:
         """Return what evaluation, prediction and transcription need beside the weights."""
         return {
@@ -203,11 +231,14 @@ class SpeechTask(Task):
             "data": dataclasses.asdict(self.config.data),
         }
 
+    def cost(self, model: nn.Module) -> Profile:
+        """Return parameters, and MACs for a second of speech."""
+        config = self.config.features
+        return profile(model, (1, config.channels, config.bins, round(1 / config.hop)))
+
     def facts(self, model: nn.Module) -> dict[str, str]:
         """Return the network with its cost, the data and its features."""
-        config = self.config.features
-        second = round(1 / config.hop)
-        cost = profile(model, (1, config.channels, config.bins, second))
+        config, cost = self.config.features, self.cost(model)
         differences = ", first and second differences" if config.deltas else ""
         return {
             "network": f"{describe(self.config.model)}, {cost.parameters:,} parameters, "
@@ -216,6 +247,15 @@ class SpeechTask(Task):
             "features": f"{config.bins} log-mel bands, {1000 * config.window:g} ms every "
             f"{1000 * config.hop:g} ms{differences}, normalised: {config.normalize}",
         }
+
+
+def _time_reduction(config: SpeechConfig) -> int:
+    """Return how many frames of the map one of the answer is of."""
+    if config.model.start is not None:
+        network, _ = load_network(config.model.start)
+        if isinstance(network, SpeechNet):  # others are refused when the network is built
+            return network.config.time_reduction
+    return config.model.time_reduction or TIME_REDUCTION[config.task]
 
 
 def describe(config: ModelConfig) -> str:

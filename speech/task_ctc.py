@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from blnet.speech.config import SpeechConfig
+from blnet.speech.features import LogMel
 from blnet.speech.masking import reduced
 from blnet.speech.recordings import Utterance
 from blnet.speech.task import TIME_REDUCTION
@@ -29,7 +31,8 @@ class CtcTask(SpellingTask):
     def target_of(cls, config: SpeechConfig) -> Callable[[Utterance], Tensor]:
         """Return what spells a recording's transcript."""
         reduction = config.model.time_reduction or TIME_REDUCTION["ctc"]
-        return Spelling(Alphabet(config.data.alphabet), config, reduction)
+        features = LogMel(config.features, config.data.sample_rate)
+        return Spelling(Alphabet(config.data.alphabet), features, config.augment.speed, reduction)
 
     def _collated(self, targets: list[Tensor]) -> Batch:
         return {
@@ -64,12 +67,14 @@ class Spelling:
 
     Attributes:
         alphabet: the characters.
-        config: features and augmentation, which decide the number of frames.
+        features: what makes the frames.
+        speed: largest change of speed, a share.
         reduction: frames of the features to one of the answer.
     """
 
     alphabet: Alphabet
-    config: SpeechConfig
+    features: LogMel
+    speed: float
     reduction: int
 
     def __call__(self, one: Utterance) -> Tensor:
@@ -91,7 +96,6 @@ class Spelling:
 
     def _frames(self, seconds: float) -> int:
         """Return the frames of the answer where the recording is played at its fastest."""
-        features = self.config.features
-        fastest = seconds / (1 + self.config.augment.speed)
-        frames = max(1, 1 + int((fastest - features.window) / features.hop))
-        return int(reduced(torch.tensor(frames), self.reduction))
+        # Less what rounding may have added: a sample more could be a frame more.
+        samples = math.ceil(seconds * self.features.sample_rate / (1 + self.speed) - 1e-6)
+        return int(reduced(self.features.frames(torch.tensor(samples)), self.reduction))

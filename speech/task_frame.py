@@ -69,7 +69,7 @@ class FrameTask(SpellingTask):
         answered, given = self.answered(batch), batch["target_lengths"]
         width = -(-batch["inputs"].shape[-1] // self.time_reduction)
         frames = torch.arange(width, device=answered.device)
-        index = ((frames + 0.5) * given[:, None] / answered[:, None]).long()
+        index = (2 * frames + 1) * given[:, None] // (2 * answered[:, None])
         labels: Tensor = batch["targets"].gather(1, index.clamp(max=batch["targets"].shape[1] - 1))
         return labels.masked_fill(frames >= answered[:, None], _PADDING)
 

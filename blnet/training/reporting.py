@@ -127,7 +127,7 @@ class Reporter:
         spent = max(seconds, 1e-9)
         waiting = waited / spent
         rate = self.steps * self.config.batch_size / spent
-        accuracy = {} if trained.accuracy is None else {f"train_{monitor}": trained.accuracy}
+        accuracy = {} if trained.accuracy is None else {"train_accuracy": trained.accuracy}
         self.journal.write(
             "epoch",
             progress.step,
