@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import torch
 from rich.console import Console
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     trained.to(make_accelerator(TrainingConfig(device=args.device)).device)
     corrupt: list[tuple[str, str]] = []
     sets = (data.train, data.evaluation)
+    _check_names(sets)
     labels = FrameLabels.of(
         (entry for part in sets for entry in _labelled(trained, part, args.silence, corrupt)),
         trained.alphabet,
@@ -63,9 +65,19 @@ def run(args: argparse.Namespace) -> int:
     )
     check_corrupt(corrupt, sum(map(len, sets)), say)
     labels.save(args.output)
-    print(f"{PROG}: labelled {len(labels):,} recordings of {data.name}; train on them: blnet train "
-          f"speech --task frame --data.labels {args.output}")  # fmt: skip
+    left_out = f", left out {len(corrupt):,}" if corrupt else ""
+    print(f"{PROG}: labelled {len(labels):,} recordings of {data.name}{left_out}; train on them: "
+          f"blnet train speech --task frame --data.labels {args.output}")  # fmt: skip
     return 0
+
+
+def _check_names(sets: Sequence[Recordings]) -> None:
+    """Raise ValueError, before the work is done, if two recordings have one name."""
+    names = Counter(one.name for part in sets for one in part.utterances)
+    ((name, count),) = names.most_common(1)
+    if count > 1:
+        raise ValueError(f"recording {name} is in the data {count} times, and labels are found by "
+                         "their recording's name; name it once, to train or to evaluate on")  # fmt: skip # noqa: E501
 
 
 def _labelled(

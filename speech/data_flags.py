@@ -12,7 +12,7 @@ from blnet.speech.config import DataConfig, DataName
 from blnet.speech.inference import Trained
 
 _FIELDS = ("path", "eval_path", "download", "limit", "holdout_speaker", "words", "subset",
-           "max_seconds", "longer", "labels")  # fmt: skip
+           "max_seconds", "longer")  # fmt: skip
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +38,6 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
                        metavar="S", help="longest recording")  # fmt: skip
     group.add_argument("--longer", "--data.longer", dest="longer", choices=("cut", "skip"),
                        help="what becomes of longer ones")  # fmt: skip
-    group.add_argument("--labels", "--data.labels", dest="labels", metavar="DIR",
-                       help="frame: folder of frame labels")  # fmt: skip
 
 
 def data_settings(trained: Trained, given: Mapping[str, Any]) -> DataConfig:
@@ -59,7 +57,8 @@ def data_settings(trained: Trained, given: Mapping[str, Any]) -> DataConfig:
             name=name, sample_rate=settings.sample_rate, alphabet=settings.alphabet
         )
     changes = {field: given[field] for field in _FIELDS if given.get(field) is not None}
-    if "path" in changes:  # the evaluation part that was beside the old path is not meant
+    if "path" in changes and settings.name != "librispeech":
+        # Another path has another part to evaluate on beside it; of LibriSpeech that is a name.
         changes.setdefault("eval_path", None)
     settings = dataclasses.replace(settings, **changes)
     settings.check()

@@ -77,10 +77,13 @@ class Decoder:
 
     Attributes:
         title: one line that says which it is, for the log.
+        run: what decodes.
+        is_greedy: whether it takes the likeliest path, which can be done frame by frame.
     """
 
     title: str
     run: Callable[[Tensor, Tensor], list[Hypothesis]]
+    is_greedy: bool = False
 
     def __call__(self, log_probs: Tensor, lengths: Tensor) -> list[Hypothesis]:
         """Return what each recording says; see `greedy`."""
@@ -121,7 +124,8 @@ def make_decoder(
     if name == "greedy" and not plain:
         raise ValueError("--decoder greedy takes no language model and no beam; use --decoder beam")
     if name == "greedy" or (name == "auto" and plain):
-        return Decoder("greedy (the likeliest path)", lambda x, n: greedy(x, n, alphabet))
+        title = "greedy (the likeliest path)"
+        return Decoder(title, lambda x, n: greedy(x, n, alphabet), is_greedy=True)
     width = width or WIDTH
     if language_model is None:
         return _plain_beam(alphabet, width)

@@ -62,7 +62,7 @@ class Trained:
     @property
     def title(self) -> str:
         """The network's name with its settings."""
-        options = self.extra["network"]["options"]
+        options = self.extra["network"].get("options") or {}
         known = {field.name for field in dataclasses.fields(ModelConfig)}
         chosen = {name: value for name, value in options.items() if name in known}
         return describe(ModelConfig(**{**chosen, "name": self.extra["network"]["name"]}))
@@ -121,7 +121,8 @@ class Trained:
                                  "at a time: a smaller --batch or --window") from error  # fmt: skip
             raise
         if not bool(torch.isfinite(logits).all()):
-            raise ValueError("the network gives outputs that are not finite numbers; train it anew")
+            raise ValueError(f"checkpoint {self.source} gives outputs that are not finite numbers; "
+                             "train it anew")  # fmt: skip
         return logits
 
 
@@ -143,14 +144,19 @@ def load_trained(
     if not Path(source).exists():
         raise FileNotFoundError(f"checkpoint {source} does not exist; name a .safetensors file or "
                                 f"a run's folder ({_MAKES_ONE})")  # fmt: skip
-    model, extra = load_network(source)
+    try:
+        model, extra = load_network(source)
+    except ValueError as error:
+        if str(source) in str(error):
+            raise
+        raise ValueError(f"checkpoint {source} cannot be used: {error}") from error
     if not isinstance(model, SpeechNet):
         task = extra.get("task") or "vision"
         raise ValueError(f"checkpoint {source} was not trained on speech; use 'blnet evaluate "
                          f"{task}' or 'blnet predict {task}'")  # fmt: skip
     try:
         trained = Trained(str(source), model.float().eval(), *_described(model, extra), extra)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"checkpoint {source} cannot be used: its header is damaged ({reason(error)}); train "
             "it anew"
@@ -171,21 +177,31 @@ _USE = {
 def _described(
     model: SpeechNet, extra: Mapping[str, Any]
 ) -> tuple[LogMel, tuple[str, ...], Alphabet, DataConfig]:
+    """Return what a header says of a network: features, words, alphabet and data.
+
+    Raises:
+        ValueError: if that is missing, is not what it should be, or contradicts the network. (Of
+            values of a wrong type also what they cause.)
+    """
+    lacking = [name for name in ("features", "classes", "alphabet", "data") if name not in extra]
+    if lacking:
+        raise ValueError(f"it lacks {' and '.join(lacking)}")
     features = LogMel.from_dict(extra["features"])
     classes = tuple(str(name) for name in extra["classes"])
     alphabet = Alphabet(extra["alphabet"])
     known = {field.name for field in dataclasses.fields(DataConfig)}
     data = DataConfig(**{name: value for name, value in extra["data"].items() if name in known})
-    expected = len(classes) if model.config.head == "keyword" else alphabet.size
-    if model.config.num_classes != expected:
-        raise ValueError(
-            f"it names {expected} classes and the network has {model.config.num_classes}"
-        )
-    if features.config.channels != model.config.in_channels:
-        raise ValueError(
-            f"it makes maps of {features.config.channels} channels and the network takes "
-            f"{model.config.in_channels}"
-        )
+    data.check()
+    config = model.config
+    spelled = len(classes) if config.head == "keyword" else alphabet.size
+    for what, said, there in (
+        ("classes", spelled, config.num_classes),
+        ("channels", features.config.channels, config.in_channels),
+        ("bands", features.config.bins, config.bins),
+        ("Hz", data.sample_rate, features.sample_rate),
+    ):
+        if said != there:
+            raise ValueError(f"it tells of {said} {what} in one place and of {there} in another")
     return features, classes, alphabet, data
 
 
@@ -195,12 +211,11 @@ def configuration(trained: Trained, data: DataConfig, **changes: Any) -> SpeechC
     Args:
         trained: the network.
         data: the data.
-        changes: other fields, batch_size say.
+        changes: other fields: batch_size, or task where that is not what it was trained for.
     """
     found = trained.features.config
     features = FeatureConfig(**{f.name: getattr(found, f.name) for f in dataclasses.fields(found)})
     reduction = cast("Literal[1, 2, 4]", trained.model.config.time_reduction)
     model = ModelConfig(time_reduction=reduction)
-    return SpeechConfig(
-        task=trained.model.config.head, data=data, features=features, model=model, **changes
-    )
+    settings = {"task": trained.model.config.head, **changes}
+    return SpeechConfig(data=data, features=features, model=model, **settings)

@@ -105,12 +105,14 @@ def measure(
     corrupt: list[tuple[str, str]] = []
     counted = _Counts(task, decoder)
     start, heard = time.perf_counter(), 0
-    for names, samples in _shown(_batches(task.data.evaluation, batch_size, corrupt)):
+    data = task.data.evaluation
+    batches = _batches(data, batch_size, corrupt)
+    for names, samples in _shown(batches, -(-len(data) // batch_size)):
         batch = task.prepare(to_device(task.collate(samples), trained.device), training=False)
         counted.add(names, trained.answer(batch["inputs"], batch["frames"]), batch)
         heard += sum(len(recording) for recording, _ in samples)
     seconds = time.perf_counter() - start
-    check_corrupt(corrupt, len(task.data.evaluation), tell or say)
+    check_corrupt(corrupt, len(data), tell or say)
     return counted.measurement(heard / trained.features.sample_rate, seconds, tuple(corrupt))
 
 
@@ -212,9 +214,9 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _shown(batches: Iterator[_Batch]) -> Iterator[_Batch]:
+def _shown(batches: Iterator[_Batch], count: int) -> Iterator[_Batch]:
     console = Console(stderr=True)
     yield from track(
-        batches, "evaluating", None, console=console, transient=True,
+        batches, "evaluating", count, console=console, transient=True,
         disable=not console.is_terminal,
     )  # fmt: skip

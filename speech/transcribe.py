@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,17 +23,19 @@ from blnet.speech.audio import AudioError, audio_seconds, stream_audio
 from blnet.speech.decode import Decoder, DecoderName, make_decoder
 from blnet.speech.hypotheses import SPACE, Word
 from blnet.speech.inference import Trained, load_trained
-from blnet.speech.predict import RECORDINGS
+from blnet.speech.predict import RECORDINGS as _RECORDINGS
+from blnet.speech.text import BLANK
 from blnet.speech.windows import WordStream, plan, windows
 from blnet.training.answers import shown
 from blnet.training.config import TrainingConfig
 from blnet.training.devices import make_accelerator
 
 PROG = "blnet transcribe"
+RECORDINGS = dataclasses.replace(_RECORDINGS, prog=PROG)
 WINDOW, OVERLAP = 20.0, 4.0  # seconds
 _BLOCK = 30.0  # seconds of sound that are read at once
 _PAUSE = 0.5  # seconds of silence at which a search by beam starts anew
-_LONGEST = 30.0  # seconds after which it does so in any case
+_LONGEST = 30.0  # seconds after which it does so at a space, or anywhere
 _EXAMPLES = """examples:
   blnet transcribe talk.flac --checkpoint results/english
   blnet transcribe talks/ --checkpoint results/english --format json --output talks.json
@@ -140,32 +145,25 @@ def run(args: argparse.Namespace) -> int:
     trained.to(make_accelerator(TrainingConfig(device=args.device)).device)
     files, empty = RECORDINGS.expand(args.files)
     print(f"{PROG}: {trained.title}, decoder: {decoder.title}", file=sys.stderr)
-    greedy = args.decoder == "greedy" or (
-        args.decoder == "auto" and args.beam_width is None and args.language_model is None
-    )
-    search = None if greedy else decoder
 
-    def write(put: Callable[[str], object]) -> int:
-        return _written(trained, files, search, args.window, args.overlap, args.format, put)
+    def transcripts() -> tuple[str, int]:
+        found, unread = _transcripts(trained, files, decoder, args.window, args.overlap)
+        return FORMATS[args.format](found), unread
 
     if args.output is None:
-        unread = write(sys.stdout.write)
+        text, unread = transcripts()
+        sys.stdout.write(text)
     else:
-        with written_aside(args.output) as aside, aside.open("w", encoding="utf-8") as file:
-            unread = write(file.write)
+        with written_aside(args.output) as aside:
+            text, unread = transcripts()
+            aside.write_text(text, encoding="utf-8")
     return 1 if empty or unread else 0
 
 
-def _written(
-    trained: Trained,
-    files: Sequence[str],
-    search: Decoder | None,
-    window: float,
-    overlap: float,
-    form: str,
-    put: Callable[[str], object],
-) -> int:
-    """Write the transcripts as they are made; return how many recordings could not be read.
+def _transcripts(
+    trained: Trained, files: Sequence[str], decoder: Decoder, window: float, overlap: float
+) -> tuple[list[Transcript], int]:
+    """Return the transcripts, and how many recordings could not be read, which are named.
 
     Raises:
         ValueError: if none could be read.
@@ -176,7 +174,7 @@ def _written(
         try:
             seconds = audio_seconds(file)
             with _bar(shown(file), seconds) as told:
-                words = tuple(transcribe(trained, file, search, window, overlap, told))
+                words = tuple(transcribe(trained, file, decoder, window, overlap, told))
         except AudioError as error:
             unread += 1
             RECORDINGS.complain(shown(file), f"cannot be read: {error.reason}")
@@ -184,38 +182,29 @@ def _written(
         found.append(Transcript(shown(file), seconds, words))
     if not found:
         raise ValueError(f"not one recording could be read; {RECORDINGS.advice}")
-    put(FORMATS[form](found))
-    return unread
+    return found, unread
 
 
-class _bar:  # noqa: N801 - it is used like a function
-    """A bar of how much of a recording is transcribed, on a terminal."""
-
-    def __init__(self, title: str, seconds: float) -> None:
-        console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task(title, total=seconds)
-
-    def __enter__(self) -> Callable[[float], None]:
-        self._progress.start()
-        return lambda done: self._progress.update(self._task, completed=done)
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+@contextlib.contextmanager
+def _bar(title: str, seconds: float) -> Iterator[Callable[[float], None]]:
+    """Show how much of a recording is transcribed, on a terminal; give what takes the seconds."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(),
+    )
+    off = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=off) as progress:
+        bar = progress.add_task(title, total=seconds)
+        yield lambda done: progress.update(bar, completed=done)
 
 
 def transcribe(
     trained: Trained,
     file: str,
-    search: Decoder | None = None,
+    decoder: Decoder | None = None,
     window: float = WINDOW,
     overlap: float = OVERLAP,
     told: Callable[[float], None] | None = None,
@@ -225,10 +214,13 @@ def transcribe(
     Args:
         trained: a network of the task ctc or frame.
         file: the recording.
-        search: what decodes from pause to pause; None takes the likeliest path.
+        decoder: what decodes, from pause to pause if it searches; None takes the likeliest path.
         window: seconds that go through the network at once.
         overlap: seconds that a window shares with the next.
         told: is called with the seconds that are done.
+
+    Yields:
+        The words in their order; no time is beyond the recording's end.
 
     Raises:
         AudioError: if the recording cannot be read.
@@ -237,25 +229,27 @@ def transcribe(
     rate = trained.features.sample_rate
     size, shared = plan(window, overlap, rate, trained.step)
     stream: WordStream | SearchStream = (
-        WordStream(trained.alphabet) if search is None else SearchStream(trained, search)
+        WordStream(trained.alphabet)
+        if decoder is None or decoder.is_greedy
+        else SearchStream(trained, decoder)
     )
-    frames = 0
+    heard = 0.0
     for part in windows(stream_audio(file, rate, _BLOCK), size, shared, trained.step):
         logits, _ = trained([part.samples])
-        kept = part.kept(logits[0].log_softmax(-1))
-        frames += len(kept)
-        for word in stream.push(kept):
-            yield _timed(word, trained)
+        heard = (part.first_frame * trained.step + len(part.samples)) / rate
+        for word in stream.push(part.kept(logits[0].log_softmax(-1))):
+            yield _timed(word, trained, heard)
         if told is not None:
-            told(frames * trained.step / rate)
+            told(heard)
     for word in stream.finish():
-        yield _timed(word, trained)
+        yield _timed(word, trained, heard)
 
 
-def _timed(word: Word, trained: Trained) -> SpokenWord:
+def _timed(word: Word, trained: Trained, heard: float) -> SpokenWord:
+    """Return a word with its times; the last frame may stand for more than there was to hear."""
     reduction = trained.model.config.time_reduction
     start, end = (
-        round(trained.features.seconds(frame * reduction), 3)
+        round(min(trained.features.seconds(frame * reduction), heard), 3)
         for frame in (word.start_frame, word.end_frame)
     )
     return SpokenWord(word.text, start, end, round(word.score, 4))
@@ -264,8 +258,10 @@ def _timed(word: Word, trained: Trained) -> SpokenWord:
 class SearchStream:
     """Decodes frames that come in parts by a search over each stretch between two pauses.
 
+    Where nobody pauses for half a minute, a stretch ends at the last space.
+
     Args:
-        trained: the network, for its frames' duration.
+        trained: the network, for its frames' duration and its alphabet.
         decoder: the search.
     """
 
@@ -273,6 +269,7 @@ class SearchStream:
         seconds = trained.step / trained.features.sample_rate
         self._pause = max(1, round(_PAUSE / seconds))
         self._longest = max(1, round(_LONGEST / seconds))
+        self._space = trained.alphabet.classes.get(SPACE, BLANK)
         self._decoder = decoder
         self._held: Tensor | None = None
         self._first = 0
@@ -293,16 +290,19 @@ class SearchStream:
         return [] if rest is None or not len(rest) else self._decoded(rest)
 
     def _cut(self, log_probs: Tensor) -> int | None:
-        """Return the middle of the first pause after something was said; None where none is."""
-        blank = (log_probs.argmax(-1) == 0).cpu()
-        said = (~blank).nonzero()
-        if len(said):
-            quiet = 0
-            for frame in range(int(said[0]), len(blank)):
-                quiet = quiet + 1 if blank[frame] else 0
-                if quiet == self._pause:
-                    return frame + 1 - quiet // 2
-        return self._longest if len(log_probs) > self._longest else None
+        """Return where the first stretch ends, a frame above 0; None where that is not known."""
+        labels = log_probs.argmax(-1).cpu().numpy()
+        said = np.flatnonzero(labels != BLANK)
+        pauses = said[np.diff(said, append=len(labels)) > self._pause]
+        if len(pauses):  # its middle, as far as it has to go
+            return int(pauses[0]) + 1 + (self._pause + 1) // 2
+        if len(labels) <= self._longest:
+            return None
+        for label in (self._space, BLANK):  # no word is cut, or at least no letter
+            places = np.flatnonzero(labels[: self._longest] == label)
+            if len(places) and places[-1]:
+                return int(places[-1])
+        return self._longest
 
     def _decoded(self, log_probs: Tensor) -> list[Word]:
         (found,) = self._decoder(log_probs[None], torch.tensor([len(log_probs)]))
