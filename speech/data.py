@@ -64,6 +64,7 @@ def load_data(
     *,
     parts: Literal["both", "evaluation"] = "both",
     classes: Sequence[str] | None = None,
+    evaluation_target: Target | None = None,
 ) -> SpeechData:
     """Return the recordings that a configuration names.
 
@@ -77,6 +78,7 @@ def load_data(
             class (keyword).
         transform: varies the samples in training; default: not at all.
         parts: evaluation leaves the training recordings out, which then need not be there.
+        evaluation_target: the same for evaluation, where it differs: nothing is played faster then.
         classes: the words of a trained network in its order (keyword); default: the corpus's.
 
     Raises:
@@ -97,10 +99,13 @@ def load_data(
         _check(utterances, data, task, words)
     chosen = target or _ClassIndex(words)
     sets = []
-    for utterances, variation in ((train, transform), (_longest_first(found.evaluation), None)):
+    for utterances, answer, variation in (
+        (train, chosen, transform),
+        (_longest_first(found.evaluation), evaluation_target or chosen, None),
+    ):
         limited = balanced(utterances, data.limit, data.split_seed)
         sets.append(
-            Recordings(limited, chosen, data.sample_rate, data.max_seconds, data.longer, variation)
+            Recordings(limited, answer, data.sample_rate, data.max_seconds, data.longer, variation)
         )
     training, evaluation = sets
     _check_kept(evaluation, data, "evaluate")

@@ -17,7 +17,7 @@ from blnet import registry
 from blnet.profiling import Profile, profile
 from blnet.speech.augment import Perturb, SpecAugment, WaveAugment
 from blnet.speech.batches import bucketed_batches
-from blnet.speech.config import ModelConfig, SpeechConfig, TaskName
+from blnet.speech.config import AugmentConfig, ModelConfig, SpeechConfig, TaskName
 from blnet.speech.data import SpeechData, load_data
 from blnet.speech.features import LogMel, global_statistics
 from blnet.speech.masking import reduced
@@ -54,8 +54,13 @@ class SpeechTask(Task):
         self.features = LogMel(config.features, rate)
         self.alphabet = Alphabet(config.data.alphabet)
         self.time_reduction = _time_reduction(config)
+        settled = self._settled()
         self.data = data or load_data(
-            config.data, config.task, self.target_of(self._settled()), Perturb(config.augment, rate)
+            config.data,
+            config.task,
+            self.target_of(settled),
+            Perturb(config.augment, rate),
+            evaluation_target=self.target_of(dataclasses.replace(settled, augment=AugmentConfig())),
         )
         self.train_data = self.data.train
         self.eval_data = self.data.evaluation

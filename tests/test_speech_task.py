@@ -380,6 +380,20 @@ def test_ctc_takes_a_transcript_if_it_fits_at_the_fastest(
     assert len(spell(Utterance("x.wav", 0, said * 2))) == 2 * frames
 
 
+def test_evaluation_takes_what_fits_at_its_own_speed(corpus: Path, tmp_path: Path) -> None:
+    # 0.2 s are 18 frames, so 9 answers, and played half as fast again 12 and 6.
+    row = {"audio": str(corpus / "train-0.wav"), "text": "abababa"}
+    (tmp_path / "fast.jsonl").write_text(json.dumps(row))
+    fast = config(corpus, "ctc", augment=AugmentConfig(speed=0.5))
+    place = str(tmp_path / "fast.jsonl")
+    data = dataclasses.replace(fast.data, path=place, eval_path=place)
+    task = make_task(dataclasses.replace(fast, data=data))
+    _, target = task.eval_data[0]
+    assert len(target) == 7
+    with pytest.raises(CorruptSample, match="its transcript needs 7 frames"):
+        task.train_data[0]
+
+
 def test_the_time_reduction_that_transcripts_are_held_against_is_the_network_s(
     corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
