@@ -8,7 +8,7 @@ module of the paper (Chen et al., "Big-Little Net", ICLR 2019); K = 1 is a plain
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -202,6 +202,56 @@ def make_module(
             expands.append(expand(width, out_channels))
     fusion = block(BlockSpec(out_channels, out_channels, stride, position=-1))
     return BigLittleModule(made, expands, nn.Sequential(fusion), activation)
+
+
+def make_stages(
+    block: BlockFactory,
+    in_channels: int,
+    depths: Sequence[int],
+    widths: Sequence[int],
+    strides: Sequence[Stride],
+    *,
+    alpha: int,
+    beta: int,
+    branches: int = 2,
+) -> list[nn.Module]:
+    """Return the stages of a network: Big-Little modules, and a plain last stage.
+
+    A plain network's stages stride in their first block. A module strides in its fusion block, on
+    the way to the next stage, and the one before the last keeps its size: the last stage is plain
+    and strides itself.
+
+    Args:
+        block: makes the blocks.
+        in_channels: channels of the first stage's input.
+        depths: blocks L of each stage.
+        widths: channels C of each stage.
+        strides: stride from the stage before to each stage; of the first, that of its own.
+        alpha: how many times narrower each smaller branch is.
+        beta: how many times shorter each smaller branch is.
+        branches: number K of branches; 1 gives the plain network.
+    """
+    stages: list[nn.Module] = []
+    last = len(depths) - 1
+    for index, (length, width) in enumerate(zip(depths, widths, strict=True)):
+        if branches == 1 or index == last:
+            stages.append(plain_stage(block, in_channels, width, length, strides[index]))
+        else:
+            stride = strides[index + 1] if index < last - 1 else 1
+            stages.append(
+                make_module(
+                    block,
+                    in_channels,
+                    width,
+                    length,
+                    alpha=alpha,
+                    beta=beta,
+                    branches=branches,
+                    stride=stride,
+                )
+            )
+        in_channels = width
+    return stages
 
 
 def check_branching(alpha: int, beta: int, branches: int) -> None:

@@ -16,8 +16,7 @@ from blnet.module import (
     BigLittleModule,
     check_branching,
     divide_width,
-    make_module,
-    plain_stage,
+    make_stages,
 )
 from blnet.stem import BigLittleStem, PlainStem, SmallStem
 
@@ -198,31 +197,17 @@ class BigLittleNet(nn.Module):
         self.apply(initialise)
 
     def _make_stages(self) -> list[nn.Module]:
-        config, block = self.config, block_factory(self.config)
-        plain = config.branches == 1
-        count = len(config.depths)
-        stages: list[nn.Module] = []
-        in_channels = config.stem_width
-        for index, (length, width) in enumerate(zip(config.depths, config.widths, strict=True)):
-            if plain or index == count - 1:
-                stride = 1 if index == 0 else 2
-                stages.append(plain_stage(block, in_channels, width, length, stride))
-            else:
-                stages.append(
-                    make_module(
-                        block,
-                        in_channels,
-                        width,
-                        length,
-                        alpha=config.alpha,
-                        beta=config.beta,
-                        branches=config.branches,
-                        # The stage before the last keeps its size: the last one strides itself.
-                        stride=2 if index < count - 2 else 1,
-                    )
-                )
-            in_channels = width
-        return stages
+        config = self.config
+        return make_stages(
+            block_factory(config),
+            config.stem_width,
+            config.depths,
+            config.widths,
+            (1, *[2] * (len(config.depths) - 1)),
+            alpha=config.alpha,
+            beta=config.beta,
+            branches=config.branches,
+        )
 
     def _make_classifier(self, num_classes: int) -> nn.Module:
         width = self.config.widths[-1]

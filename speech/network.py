@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from blnet.blocks import BasicBlock, conv_norm
 from blnet.checks import check_choice, check_count
 from blnet.kernels import merge
-from blnet.module import BigLittleModule, check_branching, divide_width, make_module, plain_stage
+from blnet.module import BigLittleModule, check_branching, divide_width, make_stages
 from blnet.network import initialise
 from blnet.speech.masking import FrameMask, reduced
 
@@ -255,31 +255,15 @@ def mean_over_frames(features: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def _make_stages(config: SpeechNetConfig) -> list[nn.Module]:
-    plain = config.branches == 1
-    block = partial(BasicBlock, pooled_shortcut=not plain)
-    last = len(config.depths) - 1
     # From each stage to the next the bands are halved; the time only after the first stage.
-    strides = [(2, config.stage_stride if index == 0 else 1) for index in range(last)]
-    stages: list[nn.Module] = []
-    in_channels = config.widths[0]
-    for index, (length, width) in enumerate(zip(config.depths, config.widths, strict=True)):
-        if plain or index == last:
-            # A plain stage strides at its start, and so does the last stage of either network.
-            stride = strides[index - 1] if index else (1, 1)
-            stages.append(plain_stage(block, in_channels, width, length, stride))
-        else:
-            stages.append(
-                make_module(
-                    block,
-                    in_channels,
-                    width,
-                    length,
-                    alpha=config.alpha,
-                    beta=config.beta,
-                    branches=config.branches,
-                    # The stage before the last keeps its size: the last one strides itself.
-                    stride=strides[index] if index < last - 1 else (1, 1),
-                )
-            )
-        in_channels = width
-    return stages
+    strides = [(1, 1), (2, config.stage_stride), *[(2, 1)] * (len(config.depths) - 2)]
+    return make_stages(
+        partial(BasicBlock, pooled_shortcut=config.branches > 1),
+        config.widths[0],
+        config.depths,
+        config.widths,
+        strides,
+        alpha=config.alpha,
+        beta=config.beta,
+        branches=config.branches,
+    )

@@ -6,7 +6,7 @@ All networks and rungs of a batch are one group, so that each is interleaved wit
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -55,20 +55,39 @@ def build(group: str, session: Session) -> Group:
     found = specs(settings)
     record(session.results, found, (1, 3, settings.size, settings.size))
     models = {spec: session.cached(spec, partial(_model, spec, session)) for spec in found}
-    ready = images.to(settings.device, settings.torch_dtype)
+    return group_of(NAME, group, session, models, images)
+
+
+def group_of(
+    suite: str, name: str, session: Session, models: Mapping[Any, nn.Module], inputs: Tensor
+) -> Group:
+    """Return networks on all rungs for one batch.
+
+    Args:
+        suite: name of the suite.
+        name: name of the group.
+        session: of the run.
+        models: specification -> network, on the device and in the precision of the run.
+        inputs: the batch, float32.
+    """
+    settings = session.settings
+    ready = inputs.to(settings.device, settings.torch_dtype)
+    ladder = rungs(settings.device, settings.full)
     return Group(
-        suite=NAME,
-        name=group,
+        suite=suite,
+        name=name,
         implementations=[
-            implementation(spec, models[spec], rung, ready)
-            for spec in found
-            for rung in rungs(settings.device, settings.full)
+            _implementation(spec, model, rung, ready)
+            for spec, model in models.items()
+            for rung in ladder
         ],
-        references={spec.label: partial(reference, models[spec], ready) for spec in found},
+        references={
+            spec.label: partial(_reference, model, ready) for spec, model in models.items()
+        },
         tolerance=TOLERANCES[settings.dtype or "float32"],
         reference_text=REFERENCE,
-        rounds=settings.rounds(batch),
-        budget=session.budget(NAME),
+        rounds=settings.rounds(len(inputs)),
+        budget=session.budget(suite),
     )
 
 
@@ -78,15 +97,13 @@ def _model(spec: Spec, session: Session) -> nn.Module:
     return model.to(settings.device, settings.torch_dtype)
 
 
-def reference(model: nn.Module, images: Tensor) -> Tensor:
-    """Return a network's logits, computed in float64."""
+def _reference(model: nn.Module, images: Tensor) -> Tensor:
     exact = copy.deepcopy(model).double()
     with torch.inference_mode():
         return torch.cat([exact(chunk.double()) for chunk in images.split(REFERENCE_CHUNK)])
 
 
-def implementation(spec: Spec, model: nn.Module, rung: Rung, images: Tensor) -> Implementation:
-    """Return a network on a rung, for one batch."""
+def _implementation(spec: Spec, model: nn.Module, rung: Rung, images: Tensor) -> Implementation:
     layout = torch.channels_last if rung.channels_last else torch.contiguous_format
 
     def make() -> Call:

@@ -22,7 +22,7 @@ from blnet.bench.replay import replay, virtual_clock
 from blnet.bench.results import Measurement
 from blnet.bench.session import Case, Session
 from blnet.bench.settings import Settings
-from blnet.bench.suites.test_models import REFERENCE, TOLERANCES, implementation, reference
+from blnet.bench.suites.test_models import group_of
 
 NAME = "speech_models"
 SECONDS = 3
@@ -114,21 +114,7 @@ def build(group: str, session: Session) -> Group:
     )  # fmt: skip
     record(session.results, SPECS, (1, 1, BINS, FRAMES))
     models = {spec: session.cached(spec, partial(_model, spec, maps, settings)) for spec in SPECS}
-    ready = maps[:batch].to(settings.device, settings.torch_dtype)
-    return Group(
-        suite=NAME,
-        name=group,
-        implementations=[
-            implementation(spec, models[spec], rung, ready)
-            for spec in SPECS
-            for rung in rungs(settings.device, settings.full)
-        ],
-        references={spec.label: partial(reference, models[spec], ready) for spec in SPECS},
-        tolerance=TOLERANCES[settings.dtype or "float32"],
-        reference_text=REFERENCE,
-        rounds=settings.rounds(batch),
-        budget=session.budget(NAME),
-    )
+    return group_of(NAME, group, session, models, maps[:batch])
 
 
 def _model(spec: SpeechSpec, maps: Tensor, settings: Settings) -> nn.Module:

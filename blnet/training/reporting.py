@@ -123,7 +123,6 @@ class Reporter:
         Raises:
             OSError: if the journal cannot be written.
         """
-        monitor = self.task.monitor
         spent = max(seconds, 1e-9)
         waiting = waited / spent
         rate = self.steps * self.config.batch_size / spent
