@@ -169,8 +169,8 @@ def notes(suite: str) -> str:
             "of Student's t; differences are taken run by run. Runs differ in their seed or, on "
             "fsdd_speakers, in the speaker that is held out. ms/step is the median over all epochs "
             "of all runs, training alone; the real-time factor is the evaluation's, reading, "
-            "features and decoding included. What is timed here shares the machine with nothing "
-            "that was asked to wait: the suite speech_models is for speed."
+            "features and decoding included. Nothing is asked to wait meanwhile, so both are rough: "
+            "the suite speech_models is for speed."
         )
     text = (
         "Top-1 accuracy of the last epoch's network on the evaluation images, mean over seeds with "
