@@ -169,7 +169,7 @@ def notes(suite: str) -> str:
             "of Student's t; differences are taken run by run. Runs differ in their seed or, on "
             "fsdd_speakers, in the speaker that is held out. ms/step is the median over all epochs "
             "of all runs, training alone; the real-time factor is the evaluation's, reading, "
-            "features and decoding included. Nothing is asked to wait meanwhile, so both are rough: "
+            "features and decoding included. Both are rough where other programs ran beside them; "
             "the suite speech_models is for speed."
         )
     text = (
