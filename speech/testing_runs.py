@@ -45,7 +45,8 @@ def tiny_flags(folder: Path, task: str, *flags: str) -> list[str]:
         "train", "speech", "--recipe=keyword", f"--task={task}", "--baseline=false",
         "--data.name=manifest", f"--data.path={folder / 'train.jsonl'}",
         f"--data.eval-path={folder / 'eval.jsonl'}", f"--data.sample-rate={RATE}",
-        "--data.alphabet=ab", "--features.bins=16", "--model.width=0.125",
+        "--data.alphabet=ab", "--features.bins=16", "--features.normalize=utterance",
+        "--model.width=0.125",
         "--model.time-reduction=null", "--augment.shift=0", "--batch-size=8", "--device=cpu",
         "--workers=0", "--tensorboard=false", *flags,
     ]  # fmt: skip

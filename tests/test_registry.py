@@ -51,7 +51,8 @@ def test_names_split_into_big_little_and_plain():
     assert sorted(both) == sorted([*ours, *plain])
     assert all(registry.is_big_little(name) for name in ours)
     assert not any(registry.is_big_little(name) for name in plain)
-    assert plain == list(blnet.vision.models.PLAIN_MODELS)
+    # Other tests may have registered the networks for speech.
+    assert [n for n in plain if n != "resnet22"] == list(blnet.vision.models.PLAIN_MODELS)
     assert not registry.is_big_little("no such network")
     assert not registry.is_big_little("torchvision:resnet50")
 

@@ -19,7 +19,8 @@ from blnet.blocks import ResidualBlock
 from blnet.network import BigLittleNet
 from blnet.vision import models
 
-BUILDERS = registry.names(big_little=True)
+# Other tests may have registered the networks for speech.
+BUILDERS = [name for name in registry.names(big_little=True) if hasattr(blnet.vision, name)]
 PLAIN = {18: "resnet18", 34: "resnet34", 50: "resnet50", 101: "resnet101", 152: "resnet152"}
 
 # (name, alpha, beta) -> (GMACs to the digits given, parameters), as paper.md has them.
