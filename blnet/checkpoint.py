@@ -134,7 +134,7 @@ def _check_storable(key: str, value: Any) -> None:
 
 def _describe(model: nn.Module) -> dict[str, Any]:
     """Return the kind of a network and what rebuilds it."""
-    if type(model) is BigLittleNet:
+    if isinstance(model, BigLittleNet) and model.as_configured:
         with torch.device("meta"):
             rebuilt = BigLittleNet(model.config)
         # A network whose classifier was exchanged, say, is no longer what its configuration says.

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, cast, get_args, get_type_hints
 
 from torch import Tensor, nn
 
@@ -191,8 +191,8 @@ class BigLittleNet(nn.Module):
         self.config = config or BigLittleConfig()
         self.stem = _make_stem(self.config)
         self.stages = nn.Sequential(*self._make_stages())
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.flatten = nn.Flatten()
+        self.pool: nn.Module = nn.AdaptiveAvgPool2d(1)
+        self.flatten: nn.Module = nn.Flatten()
         self.fc: nn.Module = self._make_classifier(self.config.num_classes)
         self.apply(initialise)
 
@@ -218,10 +218,38 @@ class BigLittleNet(nn.Module):
         features: Tensor = self.stages(self.stem(x))
         return features
 
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return the logits (N, num_classes) of the last stage's map (N, C, H, W).
+
+        Args:
+            x: what `forward_features` returned.
+            pre_logits: return what the classifier would get (N, C) instead.
+        """
+        pooled: Tensor = self.flatten(self.pool(x))
+        return pooled if pre_logits else cast("Tensor", self.fc(pooled))
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, num_classes) of images (N, in_channels, H, W)."""
-        logits: Tensor = self.fc(self.flatten(self.pool(self.forward_features(x))))
-        return logits
+        return self.forward_head(self.forward_features(x))
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Put a fresh classifier in the old one's place; the configuration then says so.
+
+        Args:
+            num_classes: classes; 0 leaves the classifier out.
+
+        Raises:
+            ValueError: if `num_classes` is no whole number of at least 0.
+        """
+        config = dataclasses.replace(self.config, num_classes=num_classes)
+        like = next(self.parameters())
+        fc = self._make_classifier(num_classes).to(device=like.device, dtype=like.dtype)
+        self.config, self.fc = config, fc.train(self.training)
+
+    @property
+    def as_configured(self) -> bool:
+        """Whether `BigLittleNet(config)` with the same weights computes the same."""
+        return type(self) is BigLittleNet
 
 
 def initialise(module: nn.Module) -> None:
