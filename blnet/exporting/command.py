@@ -1,0 +1,69 @@
+"""``blnet export``: a network by name, or a trained one, as ONNX, TorchScript or torch.export."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from blnet.checks import positive
+from blnet.exporting.exporter import Exported, export
+from blnet.exporting.formats import FORMATS, OPSET
+from blnet.sources import add_source_flags, example_of, load_source
+
+_EXAMPLES = """examples:
+  blnet export results/pets --output pets.onnx
+  blnet export bL-ResNet-50.pth --output bl_resnet50.onnx --size 224
+  blnet export best.safetensors --output net.pt2 --format exported-program
+  blnet export torchvision:resnet50 --alpha 2 --beta 4 --output bl.pt --format torch --static"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.epilog = _EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_source_flags(parser)
+    parser.add_argument("--output", metavar="FILE", required=True, help="the file to write")
+    parser.add_argument("--format", choices=tuple(FORMATS), default="onnx",
+                        help="onnx, torch (TorchScript) or exported-program (onnx)")  # fmt: skip
+    parser.add_argument("--opset", type=positive, default=OPSET, help=f"of ONNX ({OPSET})")
+    parser.add_argument("--static", action="store_true", help="for one batch and size only")
+    parser.add_argument("--no-check", action="store_true", help="do not run the file")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file, if any")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, and print what was written and how far it is from the network."""
+    output = _checked_output(args)
+    model, metadata = load_source(args)
+    done = export(
+        model,
+        output,
+        args.format,
+        example_of(model, args.size, metadata),
+        not args.static,
+        opset=args.opset,
+        check=not args.no_check,
+        metadata=metadata,
+    )
+    print(_told(done, output.stat().st_size))
+    return 0
+
+
+def _checked_output(args: argparse.Namespace) -> Path:
+    path, suffix = Path(args.output), FORMATS[args.format].suffix
+    if path.suffix != suffix:
+        raise ValueError(f"--output {path} must end with {suffix}, as files of --format "
+                         f"{args.format} do")  # fmt: skip
+    if path.exists() and not args.overwrite:
+        raise ValueError(f"--output {path} exists already; add --overwrite to replace it")
+    return path
+
+
+def _told(done: Exported, size: int) -> str:
+    sizes = "batch and sizes free" if done.dynamic else "batch and sizes fixed"
+    text = (f"wrote {done.path} ({size / 1e6:.1f} MB, {done.format}; {', '.join(done.inputs)} -> "
+            f"{', '.join(done.outputs)}; {sizes})\n")  # fmt: skip
+    if done.parity is None:
+        return f"{text}not checked"
+    shapes = ", ".join("x".join(map(str, shape)) for shape in done.parity.shapes)
+    return f"{text}checked at {shapes}: largest relative error {done.parity.error:.1e}"

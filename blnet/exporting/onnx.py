@@ -1,0 +1,183 @@
+"""ONNX: networks as models of opset 18 or newer, in one file, weights inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from blnet.exporting.forms import Form, prepared
+from blnet.exporting.programs import trace_program, tracing
+from blnet.files import reason
+
+OPSET = 18
+_INT64 = 7  # onnx.TensorProto.INT64
+
+
+def onnx_bytes(model: nn.Module, example: Tensor) -> bytes:
+    """Return a network as an ONNX model for inputs of one shape, input "image", output "logits".
+
+    Every resize by a whole number has constant scales, with which ONNX Runtime keeps its fast
+    layout, and no weight is left over. The network stays as it is.
+
+    Args:
+        model: a network from one tensor to one tensor on any device, fused or not; computed in
+            float32, whatever its dtype. Of a speech network recordings are as long as the map.
+        example: an input, of which only the shape counts.
+
+    Raises:
+        ValueError: if the network does not run on such an input or cannot be traced.
+        ImportError: if onnx or onnxscript is missing.
+    """
+    form = prepared(model, example, lengths=False)
+    return onnx_model(form, dynamic=False).SerializeToString()  # type: ignore[no-any-return]
+
+
+def onnx_model(
+    form: Form, dynamic: bool = True, opset: int = OPSET, metadata: Mapping[str, str] | None = None
+) -> Any:
+    """Return a network as an onnx.ModelProto.
+
+    Args:
+        form: the network.
+        dynamic: whether batch and sizes are free; else they are the example's.
+        opset: version of ONNX's operators, 18 or newer.
+        metadata: for the model's metadata_props.
+
+    Raises:
+        ValueError: if the network cannot be traced, or ONNX has no such operators or opset.
+        ImportError: if onnx or onnxscript is missing.
+    """
+    need_onnx()
+    if not OPSET <= opset <= _newest_opset():
+        raise ValueError(f"opset must be from {OPSET} to {_newest_opset()}, got {opset}")
+    program = trace_program(form, dynamic)
+    try:
+        with tracing():
+            model = _translated(form, program, opset)
+    except Exception as error:
+        raise ValueError(
+            f"the network cannot be written as ONNX opset {opset} ({reason(error)}); use another "
+            "--format, or the default opset"
+        ) from error
+    _give_constant_scales(model.graph)
+    _remove_unused(model.graph)
+    for key, value in (metadata or {}).items():
+        model.metadata_props.add(key=key, value=value)
+    return model
+
+
+def need_onnx() -> None:
+    """Raise an ImportError that says what to do where onnx or onnxscript is missing."""
+    import onnx  # noqa: F401
+    import onnxscript  # noqa: F401
+
+
+def _newest_opset() -> int:
+    import onnx.defs
+
+    return onnx.defs.onnx_opset_version()
+
+
+def _translated(form: Form, program: ExportedProgram, opset: int) -> Any:
+    made = torch.onnx.export(
+        program,
+        (),
+        None,
+        dynamo=True,
+        opset_version=opset,
+        verbose=False,
+        input_names=list(form.inputs),
+        output_names=list(form.outputs),
+        custom_translation_table={torch.ops.aten.upsample_nearest2d.default: _upsample()},
+    )
+    assert made is not None
+    return made.model_proto
+
+
+def _upsample() -> Any:
+    """Return what translates a resize by copying.
+
+    PyTorch's own translation forgets the size where there are scales, and so gives a pixel too
+    many where the size is odd.
+    """
+    from onnxscript import FLOAT, INT64, opset18
+
+    op: Any = opset18  # its operators' types are those of tensors, not of values in a graph
+    copying = {
+        "mode": "nearest",
+        "coordinate_transformation_mode": "asymmetric",
+        "nearest_mode": "floor",
+    }
+
+    def upsample_nearest2d(
+        self: Any, output_size: Any, scales_h: Any = None, scales_w: Any = None
+    ) -> Any:
+        size = op.Cast(output_size, to=_INT64)
+        if scales_h is None or scales_w is None:
+            whole = op.Concat(op.Shape(self, start=0, end=2), size, axis=0)
+            return op.Resize(self, None, None, whole, **copying)
+        scales = op.Constant(value_floats=[1.0, 1.0, scales_h, scales_w])
+        resized = op.Resize(self, None, scales, None, **copying)
+        first, axes = op.Constant(value_ints=[0, 0]), op.Constant(value_ints=[2, 3])
+        return op.Slice(resized, first, size, axes)
+
+    # onnxscript reads these as types, and not as the text that annotations are in this file.
+    upsample_nearest2d.__annotations__ = {
+        "self": FLOAT,
+        "output_size": INT64,
+        "scales_h": float,
+        "scales_w": float,
+        "return": FLOAT,
+    }
+    return upsample_nearest2d
+
+
+# Tidying -------------------------------------------------------------------------------------
+
+
+def _give_constant_scales(graph: Any) -> None:
+    """Give each Resize to known sizes, whole multiples of its input's, constant scales instead."""
+    import numpy
+    from onnx import numpy_helper
+
+    shapes = _known_shapes(graph)
+    for node in graph.node:
+        if node.op_type != "Resize" or len(node.input) < 4:
+            continue
+        before, after = shapes.get(node.input[0]), shapes.get(node.output[0])
+        if not before or not after or any(n % m for n, m in zip(after, before, strict=True)):
+            continue
+        name = f"{node.output[0]}_scales"
+        scales = [n / m for n, m in zip(after, before, strict=True)]
+        graph.initializer.append(numpy_helper.from_array(numpy.array(scales, numpy.float32), name))
+        kept = node.input[0]
+        del node.input[:]
+        node.input.extend([kept, "", name])
+
+
+def _known_shapes(graph: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of values that have no free size."""
+    found = {}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        sizes = tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
+        if sizes and all(sizes):
+            found[value.name] = sizes
+    return found
+
+
+def _remove_unused(graph: Any) -> None:
+    """Remove nodes and weights whose results nobody takes; ONNX Runtime warns of those."""
+    while True:
+        used = {name for node in graph.node for name in node.input}
+        used |= {value.name for value in graph.output}
+        unused = [node for node in graph.node if not used.intersection(node.output)]
+        if not unused:
+            break
+        for node in unused:
+            graph.node.remove(node)
+    for weight in [weight for weight in graph.initializer if weight.name not in used]:
+        graph.initializer.remove(weight)
