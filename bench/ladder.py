@@ -1,13 +1,14 @@
-"""The ladder: the ways PyTorch has to run one network, from plain eager to compiled.
+"""The ladder: the ways to run one network, from plain eager to compiled, other engines, and ours.
 
-A network is compared with the fastest rung of the plain network's ladder, and stands on the
-fastest rung of its own. Plain and Big-Little networks get the same rungs.
+A network is compared with the fastest rung of the plain network's ladder that is not ours, and
+stands on the fastest rung of its own. Plain and Big-Little networks get the same rungs, ours
+included, so that a reader sees what the architecture brings, what the engines and kernels bring,
+and both.
 """
 
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blnet.bench.measure import UnavailableError
+from blnet.optimizing.choosing import Candidate
+from blnet.optimizing.engines import compiled, compiled_frozen, engine
+from blnet.optimizing.graphs import Captured
+from blnet.optimizing.optimize import prepared
 
 Run = Callable[[Tensor], Tensor]
-WARM_UP_CALLS = 3
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Rung:
         quick: devices on which it is part of a quick run.
         compiles: whether building it compiles, for seconds or minutes.
         own_pool: whether it holds memory of its own between calls, so that peak memory says little.
+        ours: whether its speed is this project's work. Such a rung is no baseline.
+        dtypes: what it computes in; empty for anything.
     """
 
     name: str
@@ -45,50 +50,24 @@ class Rung:
     quick: tuple[str, ...] = ("cpu", "cuda")
     compiles: bool = False
     own_pool: bool = False
+    ours: bool = False
+    dtypes: tuple[str, ...] = ()
 
 
-def rungs(device: str, full: bool = False) -> list[Rung]:
+def rungs(device: str, full: bool = False, dtype: str = "float32") -> list[Rung]:
     """Return the rungs of a device's ladder: all of them, or those that fit a quick run."""
-    return [r for r in LADDER if device in r.devices and (full or device in r.quick)]
-
-
-def compiled(function: Callable[..., Any], example: tuple[Any, ...], **options: Any) -> Any:
-    """Return torch.compile of a function for one shape of input, compiled by a first call.
-
-    Raises:
-        UnavailableError: if this machine lacks what Inductor needs, a C++ compiler.
-    """
-    import torch._dynamo
-
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(os.cpu_count() or 1))
-    made = torch.compile(function, dynamic=False, **options)
-    try:
-        # Networks of one class share their code object; Dynamo's limit of eight versions of it
-        # would let the ninth fall back to eager without a word.
-        with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
-            made(*example)
-    except Exception as error:
-        if _caused_by(error, "InvalidCxxCompiler"):
-            raise UnavailableError(
-                "torch.compile needs a C++ compiler; install g++ or clang"
-            ) from error
-        raise
-    return made
-
-
-def _caused_by(error: BaseException | None, name: str) -> bool:
-    while error is not None:
-        if type(error).__name__ == name or name in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return [
+        rung
+        for rung in LADDER
+        if device in rung.devices
+        and (full or device in rung.quick)
+        and (not rung.dtypes or dtype in rung.dtypes)
+    ]
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
     """Return a copy of a network in eval mode with every BN folded into its convolution."""
-    from torch.fx.experimental.optimization import fuse
-
-    return fuse(model)
+    return prepared(model)[0]
 
 
 def _eager(model: nn.Module, example: Tensor) -> Run:
@@ -106,7 +85,7 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _folded(model: nn.Module, example: Tensor) -> Run:
-    return fold_batch_norm(_copy(model))
+    return fold_batch_norm(model)
 
 
 def _compile(model: nn.Module, example: Tensor, **options: Any) -> Run:
@@ -116,41 +95,26 @@ def _compile(model: nn.Module, example: Tensor, **options: Any) -> Run:
 
 
 def _compile_frozen(model: nn.Module, example: Tensor) -> Run:
-    import torch._inductor.config
-
-    # The option must be set while Dynamo traces as well, which options={"freezing": True} of
-    # torch.compile does not do: the weights then stay inputs and nothing is frozen.
-    with torch._inductor.config.patch(freezing=True):
-        return _compile(model, example)
+    return compiled_frozen(_copy(model), (example,))
 
 
 def _compile_tuned(model: nn.Module, example: Tensor) -> Run:
-    import torch._inductor.config
-
-    with torch._inductor.config.patch(freezing=True):
-        return _compile(model, example, mode="max-autotune-no-cudagraphs")
+    return compiled_frozen(_copy(model), (example,), mode="max-autotune-no-cudagraphs")
 
 
-@torch.inference_mode()
+def _engine(name: str, graph: bool = False) -> Callable[[nn.Module, Tensor], Run]:
+    """Return what builds an engine of `blnet.optimize`, just as that does."""
+
+    def build(model: nn.Module, example: Tensor) -> Run:
+        candidate = Candidate(engine(name), graph=graph)
+        return candidate.build(prepared(model, example.dtype)[0], (example,))
+
+    return build
+
+
 def _graph_of(run: Run, example: Tensor) -> Run:
-    """Capture a run as a CUDA graph; each call copies the input in and replays it."""
-    static = example.clone(memory_format=torch.preserve_format)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP_CALLS):
-            run(static)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = run(static)
-
-    def replay(images: Tensor) -> Tensor:
-        static.copy_(images)
-        graph.replay()
-        return output
-
-    return replay
+    """Capture a run as a CUDA graph; its output is overwritten by the next call."""
+    return Captured(run, (example,), copies=False)
 
 
 def _folded_graph(model: nn.Module, example: Tensor) -> Run:
@@ -165,6 +129,7 @@ def _compile_tuned_graph(model: nn.Module, example: Tensor) -> Run:
     return _graph_of(_compile_tuned(model, example), example)
 
 
+_FLOAT32 = ("float32",)
 LADDER = (
     Rung(
         "eager",
@@ -225,5 +190,67 @@ LADDER = (
         devices=("cuda",),
         quick=(),
         own_pool=True,
+    ),
+    Rung(
+        "onnxruntime",
+        "ONNX Runtime on the exported network.",
+        _engine("onnxruntime"),
+        channels_last=False,
+        devices=("cpu",),
+        own_pool=True,
+        dtypes=_FLOAT32,
+    ),
+    Rung(
+        "openvino",
+        "OpenVINO on the exported network.",
+        _engine("openvino"),
+        channels_last=False,
+        devices=("cpu",),
+        quick=(),
+        own_pool=True,
+        dtypes=_FLOAT32,
+    ),
+    Rung(
+        "tensorrt",
+        "TensorRT, through torch_tensorrt.",
+        _engine("tensorrt"),
+        devices=("cuda",),
+        quick=(),
+        compiles=True,
+        own_pool=True,
+    ),
+    Rung(
+        "blnet native",
+        "blnet.optimize, engine 'native': this project's C++ engine.",
+        _engine("native"),
+        channels_last=False,
+        devices=("cpu",),
+        own_pool=True,
+        ours=True,
+        dtypes=_FLOAT32,
+    ),
+    Rung(
+        "blnet kernels",
+        "blnet.optimize, engine 'kernels': fused Triton kernels, the rest PyTorch's.",
+        _engine("kernels"),
+        devices=("cuda",),
+        ours=True,
+    ),
+    Rung(
+        "blnet kernels, graph",
+        "blnet.optimize, engine 'kernels', replayed as a CUDA graph.",
+        _engine("kernels", graph=True),
+        devices=("cuda",),
+        own_pool=True,
+        ours=True,
+    ),
+    Rung(
+        "blnet kernels, compile, graph",
+        "blnet.optimize, engine 'kernels, compile', replayed as a CUDA graph.",
+        _engine("kernels, compile", graph=True),
+        compiles=True,
+        devices=("cuda",),
+        own_pool=True,
+        ours=True,
     ),
 )

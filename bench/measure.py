@@ -11,12 +11,9 @@ call, after a buffer larger than the L2 cache has been overwritten.
 from __future__ import annotations
 
 import math
-import signal
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +21,7 @@ import torch
 from torch import Tensor
 
 from blnet.bench.results import Check, Measurement
+from blnet.limits import OutOfTime, UnavailableError, one_line, time_limit
 
 Call = Callable[[], Any]
 LEASH = 4.0  # times the fastest of the family
@@ -33,14 +31,6 @@ LEASH_SECONDS = 4.0
 MAX_WARM_UPS = 10
 SETTLED = 0.05  # relative spread of the last three warm-up calls
 FLUSH_BYTES = 256 << 20  # larger than any L2 cache
-
-
-class UnavailableError(Exception):
-    """An implementation that cannot run on this machine; the message says what it needs."""
-
-
-class _OutOfTime(BaseException):
-    """A build passed its time. Not an Exception, so that no library's handler swallows it."""
 
 
 @dataclass
@@ -225,7 +215,7 @@ def _prepare(
             if implementation.compiles:
                 group.budget.left -= measurement.build_seconds
         error = relative_error(result, references[family])
-    except _OutOfTime:
+    except OutOfTime:
         cut = " (what was left of the run's time to compile)" if limit < group.budget.each else ""
         _settle(measurement, "dropped", f"building took more than {limit:.1f} s{cut}")
         return None
@@ -325,40 +315,3 @@ def relative_error(result: Any, reference: Any) -> float:
     if total == 0.0:
         return 0.0 if difference == 0.0 else float("inf")
     return float((difference / total) ** 0.5)
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Stop what runs inside after so many seconds, where the system has an alarm to set.
-
-    Raises:
-        _OutOfTime: if the time is up. Outside the main thread, or on a system without timers, the
-            work runs to its end.
-    """
-    able = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
-    if not able:
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise _OutOfTime
-
-    start = time.monotonic()
-    before = signal.signal(signal.SIGALRM, stop)
-    others = signal.setitimer(signal.ITIMER_REAL, seconds)[0]
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        if others:
-            # Somebody else's alarm (pytest-timeout's) was running: give back what is left of it.
-            left = others - (time.monotonic() - start)
-            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001))
-
-
-def one_line(failure: BaseException) -> str:
-    """Return an exception as one line of at most 300 characters."""
-    text = " ".join(str(failure).split())
-    line = f"{type(failure).__name__}: {text}" if text else type(failure).__name__
-    return line if len(line) <= 300 else f"{line[:297]}..."

@@ -13,12 +13,12 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from blnet.bench.ladder import compiled
 from blnet.bench.measure import Call, Group, Implementation
 from blnet.bench.memory import tensor_bytes
 from blnet.bench.roofline import copy_bandwidth, matmul_rate
 from blnet.bench.session import Case, Session, full_precision
 from blnet.bench.settings import Settings
+from blnet.optimizing.engines import compiled
 
 REFERENCE = "the same in float64"
 Function = Callable[..., Any]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from blnet.bench import accuracy
+from blnet.bench import accuracy, kept
 from blnet.bench.intervals import Ratio
 from blnet.bench.results import Results, write_json, write_text
 from blnet.bench.summary import (
@@ -59,6 +59,7 @@ CSV_COLUMNS = (
     "note",
 )
 
+GAINS = "what the speed-up is made of [95 %]"
 HOW = """\
 Every implementation is built, run once and compared with its reference in higher precision; what
 does not match gets no time. After warming up until their times settle (at most ten calls), the
@@ -66,9 +67,10 @@ implementations of a group (all networks and rungs at one batch) take turns, rou
 every single time is kept in results.json. On a CPU the clock is `time.perf_counter`; on a GPU CUDA
 events around the call, after a 256 MiB buffer has been overwritten, so that the L2 cache is cold.
 Times are medians; p20 and p90 stand beside them. Speed-up is the median of the plain network's
-fastest rung divided by that of the network's own fastest rung, at the same batch and precision;
-its 95 % interval is a bootstrap over rounds (4,000 resamples). Realised speed-up divides that by
-the ratio of MACs: 1 means that all the arithmetic saved became time saved. Peak memory is weights
+fastest rung that is not this project's work divided by that of the network's own fastest rung, at
+the same batch and precision; its 95 % interval is a bootstrap over rounds (4,000 resamples).
+Realised speed-up divides that by the ratio of MACs: 1 means that all the arithmetic saved became
+time saved. Peak memory is weights
 + input + the most that was allocated at once during one call of the fastest rung (on a CPU as
 PyTorch's profiler sees its allocator; scratch space inside oneDNN or cuDNN is not in it).
 A rung more than four times slower than the fastest of its network, or one that takes too long to
@@ -191,6 +193,12 @@ def print_tables(results: Results, console: Console) -> None:
             table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in texts))
         console.print(table)
         console.print(_reading(rows), soft_wrap=True, markup=False, highlight=False)
+        gains = gain_rows(results, rows)
+        if gains:
+            made = _rich_table(GAINS, gain_header(results), left=(0,), gap=0)
+            for texts in gains:
+                made.add_row(*(Text(cell.replace(" [", "\n[")) for cell in texts))
+            console.print(made)
     for suite in op_suites(results):
         table = _rich_table(_op_title(results, suite), op_header(results), left=(0, 1, 2))
         for op_row in op_rows(results, suite):
@@ -254,10 +262,38 @@ def _reading(rows: list[ModelRow]) -> str:
         plain = next((row for row in rows if row.network.label == label), None)
         if plain is None:
             continue
-        rungs = [f"{b.rung} at batch {batch}" for batch, b in sorted(plain.batches.items())]
+        found = sorted(plain.batches.items())
+        rungs = [f"{b.baseline_rung} at batch {batch}" for batch, b in found if b.baseline_rung]
         text = " and ".join(rungs) or "none, so there is no speed-up"
-        sentences.append(f"Speed-ups are over the fastest rung of {label}: {text}.")
+        others = " that is not ours" if any(b.engine for _, b in found) else ""
+        sentences.append(f"Speed-ups are over the fastest rung of {label}{others}: {text}.")
     return " ".join(sentences)
+
+
+def gain_header(results: Results) -> list[str]:
+    """Return the columns of the table of what a speed-up is made of."""
+    names = ("architecture", "our engine", "both")
+    return ["network", *(f"{name} b{batch}" for batch in _batches(results) for name in names)]
+
+
+def gain_rows(results: Results, rows: list[ModelRow]) -> list[list[str]]:
+    """Return the cells of that table; none where no rung of ours has a time.
+
+    What the architecture brings is between the fastest rungs that are not ours, of the plain
+    network and of this one; what our engine or kernels bring is between this network's fastest
+    rung that is not ours and its fastest that is; both are the speed-up of the first table, or
+    less where ours is not the fastest.
+    """
+    batches = _batches(results)
+    if not any(found.engine for row in rows for found in row.batches.values()):
+        return []
+    cells = []
+    for row in rows:
+        found = [row.batches.get(batch) for batch in batches]
+        gains = [(b.architecture, b.engine, b.speedup) if b else (None,) * 3 for b in found]
+        texts = [ratio_text(gain) for batch in gains for gain in batch]
+        cells.append([row.network.label, *texts])
+    return cells
 
 
 # ---------------------------------------------------------------------------- ops
@@ -361,7 +397,15 @@ def markdown(results: Results) -> str:
         header = model_header(results, kind.unit)
         title = suite.replace("_", " ").capitalize()
         lines += [f"## {title}: {kind.what}", "", *_table(header, cells), ""]
-        lines += [_reading(rows), "", "### Every rung", "", *_ladder_table(results, suite), ""]
+        lines += [_reading(rows), ""]
+        gains = gain_rows(results, rows)
+        if gains:
+            title = GAINS[0].upper() + GAINS[1:]
+            lines += [f"### {title}", "", *_table(gain_header(results), gains), ""]
+        memory = kept.rows(results) if suite == "training" else []
+        if memory:
+            lines += [f"### {kept.TITLE}", "", *_table(kept.header(), memory), "", kept.NOTE, ""]
+        lines += ["### Every rung", "", *_ladder_table(results, suite), ""]
     for suite in op_suites(results):
         cells = [op_cells(results, row) for row in op_rows(results, suite)]
         lines += [f"## {_op_title(results, suite)}", "", *_table(op_header(results), cells), ""]

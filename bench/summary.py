@@ -37,9 +37,14 @@ class BatchRow:
         rung: name of its fastest rung.
         seconds: median time of a batch.
         throughput: images or clips a second.
-        baseline_rung: name of the plain network's fastest rung; None if it has no time.
-        speedup: over that rung; None for the plain network and where that has no time.
+        baseline_rung: name of the plain network's fastest rung that is not ours; None if none has
+            a time.
+        speedup: over that rung; None where the two are one, and where that has no time.
         realised: speed-up divided by the ratio of MACs; None where speedup is.
+        architecture: what of the speed-up the architecture brings alone, both networks on their
+            fastest rungs that are not ours; None for the plain network.
+        engine: what our rungs bring alone, over the network's own fastest rung that is not ours;
+            None where no rung of ours has a time.
         peak_memory: bytes; None if not measured.
     """
 
@@ -50,6 +55,8 @@ class BatchRow:
     baseline_rung: str | None
     speedup: Ratio | None
     realised: Ratio | None
+    architecture: Ratio | None
+    engine: Ratio | None
     peak_memory: int | None
 
 
@@ -126,13 +133,13 @@ def _batch_row(
     measurements: list[Measurement], network: Network, batch: int, mac_ratio: float | None
 ) -> BatchRow | None:
     here = [m for m in measurements if m.facts["batch"] == batch]
-    best = fastest([m for m in here if m.family == network.label])
+    own = [m for m in here if m.family == network.label]
+    best, others = fastest(own), fastest(list(filter(is_baseline, own)))
     if best is None:
         return None
-    plain = fastest([m for m in here if m.family == network.baseline])
-    speedup = None
-    if plain is not None and network.label != network.baseline:
-        speedup = median_ratio(plain.samples, best.samples)
+    plain = fastest([m for m in here if m.family == network.baseline and is_baseline(m)])
+    ours = fastest([m for m in own if not is_baseline(m)])
+    speedup = _over(plain, best)
     return BatchRow(
         batch=batch,
         rung=best.implementation,
@@ -141,8 +148,22 @@ def _batch_row(
         baseline_rung=plain.implementation if plain else None,
         speedup=speedup,
         realised=speedup.scaled(1 / mac_ratio) if speedup and mac_ratio else None,
+        architecture=_over(plain, others) if network.label != network.baseline else None,
+        engine=_over(others, ours),
         peak_memory=best.peak_memory,
     )
+
+
+def is_baseline(measurement: Measurement) -> bool:
+    """Return whether others are held against it: our own rungs are no baseline."""
+    return not measurement.facts.get("ours", False)
+
+
+def _over(slow: Measurement | None, fast: Measurement | None) -> Ratio | None:
+    """Return how much faster one is than another; None where one of them has no time."""
+    if slow is None or fast is None or slow is fast:
+        return None
+    return median_ratio(slow.samples, fast.samples)
 
 
 def op_suites(results: Results) -> list[str]:

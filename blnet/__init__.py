@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from blnet.checkpoint import load, save
     from blnet.conversion import convert
     from blnet.expand_merge import ExpandMerge
+    from blnet.exporting.exporter import export
     from blnet.fusing import fuse, fusions, unfuse
     from blnet.module import BigLittleModule
     from blnet.network import BigLittleConfig, BigLittleNet
     from blnet.official import load_official
+    from blnet.optimizing import optimize
     from blnet.profiling import profile
 
 __all__ = [
@@ -25,10 +27,12 @@ __all__ = [
     "BigLittleNet",
     "ExpandMerge",
     "convert",
+    "export",
     "fuse",
     "fusions",
     "load",
     "load_official",
+    "optimize",
     "profile",
     "save",
     "unfuse",
@@ -41,10 +45,12 @@ _HOMES = {
     "BigLittleNet": "blnet.network",
     "ExpandMerge": "blnet.expand_merge",
     "convert": "blnet.conversion",
+    "export": "blnet.exporting.exporter",
     "fuse": "blnet.fusing",
     "fusions": "blnet.fusing",
     "load": "blnet.checkpoint",
     "load_official": "blnet.official",
+    "optimize": "blnet.optimizing",
     "profile": "blnet.profiling",
     "save": "blnet.checkpoint",
     "unfuse": "blnet.fusing",

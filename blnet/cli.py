@@ -15,6 +15,8 @@ from typing import NoReturn
 COMMANDS = {
     "bench": ("blnet.bench.command", "measure speed against the plain network and write a report"),
     "convert": ("blnet.conversion.command", "turn a network or an official checkpoint into ours"),
+    "export": ("blnet.exporting.command", "write a network as ONNX, TorchScript or torch.export"),
+    "optimize": ("blnet.optimizing.command", "say what blnet.optimize makes of a network here"),
     "table": ("blnet.vision.table", "print the paper's recognition table beside our recount"),
     "table --speech": ("blnet.speech.table", "the same of the paper's acoustic models"),
     "kernels": ("blnet.kernels.command", "list, check, compile, tune and time the kernels"),
@@ -38,10 +40,14 @@ _EXTRAS = {
         ("accelerate", "jsonargparse", "matplotlib", "tensorboard", "timm", "torchmetrics"), "train"
     ),
     **dict.fromkeys(("torchaudio", "librosa", "soundfile", "espeakng_loader"), "speech"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
     **dict.fromkeys(("pytest", "pytest_benchmark", "rich", "sklearn"), "bench"),
 }
 # Command -> modules that register the networks it takes by name, where they are installed.
-_NETWORKS = {"convert": ("blnet.vision.models",)}
+_NETWORKS = {
+    "convert": ("blnet.vision.models",),
+    **dict.fromkeys(("export", "optimize"), ("blnet.vision.models", "blnet.speech.models")),
+}
 _TEXT_SHOWN = 400  # characters of an error that nobody foresaw
 
 

@@ -25,18 +25,19 @@ def why_not_fusable(conv: object, norm: object) -> str:
     """
     if not isinstance(conv, nn.Conv2d) or type(conv).forward is not nn.Conv2d.forward:
         return f"{type(conv).__name__} is not a plain Conv2d"
-    if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) or type(norm).forward not in (
-        nn.BatchNorm2d.forward,
-        nn.SyncBatchNorm.forward,
+    folded = type(norm) is nn.Identity  # by `blnet.optimize`; the bias is the normalisation's
+    if not folded and (
+        not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
+        or type(norm).forward not in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
     ):
         return f"{type(norm).__name__} is not a plain BatchNorm2d"
     if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding not in ((0, 0), "same"):
         return "the convolution is not 1x1 with stride 1 and no padding"
     if conv.groups != 1:
         return f"the convolution has {conv.groups} groups"
-    if conv.bias is not None:
+    if conv.bias is not None and not folded:
         return "the convolution has a bias"
-    if hooked(conv) or hooked(norm):
+    if hooked(conv) or hooked(cast("nn.Module", norm)):
         return "a layer has hooks or a forward of its own, which would not be called"
     return ""
 
@@ -64,7 +65,7 @@ def conv_norm_merge(
 
     Args:
         conv: a convolution.
-        norm: its normalisation.
+        norm: its normalisation, or an nn.Identity where that is folded into the convolution.
         x: shape (N, K, H, W).
         big: shape (N, C, H_big, W_big), or None for 0.
         relu: False leaves the closing ReLU out.
@@ -83,6 +84,8 @@ def conv_norm_merge(
     plain = group is None and choose_backend("expand_merge", x) == "torch"
     if plain or (big is not None and not upsample and not _fits(big, conv, x)):
         return _layer_by_layer(norm(conv(x)), big, relu, upsample)
+    if isinstance(norm, nn.Identity):
+        return expand_merge(x, conv.weight, None, conv.bias, big, relu)
     affine = cast("tuple[Tensor | None, Tensor | None]", (norm.weight, norm.bias))
     mean, var = cast("tuple[Tensor | None, Tensor | None]", (norm.running_mean, norm.running_var))
     eps = cast("float", norm.eps)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import fx, nn
 
 from blnet.expand_merge import fused_tail, hooked, why_not_fusable
 from blnet.kernels import merge
-from blnet.tracing import trace_own_code
+from blnet.tracing import takes_one_argument_each, trace_own_code
 
 _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _ADDS_IN_PLACE = (operator.iadd, "add_")
@@ -55,7 +54,7 @@ class Fusion:
 
 def look(module: nn.Module) -> tuple[fx.Graph | None, list[Fusion]]:
     """Return a module's graph with every place that can be fused replaced, and the places."""
-    if not _has_layers_to_fuse(module) or not _takes_one_argument_each(module):
+    if not _has_layers_to_fuse(module) or not takes_one_argument_each(module):
         return None, []
     graph = trace_own_code(module)
     if graph is None:
@@ -68,18 +67,6 @@ def look(module: nn.Module) -> tuple[fx.Graph | None, list[Fusion]]:
             if not site.reason:
                 site.replace(graph)
     return graph, sites
-
-
-def _takes_one_argument_each(module: nn.Module) -> bool:
-    """Return whether a module's forward is called in one way only: no defaults, no stars.
-
-    A graph is traced for one way of calling; "if mask is not None" would be decided in it.
-    """
-    if "forward" in vars(module):
-        return False
-    _, *parameters = inspect.signature(type(module).forward).parameters.values()
-    single = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return all(p.kind is single and p.default is p.empty for p in parameters)
 
 
 def _has_layers_to_fuse(module: nn.Module) -> bool:
@@ -169,7 +156,8 @@ class _Pair:
             conv, norm = maybe, called
             names, nodes = (str(before.target), str(node.target)), (node, before)
         source = nodes[-1].args[0] if nodes[-1].args else None
-        if not isinstance(conv, nn.Conv2d) or "norm" not in type(norm).__name__.lower():
+        folded = isinstance(norm, nn.Identity)  # into the convolution, by `blnet.optimize`
+        if not isinstance(conv, nn.Conv2d) or not (folded or "norm" in type(norm).__name__.lower()):
             return None
         if not isinstance(source, fx.Node):
             return None

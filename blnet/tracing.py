@@ -6,8 +6,10 @@ On the meta device every shape is there and no arithmetic; nothing of the networ
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -235,6 +237,52 @@ def trace_own_code(module: nn.Module) -> fx.Graph | None:
         graphs.append(graph)
         texts.append(str(graph))
     return graphs[1] if texts[0] == texts[1] else None
+
+
+def trace_in_evaluation(module: nn.Module) -> fx.Graph | None:
+    """Return the graph of a module's own forward as it runs in evaluation, without autograd.
+
+    As `trace_own_code`, but what the code does in training does not matter. Code with optional
+    arguments is not taken: a graph is traced for one way of calling it.
+    """
+    if _asks_for_types(module) or not takes_one_argument_each(module):
+        return None
+    with torch.no_grad(), _autocast_switched(False):
+        return _trace_once(module, training=False)
+
+
+def takes_one_argument_each(module: nn.Module) -> bool:
+    """Return whether a module's forward is called in one way only: no defaults, no stars.
+
+    A graph is traced for one way of calling; "if mask is not None" would be decided in it.
+    """
+    if "forward" in vars(module):
+        return False
+    _, *parameters = inspect.signature(type(module).forward).parameters.values()
+    single = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return all(p.kind is single and p.default is p.empty for p in parameters)
+
+
+def called_alone(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Yield the pairs of layers that a graph calls once, the first's result going to the second.
+
+    Of a Sequential it is the last layer that gives the result.
+    """
+    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    for node in graph.nodes:
+        source = node.args[0] if node.op == "call_module" and len(node.args) == 1 else None
+        if not isinstance(source, fx.Node) or source.op != "call_module" or node.kwargs:
+            continue
+        names = str(source.target), str(node.target)
+        if len(source.users) == 1 and calls[names[0]] == calls[names[1]] == 1:
+            yield _last(module.get_submodule(names[0])), module.get_submodule(names[1])
+
+
+def _last(module: nn.Module) -> nn.Module:
+    """Return the last layer of a Sequential, of anything else itself."""
+    while type(module) is nn.Sequential and len(module) and not module._forward_hooks:
+        module = module[-1]
+    return module
 
 
 @contextmanager

@@ -14,15 +14,14 @@ from blnet.bench.measure import (
     BuildBudget,
     Group,
     Implementation,
-    UnavailableError,
     declare,
     measure,
     relative_error,
-    time_limit,
     wall_clock,
 )
 from blnet.bench.memory import peak_bytes, tensor_bytes
 from blnet.bench.results import Measurement
+from blnet.limits import UnavailableError, time_limit
 
 RIGHT = torch.arange(1.0, 9.0)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
-from blnet.bench import measure
+from blnet.bench import kept, measure
 from blnet.bench.report import csv_text, markdown
 from blnet.bench.session import Session
 from blnet.bench.settings import Settings
@@ -21,7 +22,11 @@ SMALL = Settings(device="cpu", batch=2, size=64, models=("bl_resnet18",), branch
 
 @pytest.fixture
 def fused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    rungs = [dataclasses.replace(r, devices=("cpu",)) for r in suite.RUNGS if not r.compiles]
+    rungs = [
+        dataclasses.replace(r, devices=("cpu",), quick=("cpu",))
+        for r in suite.RUNGS
+        if not r.compiles
+    ]
     monkeypatch.setattr(suite, "RUNGS", tuple(rungs))
 
 
@@ -31,13 +36,35 @@ def run(session: Session) -> list[measure.Measurement]:
     return session.results.measurements
 
 
+def check_what_is_kept(session: Session) -> None:
+    counts = {m.family: m.facts[kept.FACT] for m in session.results.measurements}
+    for ways in counts.values():
+        assert list(ways) == list(kept.WAYS)
+        # Basic blocks have no convolution to fuse but in the Big-Little merges.
+        assert ways["fused, recompute"] <= ways["recompute"] < ways["plain"]
+        assert ways["fused"] <= ways["plain"]
+    ours = counts["bl_resnet18 a2 b2"]
+    assert ours["fused"] < ours["plain"]
+    first, second = kept.rows(session.results)
+    assert first[0] == "resnet18"
+    assert first[1].endswith("(1.00x)")
+    share = ours["plain"] / counts["resnet18"]["plain"]
+    assert second[1] == f"{ours['plain'] / 1e6:.1f} ({share:.2f}x)"
+    assert kept.TITLE in markdown(session.results)
+    # Results of earlier versions have no such fact.
+    for m in session.results.measurements:
+        del m.facts[kept.FACT]
+    assert kept.rows(session.results) == []
+    assert kept.TITLE not in markdown(session.results)
+
+
 def test_fused_and_plain_networks_are_timed(fused_on_a_cpu: None) -> None:
     session = Session(SMALL)
     found = run(session)
     assert [(m.family, m.implementation, m.status) for m in found] == [
         (family, rung, "ok")
         for family in ("resnet18", "bl_resnet18 a2 b2")
-        for rung in ("channels-last", "fused")
+        for rung in ("channels-last", "recompute", "fused", "fused, recompute")
     ]
     plain, ours = model_rows(session.results, "training")
     assert plain.batches[2].speedup is None
@@ -50,20 +77,21 @@ def test_fused_and_plain_networks_are_timed(fused_on_a_cpu: None) -> None:
     assert len(lines) == len(found)
     gains = [line["implementation"] for line in lines if line["speedup"]]
     assert gains == [ours.batches[2].rung]
+    check_what_is_kept(session)
 
 
 def test_a_wrong_gradient_gets_no_time(
     fused_on_a_cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fuse = suite.blnet.fuse
+    optimize = suite.optimize_training
 
-    def broken(model: torch.nn.Module) -> torch.nn.Module:
-        fused = fuse(model)
+    def broken(model: torch.nn.Module, **options: Any) -> torch.nn.Module:
+        fused = optimize(model, **options)
         parameter = next(p for name, p in fused.named_parameters() if "conv2" in name)
         parameter.register_hook(torch.zeros_like)
         return fused
 
-    monkeypatch.setattr(suite.blnet, "fuse", broken)
+    monkeypatch.setattr(suite, "optimize_training", broken)
     statuses = {(m.family, m.implementation): m.status for m in run(Session(SMALL))}
     assert statuses["resnet18", "channels-last"] == "ok"
     assert statuses["resnet18", "fused"] == "wrong"
@@ -71,6 +99,6 @@ def test_a_wrong_gradient_gets_no_time(
 
 def test_a_cpu_has_no_fused_rung() -> None:
     names = [rung.name for rung in suite.rungs(dataclasses.replace(SMALL, full=True))]
-    assert names == ["channels-last", "compile"]
+    assert names == ["channels-last", "compile", "recompute"]
     names = [rung.name for rung in suite.rungs(dataclasses.replace(SMALL, device="cuda"))]
-    assert names == ["channels-last", "compile", "fused", "fused, compile"]
+    assert names == ["channels-last", "compile", "fused", "fused, compile", "fused, recompute"]

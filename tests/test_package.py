@@ -136,7 +136,7 @@ def metadata(wheel: Path, name: str) -> str:
 
 def test_the_wheel_declares_what_it_needs(wheel: Path) -> None:
     found = Parser().parsestr(metadata(wheel, "METADATA"))
-    extras = {"train", "vision", "speech", "bench", "dev", "all"}
+    extras = {"train", "vision", "speech", "export", "bench", "dev", "all"}
     assert set(found.get_all("Provides-Extra")) == extras
     needs: dict[str, set[str]] = {name: set() for name in ("", *extras)}
     for line in found.get_all("Requires-Dist"):
@@ -147,7 +147,8 @@ def test_the_wheel_declares_what_it_needs(wheel: Path) -> None:
     assert needs["train"] >= {"accelerate", "jsonargparse[signatures]", "timm", "torchmetrics"}
     assert needs["vision"] >= {"blnet[train]", "torchvision", "pillow"}
     assert needs["speech"] >= {"torchaudio", "librosa", "soundfile", "espeakng-loader"}
-    assert needs["bench"] >= {"blnet[vision]", "pytest", "pytest-benchmark", "rich"}
+    assert needs["export"] == {"onnx", "onnxscript", "onnxruntime"}
+    assert needs["bench"] >= {"blnet[export,vision]", "pytest", "pytest-benchmark", "rich"}
     assert needs["dev"] >= {"pytest", "ruff", "mypy", "hypothesis"}
     assert {"vision", "speech", "bench"} <= set(re.findall(r"\w+", " ".join(needs["all"])))
     assert "blnet = blnet.cli:main" in metadata(wheel, "entry_points.txt")

@@ -18,12 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from blnet.bench.measure import Call, Group, Implementation, UnavailableError
+from blnet.bench.measure import Call, Group, Implementation
 from blnet.bench.memory import tensor_bytes
 from blnet.bench.replay import replay, virtual_clock
 from blnet.bench.results import Measurement
 from blnet.bench.session import Case, Session
 from blnet.bench.settings import Settings
+from blnet.limits import UnavailableError
 from blnet.speech.config import FeatureConfig
 
 NAME = "features"

@@ -38,7 +38,7 @@ def cases(settings: Settings) -> list[Case]:
         Case(group_name(batch), spec.label, rung.name)
         for batch in settings.batches
         for spec in specs(settings)
-        for rung in rungs(settings.device, settings.full)
+        for rung in rungs(settings.device, settings.full, settings.dtype or "float32")
     ]
 
 
@@ -72,7 +72,7 @@ def group_of(
     """
     settings = session.settings
     ready = inputs.to(settings.device, settings.torch_dtype)
-    ladder = rungs(settings.device, settings.full)
+    ladder = rungs(settings.device, settings.full, settings.dtype or "float32")
     return Group(
         suite=suite,
         name=name,
@@ -127,6 +127,7 @@ def _implementation(spec: Spec, model: nn.Module, rung: Rung, images: Tensor) ->
             "beta": spec.beta,
             "baseline": spec.baseline,
             "batch": len(images),
+            "ours": rung.ours,
         },
         held_bytes=tensor_bytes(model, images),
         memory=not rung.own_pool,

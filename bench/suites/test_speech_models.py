@@ -95,7 +95,7 @@ def cases(settings: Settings) -> list[Case]:
         Case(group_name(batch), spec.label, rung.name)
         for batch in settings.batches
         for spec in SPECS
-        for rung in rungs(settings.device, settings.full)
+        for rung in rungs(settings.device, settings.full, settings.dtype or "float32")
     ]
 
 

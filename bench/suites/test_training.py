@@ -1,8 +1,8 @@
 """Training suite: forward and backward pass of whole networks at the throughput batch.
 
-Plain and Big-Little networks get the same rungs, `blnet.fuse` among them, so that a reader sees
-what the architecture brings and what the kernels bring. Half precision is autocast over float32
-weights. The optimiser's step is left out: it is the same for all.
+Plain and Big-Little networks get the same rungs, `blnet.optimize` among them, so that a reader
+sees what the architecture brings and what the kernels bring. Half precision is autocast over
+float32 weights. The optimiser's step is left out: it is the same for all.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import blnet
-from blnet.bench.ladder import compiled
+from blnet.bench import kept
 from blnet.bench.measure import Call, Group, Implementation
 from blnet.bench.memory import tensor_bytes
 from blnet.bench.networks import Spec, instance, record, specs
@@ -27,6 +26,8 @@ from blnet.bench.replay import replay, virtual_clock
 from blnet.bench.results import Measurement
 from blnet.bench.session import Case, Session
 from blnet.bench.settings import Settings
+from blnet.optimizing.engines import compiled
+from blnet.optimizing.training import OPS, optimize_training
 
 NAME = "training"
 # Of the logits and of the logarithms of all gradients' norms. The gradients themselves differ by
@@ -42,7 +43,8 @@ class Rung:
     Attributes:
         name: what the tables call it.
         description: one sentence on it.
-        fused: whether `blnet.fuse` comes first.
+        fused: whether `blnet.optimize` puts fused ops in first.
+        recompute: whether it recomputes normalisation.
         compiles: whether torch.compile comes last.
         devices: where it runs.
         quick: where it is part of a quick run.
@@ -51,6 +53,7 @@ class Rung:
     name: str
     description: str
     fused: bool = False
+    recompute: bool = False
     compiles: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     quick: tuple[str, ...] = ("cpu", "cuda")
@@ -59,13 +62,26 @@ class Rung:
 RUNGS = (
     Rung("channels-last", "Eager, weights and input in channels-last (NHWC) layout."),
     Rung("compile", "torch.compile, default mode, channels-last.", compiles=True, quick=("cuda",)),
+    Rung(
+        "recompute",
+        "Normalised maps computed again in backward, eager, channels-last.",
+        recompute=True,
+        quick=(),
+    ),
     # On a CPU a fused network runs layer by layer: there it would be the first rung again.
-    Rung("fused", "blnet.fuse, eager, channels-last.", fused=True, devices=("cuda",)),
+    Rung("fused", "Fused training ops, eager, channels-last.", fused=True, devices=("cuda",)),
     Rung(
         "fused, compile",
-        "blnet.fuse, then torch.compile, channels-last.",
+        "Fused training ops, then torch.compile, channels-last.",
         fused=True,
         compiles=True,
+        devices=("cuda",),
+    ),
+    Rung(
+        "fused, recompute",
+        "Fused training ops, normalised maps computed again in backward, eager, channels-last.",
+        fused=True,
+        recompute=True,
         devices=("cuda",),
     ),
 )
@@ -99,12 +115,16 @@ def build(group: str, session: Session) -> Group:
     found = specs(settings)
     record(session.results, found, (1, 3, settings.size, settings.size))
     models = {spec: instance(spec, images, settings).to(settings.device) for spec in found}
+    counts = {
+        spec: kept.counted(model, settings.size, settings.torch_dtype)
+        for spec, model in models.items()
+    }
     own = images.to(settings.device).contiguous(memory_format=torch.channels_last)
     return Group(
         suite=NAME,
         name=group,
         implementations=[
-            _implementation(spec, models[spec], rung, own, settings)
+            _implementation(spec, models[spec], rung, own, settings, counts[spec])
             for spec in found
             for rung in rungs(settings)
         ],
@@ -141,15 +161,27 @@ def _reference(model: nn.Module, images: Tensor) -> list[Tensor]:
     return list(_backward(exact(images.double()), exact))
 
 
+def _network(model: nn.Module, rung: Rung) -> nn.Module:
+    if not (rung.fused or rung.recompute):
+        return copy.deepcopy(model)
+    without = () if rung.fused else OPS
+    return optimize_training(model, recompute=rung.recompute, without=without)
+
+
 def _implementation(
-    spec: Spec, model: nn.Module, rung: Rung, images: Tensor, settings: Settings
+    spec: Spec,
+    model: nn.Module,
+    rung: Rung,
+    images: Tensor,
+    settings: Settings,
+    counts: dict[str, int],
 ) -> Implementation:
     dtype, device = settings.torch_dtype, settings.device
 
     precision = partial(torch.autocast, device, dtype, enabled=dtype is not torch.float32)
 
     def make() -> Call:
-        own = blnet.fuse(model) if rung.fused else copy.deepcopy(model)
+        own = _network(model, rung)
         own.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         run: Callable[[Tensor], Tensor] = own
         if rung.compiles:
@@ -174,6 +206,8 @@ def _implementation(
             "beta": spec.beta,
             "baseline": spec.baseline,
             "batch": len(images),
+            "ours": rung.fused or rung.recompute,
+            kept.FACT: counts,
         },
         held_bytes=tensor_bytes(model, images),
         compiles=rung.compiles,

@@ -18,6 +18,7 @@ FREE = frozenset(
     {
         "accumulate",  # with the number of devices it gives the micro-batch, which is compared
         "baseline",
+        "recompute",
         "output",
         "resume",
         "device",
@@ -126,7 +127,9 @@ class TrainingConfig:
         precision: fp32, or automatic mixed precision in bf16 or fp16 over float32 weights.
         channels_last: whether weights and inputs lie in channels-last (NHWC) order.
         compile: whether torch.compile compiles the network.
-        optimize: whether blnet.fuse puts fused training ops in, where the device has them.
+        optimize: whether blnet.optimize puts fused training ops in, where the device has them.
+        recompute: whether backward computes normalised maps again rather than keep them, for less
+            memory.
         sync_bn: whether batch statistics are taken over all devices.
         deterministic: whether a GPU may use deterministic algorithms only, which are slower.
         device: auto (a GPU if there is one), cpu or cuda.
@@ -153,6 +156,7 @@ class TrainingConfig:
     channels_last: bool = True
     compile: bool = False
     optimize: bool = False
+    recompute: bool = False
     sync_bn: bool = False
     deterministic: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-import blnet
+from blnet.optimizing.training import OPS, optimize_training
 from blnet.training.checkpoints import (
     EMA,
     MODEL,
@@ -96,8 +96,9 @@ class RunState:
         config = self.config
         seed_all(mixed_seed(config.seed, INIT_SEED))
         network = self.task.build_model()
-        if config.optimize:
-            network = blnet.fuse(network)
+        if config.optimize or config.recompute:
+            without = () if config.optimize else OPS
+            network = optimize_training(network, recompute=config.recompute, without=without)
         if config.sync_bn and self.accelerator.num_processes > 1:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return self._placed(network)

@@ -1,0 +1,55 @@
+"""Time limits for work that may take too long, and failures told on one line."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class OutOfTime(BaseException):
+    """Work passed its time. Not an Exception, so that no library's handler swallows it."""
+
+
+class UnavailableError(Exception):
+    """Something that cannot run on this machine; the message says what it needs."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Stop what runs inside after so many seconds, where the system has an alarm to set.
+
+    Raises:
+        OutOfTime: if the time is up. Outside the main thread, or on a system without timers, the
+            work runs to its end.
+    """
+    able = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    if not able:
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise OutOfTime
+
+    start = time.monotonic()
+    before = signal.signal(signal.SIGALRM, stop)
+    others = signal.setitimer(signal.ITIMER_REAL, seconds)[0]
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        if others:
+            # Somebody else's alarm (pytest-timeout's) was running: give back what is left of it.
+            left = others - (time.monotonic() - start)
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001))
+
+
+def one_line(failure: BaseException) -> str:
+    """Return an exception as one line of at most 300 characters."""
+    text = " ".join(str(failure).split())
+    line = f"{type(failure).__name__}: {text}" if text else type(failure).__name__
+    return line if len(line) <= 300 else f"{line[:297]}..."

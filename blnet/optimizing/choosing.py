@@ -1,0 +1,242 @@
+"""Choosing the engine that is fastest for given inputs, by measuring all that fit in a time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blnet.limits import OutOfTime, UnavailableError, one_line, time_limit
+from blnet.optimizing.engines import ENGINES, Engine, Inputs, Run, engine, name_of
+from blnet.optimizing.graphs import Captured, side_by_side
+from blnet.optimizing.report import Trial
+
+BASELINE = "pytorch"
+LEASH = 3.0  # times the fastest: what is further behind after two calls is not timed any more
+ROUNDS = 15
+ROUNDS_SECONDS = 6.0  # for all rounds together, so that slow networks do not take the whole time
+# Largest norm of the difference to the original network's result over that result's norm. An engine
+# beyond it computes something else; how exact the engines are is measured in the tests.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An engine with what is done around it.
+
+    Attributes:
+        engine: the engine.
+        streams: whether the branches run on streams of their own.
+        graph: whether it is captured as a CUDA graph.
+    """
+
+    engine: Engine
+    streams: bool = False
+    graph: bool = False
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        extras = [", two streams"] * self.streams + [", CUDA graph"] * self.graph
+        return self.engine.name + "".join(extras)
+
+    def build(self, network: nn.Module, inputs: Inputs) -> Run:
+        """Build it for inputs like these.
+
+        Raises:
+            UnavailableError: if it cannot run here.
+        """
+        if self.engine.rewrite is not None:
+            network = self.engine.rewrite(network, inputs)
+        if self.streams:
+            split = side_by_side(network)
+            if split is None:
+                raise UnavailableError("no module of the network has two branches")
+            network = split
+        run = self.engine.build(network, inputs)
+        return Captured(run, inputs) if self.graph else run
+
+
+def candidates(device: str, name: str, graph: object) -> list[Candidate]:
+    """Return what to try on a device.
+
+    Args:
+        device: its type, "cpu" or "cuda".
+        name: an engine's name, or "auto" for all of the device.
+        graph: True for captured engines only, False for none, "auto" for both.
+    """
+    engines = [e for e in ENGINES if device in e.devices] if name == "auto" else [engine(name)]
+    if device != "cuda":
+        return [Candidate(e) for e in engines]
+    graphs = {True: (True,), False: (False,)}.get(graph, (False, True))  # type: ignore[call-overload]
+    return [
+        Candidate(e, streams, captured)
+        for e in engines
+        for streams in ((False, True) if e.streams else (False,))
+        for captured in graphs
+        # Without a graph two streams cost more launches than they hide.
+        if captured or not streams
+    ]
+
+
+@dataclass
+class Choice:
+    """What was chosen.
+
+    Attributes:
+        name: of the engine; empty if none runs.
+        run: what runs it; None if none runs.
+        trials: all that was tried.
+    """
+
+    name: str = ""
+    run: Run | None = None
+    trials: list[Trial] = field(default_factory=list)
+
+
+@dataclass
+class _Running:
+    """A candidate that was built and gave the right result."""
+
+    trial: Trial
+    run: Run
+    times: list[float]
+
+
+@torch.no_grad()
+def choose(
+    tried: Sequence[Candidate],
+    network: nn.Module,
+    inputs: Inputs,
+    reference: Tensor,
+    dtype: torch.dtype,
+    seconds: float,
+) -> Choice:
+    """Build the candidates, check them, time them in turns, and return the fastest.
+
+    Args:
+        tried: in the order of building; what comes when the time is up is not built.
+        network: a prepared network (see `engines`).
+        inputs: examples in the network's precision, on its device.
+        reference: what the original network gives for them.
+        dtype: the network's precision.
+        seconds: for everything.
+    """
+    end = time.monotonic() + seconds
+    clock = _clock(inputs[0].device.type)
+    trials, running = [], []
+    for candidate in tried:
+        reason = candidate.engine.why_not(inputs, dtype)
+        left = end - time.monotonic() - min(ROUNDS_SECONDS, seconds / 4)
+        if not reason and left <= 0:
+            reason = f"not tried, the {seconds:.0f} s to measure in were over"
+        if reason:
+            trials.append(Trial(candidate.name, note=reason))
+            continue
+        found = _try(candidate, network, inputs, reference, dtype, left, clock)
+        if isinstance(found, Trial):
+            trials.append(found)
+        else:
+            running.append(found)
+    _time_in_turns(running, inputs, clock, end)
+    trials += [_settled(one) for one in running]
+    best = min(running, key=lambda one: statistics.median(one.times), default=None)
+    order = {candidate.name: place for place, candidate in enumerate(tried)}
+    trials.sort(key=lambda trial: order[trial.engine])
+    baseline = next((t.seconds for t in trials if t.engine == BASELINE), None)
+    trials = [_against(trial, baseline) for trial in trials]
+    return Choice(best.trial.engine, best.run, trials) if best else Choice(trials=trials)
+
+
+def _try(
+    candidate: Candidate,
+    network: nn.Module,
+    inputs: Inputs,
+    reference: Tensor,
+    dtype: torch.dtype,
+    seconds: float,
+    clock: Callable[[Callable[[], Any]], float],
+) -> _Running | Trial:
+    """Build a candidate and check its result; return the trial of one that failed."""
+    start = time.monotonic()
+    failed = partial(Trial, candidate.name)
+    try:
+        with time_limit(seconds):
+            run = candidate.build(network, inputs)
+            result = run(*inputs)
+            built = time.monotonic() - start
+            first = min(clock(lambda: run(*inputs)) for _ in range(2))
+    except OutOfTime:
+        return failed(note=f"dropped, building it took more than the {seconds:.0f} s left")
+    except UnavailableError as reason:
+        return failed(note=str(reason))
+    except Exception as failure:  # an engine may fail in any way; another one runs
+        return failed(note=f"dropped, it failed: {one_line(failure)}")
+    error = difference(result, reference)
+    if not error <= TOLERANCES.get(dtype, 1e-4):
+        return failed(note=f"dropped, its result is wrong (error {error:.1e})")
+    return _Running(Trial(candidate.name, error=error, build_seconds=built), run, [first])
+
+
+def difference(result: Any, reference: Tensor) -> float:
+    """Return norm(result - reference) / norm(reference), in float64; infinite for other shapes."""
+    if not isinstance(result, Tensor) or result.shape != reference.shape:
+        return float("inf")
+    right = reference.double()
+    distance = float((result.to(right.device).double() - right).norm())
+    norm = float(right.norm())
+    return distance / norm if norm else (0.0 if distance == 0 else float("inf"))
+
+
+def _time_in_turns(
+    running: list[_Running],
+    inputs: Inputs,
+    clock: Callable[[Callable[[], Any]], float],
+    end: float,
+) -> None:
+    """Time all that are within reach of the fastest, in turns, so that noise hits all alike."""
+    fastest = min((one.times[0] for one in running), default=0.0)
+    near = [one for one in running if one.times[0] <= LEASH * fastest]
+    end = min(end, time.monotonic() + ROUNDS_SECONDS)
+    for _ in range(ROUNDS):
+        for one in near:
+            call = partial(one.run, *inputs)
+            call()  # wakes its threads; another engine's may still be spinning
+            one.times.append(clock(call))
+        if time.monotonic() > end:
+            break
+    for one in near:
+        del one.times[0]  # the first call may still have tuned or allocated
+
+
+def _settled(one: _Running) -> Trial:
+    return replace(one.trial, seconds=statistics.median(one.times))
+
+
+def _against(trial: Trial, baseline: float | None) -> Trial:
+    """Note of a trial that it is slower than eager PyTorch."""
+    if trial.seconds is None or baseline is None or trial.seconds <= baseline:
+        return trial
+    return replace(trial, note=f"dropped, slower than {BASELINE}")
+
+
+def _clock(device: str) -> Callable[[Callable[[], Any]], float]:
+    def clock(call: Callable[[], Any]) -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return clock
+
+
+__all__ = ["Candidate", "Choice", "candidates", "choose", "difference", "name_of"]

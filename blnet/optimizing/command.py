@@ -1,0 +1,54 @@
+"""``blnet optimize``: what `blnet.optimize` makes of a network on this machine, and how fast."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from blnet.checks import positive
+from blnet.optimizing.engines import engine_names, name_of
+from blnet.optimizing.optimize import PRECISIONS, SECONDS, optimize
+from blnet.sources import add_source_flags, example_of, load_source
+
+_EXAMPLES = """examples:
+  blnet optimize bl_resnet50 --alpha 2 --beta 4 --size 224 --batch 8
+  blnet optimize results/pets --precision bfloat16
+  blnet optimize torchvision:resnet50 --engine onnxruntime"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.epilog = _EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_source_flags(parser)
+    parser.add_argument("--batch", type=positive, default=1, help="inputs at once (1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where (a GPU if there is one)")
+    parser.add_argument("--precision", choices=[name_of(p) for p in PRECISIONS],
+                        help="what it computes in (the network's)")  # fmt: skip
+    parser.add_argument("--engine", choices=("auto", *engine_names()), default="auto",
+                        help="the only engine to build (auto: the fastest)")  # fmt: skip
+    parser.add_argument("--seconds", type=positive, default=int(SECONDS), metavar="S",
+                        help=f"for building and measuring ({SECONDS:.0f})")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Optimise the network for drawn inputs and print what was done."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device; leave the flag out")
+    model, metadata = load_source(args)
+    example = example_of(model, args.size, metadata)
+    if example is None:
+        raise ValueError(f"{args.source} does not say what size it takes; add --size, such as 224")
+    torch.manual_seed(0)
+    inputs = torch.randn(args.batch, *example.shape[1:], device=device)
+    fast = optimize(
+        model.to(device).eval(),
+        example_input=inputs,
+        precision=args.precision,
+        engine=args.engine,
+        seconds=args.seconds,
+    )
+    fast.explain()  # type: ignore[operator]
+    return 0

@@ -1,0 +1,118 @@
+"""Folding batch normalisation into the convolutions before it, for inference.
+
+In evaluation BatchNorm is y = gamma (x - mean) / sqrt(var + eps) + beta, channel by channel: a
+convolution that alone feeds it takes the factor into its weight and the rest into its bias. Layers
+are exchanged, code is not: the normalisation becomes an identity, so that any network's own forward
+goes on as it is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from blnet.expand_merge import hooked
+from blnet.optimizing.report import Change
+from blnet.tracing import called_alone, trace_in_evaluation
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def fold_batch_norms(model: nn.Module) -> list[Change]:
+    """Fold every BatchNorm that can be into the convolution before it, in place.
+
+    Args:
+        model: a network in evaluation mode.
+
+    Returns:
+        One change for each BatchNorm, in the order of the network's modules: what it was folded
+        into, or why it was left as it is.
+    """
+    places = Counter(id(part) for _, part in model.named_modules(remove_duplicate=False))
+    names = {id(part): name for name, part in model.named_modules()}
+    partners: dict[int, nn.Module] = {}
+    for module in model.modules():
+        partners |= {id(norm): conv for conv, norm in _pairs(module)}
+    changes = []
+    for name, norm in list(model.named_modules()):
+        if not _is_norm(norm):
+            continue
+        conv = partners.get(id(norm))
+        reason = _why_not(conv, norm, places)
+        if conv is not None and not reason:
+            _fold(conv, norm)
+            _exchange(model, name, nn.Identity().eval())
+            changes.append(Change(name, type(norm).__name__, f"folded into {names[id(conv)]}"))
+        else:
+            changes.append(Change(name, type(norm).__name__, reason=reason))
+    return changes
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _NORMS) or type(module).__name__ == "FrozenBatchNorm2d"
+
+
+def _pairs(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Yield the layers of a module's own code of which one's result goes to the other alone."""
+    if type(module).forward is nn.Sequential.forward:
+        layers = list(module.children())
+        yield from pairwise(layers)
+    elif any(_is_norm(child) for child in module.children()):
+        graph = trace_in_evaluation(module)
+        if graph is not None:
+            yield from called_alone(module, graph)
+
+
+def _why_not(conv: nn.Module | None, norm: nn.Module, places: Counter[int]) -> str:
+    """Say why a normalisation cannot be folded; an empty text where it can."""
+    if conv is None or type(conv) not in _CONVOLUTIONS:
+        return "no convolution alone was seen to feed it"
+    if not isinstance(conv._parameters.get("weight"), nn.Parameter):
+        return "the convolution's weight is computed anew in every call"
+    if places[id(conv)] > 1 or places[id(norm)] > 1:
+        return "a layer stands in several places"
+    # What comes before a convolution may be watched; what goes between the two may not.
+    if conv._forward_hooks or "forward" in vars(conv) or hooked(norm):
+        return "a layer has hooks or a forward of its own"
+    if getattr(norm, "running_mean", None) is None or norm.training:
+        return "it uses the statistics of the batch"
+    return ""
+
+
+@torch.no_grad()
+def _fold(conv: nn.Module, norm: nn.Module) -> None:
+    """Fold in float64 and round once."""
+    weight = conv.get_parameter("weight")
+    double = {
+        name: None if value is None else value.double()
+        for name, value in (
+            ("bias", conv.bias),
+            ("mean", norm.running_mean),
+            ("var", norm.running_var),
+            ("gamma", norm.weight),
+            ("beta", norm.bias),
+        )
+        if value is None or isinstance(value, torch.Tensor)
+    }
+    folded, bias = fuse_conv_bn_weights(
+        weight.double(),
+        double["bias"],
+        double["mean"],
+        double["var"],
+        float(norm.eps),  # type: ignore[arg-type]
+        double["gamma"],
+        double["beta"],
+    )
+    conv.weight = nn.Parameter(folded.to(weight.dtype), weight.requires_grad)
+    conv.bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
+
+
+def _exchange(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    model.get_submodule(parent)._modules[leaf] = layer

@@ -1,0 +1,48 @@
+"""``blnet optimize`` prints what was done, for names and for trained networks."""
+
+from __future__ import annotations
+
+import pytest
+
+import blnet
+from blnet.cli import main
+from blnet.vision.models import bl_resnet18
+
+
+def test_a_name_is_optimised_and_explained(capsys) -> None:
+    words = "optimize bl_resnet18 --alpha 2 --beta 4 --size 33 --batch 2 --engine pytorch"
+    assert main(words.split()) == 0
+    text = capsys.readouterr().out
+    assert "pytorch for (2, 3, 33, 33) float32 on cpu" in text
+    assert "stem.bn1 (BatchNorm2d): folded into stem.conv1" in text
+
+
+def test_a_checkpoint_is_optimised_in_another_precision(tmp_path, capsys) -> None:
+    path = tmp_path / "net.safetensors"
+    blnet.save(bl_resnet18(alpha=2, beta=4, num_classes=3), path)
+    words = ["optimize", str(path), "--size", "3x32x40", "--precision", "bfloat16"]
+    assert main([*words, "--engine", "pytorch"]) == 0
+    assert "bfloat16 on cpu: pytorch for (1, 3, 32, 40) bfloat16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("bl_resnet18", "add --size"),
+        ("bl_resnet18 --size 32 --engine tvm", "invalid choice"),
+        ("bl_resnet18 --size 32 --batch 0", "at least 1"),
+        ("bl_resnet18 --size 4x32x32", "does not take the example_input"),
+        ("nothing.safetensors --size 32", "does not exist"),
+        ("bl_resnet18 --size 32 --device cuda", "no CUDA device"),
+        ("bl_resnet18 --size 32 --engine native --precision float16", "float32 only"),
+    ],
+)
+def test_bad_input_is_one_line(words, message, capsys) -> None:
+    try:
+        status = main(["optimize", *words.split()])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

@@ -1,0 +1,162 @@
+"""Batch norms are folded where that is right, and left with a reason where it is not."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import blnet
+from blnet.optimizing.folding import fold_batch_norms
+from blnet.optimizing.report import Change
+from blnet.vision.models import bl_resnet18, bl_seresnext50_32x4d
+
+
+def lived_in(model: nn.Module) -> nn.Module:
+    """Give batch norms the statistics and weights of a network that was trained, more or less."""
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    return model.eval().double()
+
+
+def folded(model: nn.Module) -> tuple[nn.Module, list[Change]]:
+    own = copy.deepcopy(model)
+    return own, fold_batch_norms(own)
+
+
+def error(model: nn.Module, other: nn.Module, *sizes: tuple[int, ...]) -> float:
+    torch.manual_seed(2)
+    worst = 0.0
+    with torch.no_grad():
+        for size in sizes:
+            x = torch.randn(size, dtype=torch.float64)
+            right = model(x)
+            worst = max(worst, float((other(x) - right).norm() / right.norm()))
+    return worst
+
+
+NETWORKS = {
+    "bl_resnet18": lambda: bl_resnet18(alpha=2, beta=4, num_classes=10),
+    "bl_seresnext50": lambda: bl_seresnext50_32x4d(alpha=2, beta=4, num_classes=10),
+    "torchvision": lambda: torchvision.models.resnet50(num_classes=10),
+    "converted": lambda: blnet.convert(torchvision.models.resnet18(), alpha=2, beta=2),
+    "fused before": lambda: blnet.unfuse(blnet.fuse(bl_resnet18(alpha=2, beta=4))),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_batch_norm_is_folded_and_nothing_changes(name: str) -> None:
+    model = lived_in(NETWORKS[name]())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    own, changes = folded(model)
+    assert changes
+    assert all(change.now for change in changes)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in own.modules())
+    assert error(model, own, (2, 3, 65, 47)) < 1e-12
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_timms_deep_stem_and_average_shortcuts_are_folded() -> None:
+    timm = pytest.importorskip("timm")
+    model = lived_in(timm.create_model("resnet26d", num_classes=10))
+    own, changes = folded(model)
+    assert [change for change in changes if not change.now] == []
+    assert error(model, own, (2, 3, 64, 64)) < 1e-12
+
+
+def test_a_change_names_both_layers() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    (change,) = fold_batch_norms(model)
+    assert str(change) == "1 (BatchNorm2d): folded into 0"
+    assert model[0].bias is not None
+
+
+def test_a_bias_is_kept_and_a_norm_without_weights_folded() -> None:
+    model = lived_in(nn.Sequential(nn.Conv2d(3, 4, 3, bias=True), nn.BatchNorm2d(4, affine=False)))
+    own, changes = folded(model)
+    assert changes[0].now
+    assert error(model, own, (2, 3, 8, 8)) < 1e-14
+
+
+class Twice(nn.Module):
+    """Uses a convolution's result beside its normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return self.norm(y) + y
+
+
+class Again(Twice):
+    """Calls the same two layers twice."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(self.norm(self.conv(x))))
+
+
+class Gated(Twice):
+    """Has something between the two."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(torch.relu(self.conv(x)))
+
+
+def shared() -> nn.Module:
+    conv = nn.Conv2d(3, 3, 1)
+    return nn.Sequential(conv, nn.BatchNorm2d(3), conv)
+
+
+def watched() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+def normalised() -> nn.Module:
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1))
+    return nn.Sequential(conv, nn.BatchNorm2d(3))
+
+
+LEFT = {
+    "result used twice": (Twice, "no convolution alone"),
+    "called twice": (Again, "no convolution alone"),
+    "ReLU between": (Gated, "no convolution alone"),
+    "first of all": (lambda: nn.Sequential(nn.BatchNorm2d(3)), "no convolution alone"),
+    "shared": (shared, "several places"),
+    "hooks": (watched, "hooks"),
+    "computed weight": (normalised, "no convolution alone|computed anew"),
+    "batch statistics": (
+        lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)),
+        "statistics of the batch",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_cannot_be_folded_is_left_and_says_why(name: str) -> None:
+    make, reason = LEFT[name]
+    model = lived_in(make())
+    own, (change,) = folded(model)
+    assert change.now == ""
+    assert any(part in change.reason for part in reason.split("|"))
+    assert error(model, own, (4, 3, 5, 5)) < 1e-14
+
+
+def test_a_hook_before_the_convolution_stays() -> None:
+    model = lived_in(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)))
+    model[0].register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
+    own, (change,) = folded(model)
+    assert change.now
+    assert error(model, own, (2, 3, 8, 8)) < 1e-14
