@@ -127,6 +127,8 @@ def test_it_is_what_plain_pytorch_computes(accumulate: int, clip: float, tmp_pat
         {"optimizer": OptimizerConfig(nesterov=False, decay_norms=False), "workers": 1},
         {"schedule": ScheduleConfig(name="step", step_epochs=[1]), "ema": EmaConfig()},
         {"optimize": True, "deterministic": True, "sync_bn": True},
+        {"optimize": True, "recompute": True},
+        {"recompute": True, "precision": "bf16"},
     ],
 )
 def test_options_train_and_repeat(changes: dict[str, Any], tmp_path: Path) -> None:
