@@ -1,0 +1,304 @@
+"""Convolutions made ready: how the work is cut, weights in the order the kernels read them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blnet.kernels.native.library import Library, Step
+
+BLOCK = 16  # channels of a block, as in step.h
+DIRECT, WINOGRAD = 2, 3  # kinds of step, as there
+CACHE_BYTES = 256 * 1024  # of a core's second cache, for the input of a piece of work
+WINOGRAD_BYTES = 768 * 1024  # the same for transformed tiles, input and products together
+ALONE_BYTES = 1024 * 1024  # of an image's map, from where the third cache would not hold the batch
+PIECES = 4  # of work for each thread, so that the last one to finish is not far behind
+
+# What decides between the ways to compute a 3x3 convolution, in cycles of one core; measured on a
+# Zen 5. Transforms cost so much for a tile and a block of channels, weights so much for a byte.
+TRANSFORM_CYCLES = {2: (45.0, 40.0), 4: (150.0, 120.0)}
+WEIGHT_BYTES_PER_CYCLE = 8.0
+
+# G of Lavin and Gray (see winograd.cpp): weights g become G g G^T.
+_TRANSFORMS = {
+    2: ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0)),
+    4: (
+        (1 / 4, 0.0, 0.0),
+        (-1 / 6, -1 / 6, -1 / 6),
+        (-1 / 6, 1 / 6, -1 / 6),
+        (1 / 24, 1 / 12, 1 / 6),
+        (1 / 24, -1 / 12, 1 / 6),
+        (0.0, 0.0, 1.0),
+    ),
+}
+
+
+def blocks_of(channels: int) -> int:
+    """Return how many blocks of 16 hold so many channels."""
+    return math.ceil(channels / BLOCK)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The sizes of a convolution.
+
+    Attributes:
+        shape: of the input, (N, C, H, W).
+        weight: shape of the weight, (C_out, C / groups, K_h, K_w).
+        stride: in height and width.
+        padding: in height and width.
+        groups: as of torch.nn.Conv2d.
+        planar: whether the input is the caller's tensor, read as it is.
+    """
+
+    shape: tuple[int, int, int, int]
+    weight: tuple[int, int, int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    groups: int
+    planar: bool
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the output, (N, C_out, H_out, W_out)."""
+        height, width = (
+            (size + 2 * pad - kernel) // step + 1
+            for size, pad, kernel, step in zip(
+                self.shape[2:], self.padding, self.weight[2:], self.stride, strict=True
+            )
+        )
+        return self.shape[0], self.weight[0], height, width
+
+    @property
+    def in_place(self) -> bool:
+        """Whether each output pixel reads the input at its own place and nothing else."""
+        simple = self.weight[2:] == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)
+        return simple and not self.planar
+
+
+@dataclass
+class Packed:
+    """A convolution made ready.
+
+    Attributes:
+        step: kind, sizes and cuts; pointers are not set.
+        weight: float32, as the kernels read it.
+        bias: float32, padded to whole groups of channels.
+        segments: see step.h.
+        starts: see step.h.
+        scratch: floats of scratch memory that a thread needs.
+        method: "direct", "winograd 2x2" or "winograd 4x4".
+    """
+
+    step: Step
+    weight: Tensor
+    bias: Tensor
+    segments: Tensor
+    starts: Tensor | None
+    scratch: int
+    method: str
+
+
+def pack(
+    library: Library,
+    conv: Convolution,
+    weight: Tensor,
+    bias: Tensor | None,
+    threads: int,
+    method: str | None = None,
+) -> Packed:
+    """Make a convolution ready.
+
+    Args:
+        library: whose kernels are to read it.
+        conv: its sizes.
+        weight: shape (C_out, C / groups, K_h, K_w).
+        bias: shape (C_out,); None for 0.
+        threads: how many the cut should keep busy.
+        method: one of `Packed`'s; None chooses by `choose_method`.
+    """
+    out_channels = conv.weight[0]
+    padded = torch.zeros(math.ceil(out_channels / library.group) * library.group)
+    if bias is not None:
+        padded[:out_channels] = bias
+    method = method or choose_method(conv, threads)
+    if method == "direct":
+        return _pack_direct(library, conv, weight, padded, threads)
+    return _pack_winograd(library, conv, weight, padded, threads, int(method[-1]))
+
+
+def choose_method(conv: Convolution, threads: int) -> str:
+    """Return the way that should be the fastest, by counting cycles."""
+    ways = {"direct": _direct_cycles(conv)}
+    fits = conv.weight[2:] == (3, 3) and conv.stride == (1, 1) and conv.groups == 1
+    if fits and not conv.planar:
+        for tile in TRANSFORM_CYCLES:
+            ways[f"winograd {tile}x{tile}"] = _winograd_cycles(conv, tile)
+    return min(ways, key=lambda way: ways[way])
+
+
+def _direct_cycles(conv: Convolution) -> float:
+    images, channels, height, width = conv.out_shape
+    weights = conv.weight[1] * conv.weight[2] * conv.weight[3] * channels
+    return images * height * width * weights / 32 + 4 * weights / WEIGHT_BYTES_PER_CYCLE
+
+
+def _winograd_cycles(conv: Convolution, tile: int) -> float:
+    into, out = blocks_of(conv.shape[1]), blocks_of(conv.weight[0])
+    weights = (tile + 2) ** 2 * into * out * BLOCK**2
+    cost_in, cost_out = TRANSFORM_CYCLES[tile]
+    each = weights / 32 + into * cost_in + out * cost_out
+    return _tiles(conv, tile) * each + 4 * weights / WEIGHT_BYTES_PER_CYCLE
+
+
+def _tiles(conv: Convolution, tile: int) -> int:
+    images, _, height, width = conv.out_shape
+    return images * math.ceil(height / tile) * math.ceil(width / tile)
+
+
+def _sizes(conv: Convolution) -> Step:
+    images, channels, height, width = conv.shape
+    _, out_channels, out_height, out_width = conv.out_shape
+    step = Step(batch=images, channels=channels, blocks=blocks_of(channels))
+    step.height, step.width = height, width
+    step.out_channels, step.out_blocks = out_channels, blocks_of(out_channels)
+    step.out_height, step.out_width = out_height, out_width
+    step.kernel_h, step.kernel_w = conv.weight[2:]
+    step.stride_h, step.stride_w = conv.stride
+    step.pad_h, step.pad_w = conv.padding
+    step.planar = conv.planar
+    return step
+
+
+def _pack_direct(
+    library: Library, conv: Convolution, weight: Tensor, bias: Tensor, threads: int
+) -> Packed:
+    step = _sizes(conv)
+    step.kind = DIRECT
+    starts, span = _input_spans(library, conv)
+    scratch, segments = _cut_direct(library, conv, step, span, threads)
+    step.segment_count = len(segments)
+    packed = _order_weights(library, conv, weight, starts, span)
+    first = torch.tensor(starts, dtype=torch.int32) if conv.groups > 1 else None
+    offsets = torch.tensor(segments, dtype=torch.int32)
+    return Packed(step, packed, bias, offsets, first, scratch, "direct")
+
+
+def _input_spans(library: Library, conv: Convolution) -> tuple[list[int], int]:
+    """Return the first block of input that each group of output channels reads, and how many."""
+    out_channels, blocks = conv.weight[0], blocks_of(conv.shape[1])
+    width_in, width_out = conv.weight[1], out_channels // conv.groups
+    if conv.groups == 1:
+        return [0] * math.ceil(out_channels / library.group), blocks
+    spans = []
+    for first in range(0, out_channels, library.group):
+        last = min(first + library.group, out_channels) - 1
+        begin = first // width_out * width_in // BLOCK
+        spans.append((begin, math.ceil((last // width_out + 1) * width_in / BLOCK)))
+    span = max(end - begin for begin, end in spans)
+    return [min(begin, blocks - span) for begin, _ in spans], span
+
+
+def _cut_direct(
+    library: Library, conv: Convolution, step: Step, span: int, threads: int
+) -> tuple[int, list[int]]:
+    """Cut the work into chunks and slices; return scratch floats and the segments' offsets."""
+    channels = conv.shape[1] if conv.planar else step.blocks * BLOCK
+    if conv.in_place:
+        size = conv.shape[2] * conv.shape[3]
+        most = max(4 * library.pixels, CACHE_BYTES // (4 * channels))
+        step.chunks = math.ceil(size / most)
+        even = math.ceil(math.ceil(size / step.chunks) / library.pixels) * library.pixels
+        step.chunk = min(size, even)
+        step.chunks = math.ceil(size / step.chunk)
+        _cut_slices(library, step, threads * PIECES, 1 if alone(step) else step.batch)
+        return 0, [block * size * BLOCK for block in range(span)]
+    phases = 1 if step.kernel_w == 1 else step.stride_w
+    phase = math.ceil(((step.out_width - 1) * phases + step.kernel_w) / phases)
+    down = 1 if step.kernel_h == 1 else step.stride_h
+    row = phases * phase
+    fitting = (CACHE_BYTES // (4 * channels * row) - step.kernel_h) // down + 1
+    most = min(step.out_height, max(1, fitting))
+    step.chunks = math.ceil(step.out_height / most)
+    step.chunk = math.ceil(step.out_height / step.chunks)
+    step.chunks = math.ceil(step.out_height / step.chunk)
+    _cut_slices(library, step, threads * PIECES, 1 if alone(step) else step.batch)
+    plane = ((step.chunk - 1) * down + step.kernel_h) * row
+    floats, planes = (1, conv.shape[1]) if conv.planar else (BLOCK, span)
+    offsets = [
+        (index * plane + i * row + j % phases * phase + j // phases) * floats
+        for index in range(planes)
+        for i, j in itertools.product(range(step.kernel_h), range(step.kernel_w))
+    ]
+    return channels * plane, offsets
+
+
+def alone(step: Step) -> bool:
+    """Return whether a step's map is so large that images go through it one at a time."""
+    size = 4 * BLOCK * step.out_blocks * step.out_height * step.out_width
+    return bool(step.batch > 1 and size >= ALONE_BYTES)
+
+
+def _cut_slices(library: Library, step: Step, pieces: int, images: int) -> None:
+    """Cut the output channels so that there are about so many pieces of work."""
+    groups = math.ceil(step.out_channels / library.group)
+    wanted = min(groups, math.ceil(pieces / (images * step.chunks)))
+    step.slice = math.ceil(groups / wanted)
+    step.slices = math.ceil(groups / step.slice)
+    step.items = step.batch * step.chunks * step.slices
+
+
+def _order_weights(
+    library: Library, conv: Convolution, weight: Tensor, starts: list[int], span: int
+) -> Tensor:
+    """Return the weights as [group][block][row][column][channel in][channel of the group]."""
+    out_channels, width_in, *kernel = conv.weight
+    width_out, floats = out_channels // conv.groups, 1 if conv.planar else BLOCK
+    planes = conv.shape[1] if conv.planar else span * BLOCK
+    parts = []
+    for start, first in zip(starts, range(0, out_channels, library.group), strict=True):
+        last = min(first + library.group, out_channels)
+        # What is left at the end is computed by the smaller kernel where that suffices.
+        size = BLOCK if last - first <= BLOCK else library.group
+        dense = torch.zeros(size, planes, *kernel)
+        for group in range(first // width_out, (last - 1) // width_out + 1):
+            begin, end = max(first, group * width_out), min(last, (group + 1) * width_out)
+            place = group * width_in - start * BLOCK
+            dense[begin - first : end - first, place : place + width_in] = weight[begin:end]
+        split = dense.view(size, planes // floats, floats, *kernel)
+        parts.append(split.permute(1, 3, 4, 2, 0).reshape(-1))
+    return torch.cat(parts)
+
+
+def _pack_winograd(
+    library: Library, conv: Convolution, weight: Tensor, bias: Tensor, threads: int, tile: int
+) -> Packed:
+    step = _sizes(conv)
+    step.kind, step.tile = WINOGRAD, tile
+    points, tiles = (tile + 2) ** 2, _tiles(conv, tile)
+    floats = points * (step.blocks + step.out_blocks) * BLOCK
+    most = max(2 * library.pixels, WINOGRAD_BYTES // (4 * floats))
+    most = max(most // library.pixels, 1) * library.pixels
+    together = tiles // step.batch if alone(step) else tiles
+    step.chunk = math.ceil(together / math.ceil(together / most))
+    step.chunks = math.ceil(together / step.chunk)
+    _cut_slices(library, step, threads * 2, 1)
+    step.chunks = math.ceil(tiles / step.chunk)  # they go on from image to image
+    step.items = step.chunks * step.slices
+    transform = torch.tensor(_TRANSFORMS[tile], dtype=torch.float64)
+    transformed = (transform @ weight.double() @ transform.T).float()
+    product = Convolution(conv.shape, (*conv.weight[:2], 1, 1), (1, 1), (0, 0), 1, False)
+    starts = [0] * math.ceil(conv.weight[0] / library.group)
+    by_point = [
+        _order_weights(library, product, plane[:, :, None, None], starts, step.blocks)
+        for plane in transformed.flatten(2).unbind(2)
+    ]
+    segments = torch.arange(step.blocks, dtype=torch.int32) * step.chunk * BLOCK
+    slice_blocks = step.slice * library.group // BLOCK
+    scratch = points * step.chunk * BLOCK * (step.blocks + slice_blocks)
+    method = f"winograd {tile}x{tile}"
+    return Packed(step, torch.cat(by_point), bias, segments, None, scratch, method)

@@ -1,0 +1,71 @@
+// The engine: runs a list of steps, each cut into pieces that threads take one at a time.
+//
+// One parallel region runs the whole list, so that threads wake once in a call. OpenMP, because
+// PyTorch has its threads from there: the library loads the runtime that PyTorch has loaded, and
+// no second pool of threads competes with the first one for the cores.
+
+#include "conv.cpp"
+#include "pool.cpp"
+#include "winograd.cpp"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace blnet {
+
+void piece(const Step& s, const Call& call, int64_t item, float* scratch) {
+  switch (s.kind) {
+    case kImport: return import_map(s, call, item);
+    case kExport: return export_map(s, call, item);
+    case kDirect: return direct(s, call, item, scratch);
+    case kWinograd: return winograd(s, item, scratch);
+    case kAverage: return pool<true>(s, item);
+    case kMaximum: return pool<false>(s, item);
+    case kCombine: return combine(s, item);
+    case kAffine: return affine(s, item);
+    case kSigmoid: return sigmoid(s, item);
+  }
+}
+
+void run_share(Step* steps, int64_t count, const Call& call, int thread) {
+  float* scratch = call.scratch + thread * call.scratch_floats;
+  for (int64_t i = 0; i < count; ++i) {
+    Step& s = steps[i];
+    int64_t item;
+    while ((item = __atomic_fetch_add(&s.taken, 1, __ATOMIC_RELAXED)) < s.items)
+      piece(s, call, item, scratch);
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+  }
+}
+
+}  // namespace blnet
+
+extern "C" {
+
+// Output channels of a full kernel, pixels of a full kernel, bytes of a step, whether threads work.
+void blnet_native_facts(int64_t* facts) {
+  facts[0] = blnet::kGroup;
+  facts[1] = blnet::kPixels;
+  facts[2] = sizeof(blnet::Step);
+#ifdef _OPENMP
+  facts[3] = 1;
+#else
+  facts[3] = 0;
+#endif
+}
+
+void blnet_native_run(blnet::Step* steps, int64_t count, const blnet::Call* call, int64_t threads) {
+  for (int64_t i = 0; i < count; ++i) steps[i].taken = 0;
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    blnet::run_share(steps, count, *call, omp_get_thread_num());
+    return;
+  }
+#endif
+  blnet::run_share(steps, count, *call, 0);
+}
+}

@@ -1,0 +1,111 @@
+"""Programs: lists of steps over one arena, run by one call of the library."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from blnet.kernels.native.arena import (
+    Draft,
+    Map,
+    Shape,
+    crossing_maps,
+    first_together,
+    for_image,
+    plan_arena,
+)
+from blnet.kernels.native.library import Call, Library, Step
+
+_ALIGNMENT = 16  # floats: a cache line
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True  # OpenMP's threads stayed with the parent, and it waits for them for ever
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class Program:
+    """A list of steps over its own memory; call it with a tensor.
+
+    Attributes:
+        steps: what each step does.
+        shape: of the input.
+    """
+
+    def __init__(
+        self, library: Library, shape: Shape, drafts: Sequence[Draft], outputs: Sequence[Shape]
+    ) -> None:
+        self.steps = [draft.text for draft in drafts]
+        self.shape = shape
+        self._library = library
+        self._outputs = list(outputs)
+        self._tensors = [tensor for draft in drafts for tensor in draft.tensors.values()]
+        count = first_together(drafts)
+        places, size = plan_arena(drafts, count)
+        self._arena = torch.empty(size)
+        self._scratch_floats = -(-max(d.scratch for d in drafts) // _ALIGNMENT) * _ALIGNMENT
+        self._scratch = torch.empty(0)
+        self._lock = threading.Lock()
+        steps = [self._place(draft, places) for draft in drafts]
+        crossing = crossing_maps(drafts, count)
+        passes = [
+            for_image(draft, step, image, crossing)
+            for image in range(shape[0] if count else 0)
+            for draft, step in zip(drafts[:count], steps, strict=False)
+        ]
+        passes += steps[count:]
+        self._steps = (Step * len(passes))(*passes)
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """Return the outputs, contiguous, for an input of the program's shape, any strides.
+
+        Threads of Python may call at once: they take turns.
+
+        Raises:
+            ValueError: if x is not a float32 tensor of the program's shape on the CPU.
+        """
+        if tuple(x.shape) != self.shape or x.dtype != torch.float32 or x.device.type != "cpu":
+            raise ValueError(
+                f"this program takes float32 tensors of shape {self.shape} on the CPU, got "
+                f"{x.dtype} of shape {tuple(x.shape)} on {x.device}; build one for this shape"
+            )
+        outputs = [torch.empty(shape) for shape in self._outputs]
+        threads = torch.get_num_threads() if self._library.threaded and not _forked else 1
+        call = Call(input=x.data_ptr(), scratch_floats=self._scratch_floats)
+        call.strides[:] = x.stride()
+        for index, output in enumerate(outputs):
+            call.outputs[index] = output.data_ptr()
+        with self._lock:
+            if len(self._scratch) < threads * self._scratch_floats:
+                self._scratch = torch.empty(threads * self._scratch_floats)
+            call.scratch = self._scratch.data_ptr()
+            self._library.handle.blnet_native_run(
+                self._steps, len(self._steps), ctypes.byref(call), threads
+            )
+        return outputs
+
+    def _place(self, draft: Draft, places: dict[Map, int]) -> Step:
+        """Return the draft's step with its pointers."""
+        step, base = draft.step, self._arena.data_ptr()
+        for name, tensor in draft.tensors.items():
+            setattr(step, name, tensor.data_ptr())
+        for name in ("source", "target", "residual"):
+            item: Map | None = getattr(draft, name)
+            if item is not None:
+                setattr(step, f"{name}_image", item.image)
+                if not item.is_input:
+                    setattr(step, name, base + 4 * places[item])
+        if draft.target is not None:
+            step.target += 4 * draft.offset
+        return step

@@ -1,0 +1,192 @@
+// 3x3 convolutions with stride 1 by Winograd's minimal filtering F(m x m, 3 x 3).
+//
+// Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016. A tile
+// of m x m outputs reads (m + 2) x (m + 2) inputs d. With B, A their transforms at the points
+// 0, 1, -1 (, 2, -2) and infinity, U the transformed weights and V = B^T d B, the outputs are
+// A^T (sum over channels U * V) A: 36 products in place of 144 for m = 4, 16 in place of 36 for
+// m = 2. The sums over channels are (m + 2)^2 products of matrices, done by the kernel of conv.cpp
+// as 1x1 convolutions over tiles.
+
+#include <algorithm>
+
+#include "step.h"
+#include "vec.h"
+
+namespace blnet {
+
+// One row or column of B^T d, and of A^T m. Both read all their inputs before they write.
+inline void transform_input(Vec& d0, Vec& d1, Vec& d2, Vec& d3) {
+  const Vec t0 = d0 - d2, t1 = d1 + d2, t2 = d2 - d1, t3 = d3 - d1;
+  d0 = t0, d1 = t1, d2 = t2, d3 = t3;
+}
+
+inline void transform_input(Vec& d0, Vec& d1, Vec& d2, Vec& d3, Vec& d4, Vec& d5) {
+  const Vec even = d4 - 4.0f * d2, odd = d3 - 4.0f * d1;
+  const Vec outer = d4 - d2, twice = 2.0f * (d3 - d1);
+  d0 = 4.0f * d0 - 5.0f * d2 + d4;
+  d5 = 4.0f * d1 - 5.0f * d3 + d5;
+  d1 = even + odd, d2 = even - odd, d3 = outer + twice, d4 = outer - twice;
+}
+
+inline void transform_output(const Vec (&m)[4], Vec (&y)[2]) {
+  y[0] = m[0] + m[1] + m[2];
+  y[1] = m[1] - m[2] + m[3];
+}
+
+inline void transform_output(const Vec (&m)[6], Vec (&y)[4]) {
+  const Vec sum1 = m[1] + m[2], difference1 = m[1] - m[2];
+  const Vec sum2 = m[3] + m[4], difference2 = m[3] - m[4];
+  y[0] = m[0] + sum1 + sum2;
+  y[1] = difference1 + 2.0f * difference2;
+  y[2] = sum1 + 4.0f * sum2;
+  y[3] = difference1 + 8.0f * difference2 + m[5];
+}
+
+template <int Stride, int N>
+inline void transform_line(Vec* d) {
+  if constexpr (N == 4)
+    transform_input(d[0], d[Stride], d[2 * Stride], d[3 * Stride]);
+  else
+    transform_input(d[0], d[Stride], d[2 * Stride], d[3 * Stride], d[4 * Stride], d[5 * Stride]);
+}
+
+// Where a tile lies in the map of outputs.
+struct Place {
+  int64_t image, y, x;
+
+  Place(const Step& s, int64_t tile) {
+    const int64_t across = (s.out_width + s.tile - 1) / s.tile;
+    const int64_t down = (s.out_height + s.tile - 1) / s.tile;
+    image = tile / (across * down);
+    y = tile / across % down * s.tile;
+    x = tile % across * s.tile;
+  }
+};
+
+// Writes V of one tile and one block: [point][block][tile of the chunk][channel].
+template <int M>
+inline void scatter_tile(const Step& s, const Place& place, int64_t block, float* to,
+                         int64_t point_stride) {
+  constexpr int N = M + 2;
+  const int64_t top = place.y - s.pad_h, left = place.x - s.pad_w;
+  const bool inside = top >= 0 && left >= 0 && top + N <= s.height && left + N <= s.width;
+  const float* from = s.source + place.image * s.source_image + block * s.height * s.width * kBlock;
+  for (int part = 0; part < kParts; ++part) {
+    Vec d[N * N];
+    const float* corner = from + (top * s.width + left) * kBlock + part * kLanes;
+#pragma GCC unroll 6
+    for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 6
+      for (int j = 0; j < N; ++j) {
+        const bool here = inside || (top + i >= 0 && top + i < s.height && left + j >= 0 &&
+                                     left + j < s.width);
+        d[i * N + j] = here ? load(corner + (i * s.width + j) * kBlock) : zero();
+      }
+      transform_line<1, N>(d + i * N);
+    }
+#pragma GCC unroll 6
+    for (int j = 0; j < N; ++j) {
+      transform_line<N, N>(d + j);
+#pragma GCC unroll 6
+      for (int i = 0; i < N; ++i)
+        store(to + (i * N + j) * point_stride + part * kLanes, d[i * N + j]);
+    }
+  }
+}
+
+// Reads the products of one tile and one block and writes its outputs.
+template <int M>
+inline void gather_tile(const Step& s, const Place& place, int64_t block, const float* from,
+                        int64_t point_stride) {
+  constexpr int N = M + 2;
+  const int64_t pixels = s.out_height * s.out_width;
+  const int64_t height = std::min<int64_t>(M, s.out_height - place.y);
+  const int64_t width = std::min<int64_t>(M, s.out_width - place.x);
+  float* out = s.target + place.image * s.target_image + block * pixels * kBlock;
+  const float* add = s.residual ? s.residual + place.image * s.residual_image +
+                                      block * s.residual_block
+                                : nullptr;
+  for (int part = 0; part < kParts; ++part) {
+    const Vec bias = load(s.bias + block * kBlock + part * kLanes);
+    Vec half[M][N];
+#pragma GCC unroll 6
+    for (int j = 0; j < N; ++j) {
+      Vec m[N], y[M];
+#pragma GCC unroll 6
+      for (int i = 0; i < N; ++i) m[i] = load(from + (i * N + j) * point_stride + part * kLanes);
+      transform_output(m, y);
+#pragma GCC unroll 4
+      for (int i = 0; i < M; ++i) half[i][j] = y[i];
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < M; ++i) {
+      if (i >= height) break;
+      Vec y[M];
+      transform_output(half[i], y);
+      const int64_t first = (place.y + i) * s.out_width + place.x;
+#pragma GCC unroll 4
+      for (int j = 0; j < M; ++j) {
+        if (j >= width) break;
+        Vec value = y[j] + bias;
+        const int64_t at = (first + j) * kBlock;
+        if (add) value += load(add + (s.table ? s.table[first + j] * kBlock : at) + part * kLanes);
+        store(out + at + part * kLanes, s.relu ? relu(value) : value);
+      }
+    }
+  }
+}
+
+// The products: for each point, tiles x input channels times input channels x output channels.
+inline void multiply(const Step& s, int64_t tiles, const float* V, float* products, int64_t slice,
+                     int64_t end) {
+  static const float zeros alignas(64)[kGroup] = {};
+  const int64_t points = (s.tile + 2) * (s.tile + 2), group_blocks = kGroup / kBlock;
+  const int64_t weights = s.blocks * kBlock * s.out_blocks * kBlock;  // of a point
+  const int64_t slice_blocks = s.slice * group_blocks;
+  Tile tile{};
+  tile.segments = s.segments;
+  tile.segment_count = s.blocks;
+  tile.output_block = s.chunk * kBlock;
+  tile.bias = zeros;
+  for (int64_t point = 0; point < points; ++point) {
+    tile.input = V + point * s.blocks * s.chunk * kBlock;
+    for (int64_t g = slice; g < end; ++g) {
+      tile.weight = s.weight + point * weights + g * s.blocks * kBlock * kGroup;
+      tile.output = products + (point * slice_blocks + (g - slice) * group_blocks) * s.chunk * kBlock;
+      const bool full = (g + 1) * group_blocks <= s.out_blocks;
+      rectangle(tile, kernels_for(full, false), 1, tiles, kBlock);
+    }
+  }
+}
+
+// A piece of work is a chunk of tiles and a slice of output channels.
+template <int M>
+void winograd_piece(const Step& s, int64_t item, float* scratch) {
+  const int64_t chunk = item / s.slices * s.chunk, group_blocks = kGroup / kBlock;
+  const int64_t all = s.batch * ((s.out_height + M - 1) / M) * ((s.out_width + M - 1) / M);
+  const int64_t tiles = std::min(s.chunk, all - chunk);
+  const int64_t groups = (s.out_blocks + group_blocks - 1) / group_blocks;
+  const int64_t slice = item % s.slices * s.slice, end = std::min(slice + s.slice, groups);
+  const int64_t point_stride = s.blocks * s.chunk * kBlock;
+  for (int64_t block = 0; block < s.blocks; ++block)
+    for (int64_t t = 0; t < tiles; ++t)
+      scatter_tile<M>(s, Place(s, chunk + t), block, scratch + (block * s.chunk + t) * kBlock,
+                      point_stride);
+  float* products = scratch + (M + 2) * (M + 2) * point_stride;
+  multiply(s, tiles, scratch, products, slice, end);
+  const int64_t first = slice * group_blocks, last = std::min(end * group_blocks, s.out_blocks);
+  for (int64_t block = first; block < last; ++block)
+    for (int64_t t = 0; t < tiles; ++t)
+      gather_tile<M>(s, Place(s, chunk + t), block,
+                     products + ((block - first) * s.chunk + t) * kBlock,
+                     s.slice * group_blocks * s.chunk * kBlock);
+}
+
+void winograd(const Step& s, int64_t item, float* scratch) {
+  if (s.tile == 4)
+    winograd_piece<4>(s, item, scratch);
+  else
+    winograd_piece<2>(s, item, scratch);
+}
+
+}  // namespace blnet
