@@ -239,6 +239,19 @@ def test_large_maps_go_image_by_image():
 
 
 @pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("images", [1, 2, 4, 5])
+def test_threads_take_images_of_their_own(images):
+    program, x, expected = deep(images, size=96)
+    assert program._lanes == min(2, images) * (images > 1)
+    results = []
+    for threads in (2, 1, 3, 2):  # as many as it was built for, fewer, more
+        torch.set_num_threads(threads)
+        results.append(program(x)[0])
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert error(results[0], expected) < TOLERANCE
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_two_python_threads_at_once():
     program, x, _ = deep()
     inputs = [x * scale for scale in (0.5, 1.0, 2.0, 4.0)]

@@ -74,8 +74,16 @@ def crossing_maps(drafts: Sequence[Draft], count: int) -> set[Map]:
     return {part for draft in drafts[:count] for part in maps_of(draft)} & later
 
 
-def for_image(draft: Draft, step: Step, image: int, crossing: set[Map]) -> Step:
-    """Return a step of one image of the batch; only crossing maps hold all images."""
+def for_image(draft: Draft, step: Step, image: int, crossing: set[Map], shift: int = 0) -> Step:
+    """Return a step of one image of the batch; only crossing maps hold all images.
+
+    Args:
+        draft: the step's.
+        step: of the whole batch.
+        image: which one.
+        crossing: see `crossing_maps`.
+        shift: bytes from where the image's own maps were planned to where they lie.
+    """
     own = Step.from_buffer_copy(step)
     own.first_image = image
     if step.kind == WINOGRAD:
@@ -87,8 +95,10 @@ def for_image(draft: Draft, step: Step, image: int, crossing: set[Map]) -> Step:
     own.batch = 1
     for name in ("source", "target", "residual"):
         part: Map | None = getattr(draft, name)
-        if part in crossing:
-            setattr(own, name, getattr(step, name) + 4 * image * part.image)
+        if part is None or part.is_input:
+            continue
+        move = 4 * image * part.image if part in crossing else shift
+        setattr(own, name, getattr(step, name) + move)
     return own
 
 

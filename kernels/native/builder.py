@@ -218,7 +218,8 @@ class Builder:
         drafts = list(self._drafts)
         for source, step in zip(sources, exports, strict=True):
             drafts.append(Draft(step, "write the output", None, source))
-        return Program(self.library, self.input.shape, drafts, [o.shape for o in outputs])
+        shapes = [output.shape for output in outputs]
+        return Program(self.library, self.input.shape, drafts, shapes, self.threads)
 
     def _blocked(self, x: Map) -> Map:
         """Return a map in blocks: the input is brought to them once."""

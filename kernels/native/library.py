@@ -157,7 +157,7 @@ def load() -> Library:
     handle.blnet_native_run.restype = None
     handle.blnet_native_run.argtypes = [
         ctypes.POINTER(Step),
-        ctypes.c_int64,
+        *[ctypes.c_int64] * 3,
         ctypes.POINTER(Call),
         ctypes.c_int64,
     ]

@@ -215,7 +215,7 @@ def _cut_direct(
         even = math.ceil(math.ceil(size / step.chunks) / library.pixels) * library.pixels
         step.chunk = min(size, even)
         step.chunks = math.ceil(size / step.chunk)
-        _cut_slices(library, step, threads * PIECES, 1 if alone(step) else step.batch)
+        _cut_slices(library, step, _pieces(step, threads, PIECES), 1 if alone(step) else step.batch)
         return 0, [block * size * BLOCK for block in range(span)]
     phases = 1 if step.kernel_w == 1 else step.stride_w
     phase = math.ceil(((step.out_width - 1) * phases + step.kernel_w) / phases)
@@ -226,7 +226,7 @@ def _cut_direct(
     step.chunks = math.ceil(step.out_height / most)
     step.chunk = math.ceil(step.out_height / step.chunks)
     step.chunks = math.ceil(step.out_height / step.chunk)
-    _cut_slices(library, step, threads * PIECES, 1 if alone(step) else step.batch)
+    _cut_slices(library, step, _pieces(step, threads, PIECES), 1 if alone(step) else step.batch)
     plane = ((step.chunk - 1) * down + step.kernel_h) * row
     floats, planes = (1, conv.shape[1]) if conv.planar else (BLOCK, span)
     offsets = [
@@ -241,6 +241,12 @@ def alone(step: Step) -> bool:
     """Return whether a step's map is so large that images go through it one at a time."""
     size = 4 * BLOCK * step.out_blocks * step.out_height * step.out_width
     return bool(step.batch > 1 and size >= ALONE_BYTES)
+
+
+def _pieces(step: Step, threads: int, each: int) -> int:
+    """Return how many pieces a step's work is cut into at least, `each` for a thread."""
+    # Threads that take images of their own share no step: a cut would only repeat its preparation.
+    return 1 if alone(step) and step.batch % threads == 0 else threads * each
 
 
 def _cut_slices(library: Library, step: Step, pieces: int, images: int) -> None:
@@ -286,7 +292,7 @@ def _pack_winograd(
     together = tiles // step.batch if alone(step) else tiles
     step.chunk = math.ceil(together / math.ceil(together / most))
     step.chunks = math.ceil(together / step.chunk)
-    _cut_slices(library, step, threads * 2, 1)
+    _cut_slices(library, step, _pieces(step, threads, 2), 1)
     step.chunks = math.ceil(tiles / step.chunk)  # they go on from image to image
     step.items = step.chunks * step.slices
     transform = torch.tensor(_TRANSFORMS[tile], dtype=torch.float64)

@@ -28,6 +28,13 @@ void piece(const Step& s, const Call& call, int64_t item, float* scratch) {
   }
 }
 
+// Steps of images that this thread alone works on: no other thread is waited for.
+void run_alone(const Step* steps, int64_t count, const Call& call, int thread) {
+  float* scratch = call.scratch + thread * call.scratch_floats;
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t item = 0; item < steps[i].items; ++item) piece(steps[i], call, item, scratch);
+}
+
 void run_share(Step* steps, int64_t count, const Call& call, int thread) {
   float* scratch = call.scratch + thread * call.scratch_floats;
   for (int64_t i = 0; i < count; ++i) {
@@ -57,15 +64,27 @@ void blnet_native_facts(int64_t* facts) {
 #endif
 }
 
-void blnet_native_run(blnet::Step* steps, int64_t count, const blnet::Call* call, int64_t threads) {
-  for (int64_t i = 0; i < count; ++i) steps[i].taken = 0;
+// First `lanes` lists of `alone` steps, each of which one thread runs, then steps for all threads.
+void blnet_native_run(blnet::Step* steps, int64_t lanes, int64_t alone, int64_t count,
+                      const blnet::Call* call, int64_t threads) {
+  blnet::Step* shared = steps + lanes * alone;
+  const int64_t rest = count - lanes * alone;
+  for (int64_t i = 0; i < rest; ++i) shared[i].taken = 0;
 #ifdef _OPENMP
   if (threads > 1) {
 #pragma omp parallel num_threads(static_cast<int>(threads))
-    blnet::run_share(steps, count, *call, omp_get_thread_num());
+    {
+      const int thread = omp_get_thread_num();
+      for (int64_t lane = thread; lane < lanes; lane += omp_get_num_threads())
+        blnet::run_alone(steps + lane * alone, alone, *call, thread);
+#pragma omp barrier
+      blnet::run_share(shared, rest, *call, thread);
+    }
     return;
   }
 #endif
-  blnet::run_share(steps, count, *call, 0);
+  for (int64_t lane = 0; lane < lanes; ++lane)
+    blnet::run_alone(steps + lane * alone, alone, *call, 0);
+  blnet::run_share(shared, rest, *call, 0);
 }
 }

@@ -20,6 +20,7 @@ from blnet.kernels.native.arena import (
     plan_arena,
 )
 from blnet.kernels.native.library import Call, Library, Step
+from blnet.kernels.native.memory import gathered, reserve
 
 _ALIGNMENT = 16  # floats: a cache line
 
@@ -38,33 +39,61 @@ if hasattr(os, "register_at_fork"):
 class Program:
     """A list of steps over its own memory; call it with a tensor.
 
+    Of a batch, the first steps, whose maps are large, run image by image: each thread takes images
+    of its own and waits for nobody. The rest runs on the whole batch, all threads at one step.
+
+    Args:
+        library: the compiled library.
+        shape: of the input.
+        drafts: the steps.
+        outputs: shapes of the outputs.
+        threads: how many may work at once.
+
     Attributes:
         steps: what each step does.
         shape: of the input.
     """
 
     def __init__(
-        self, library: Library, shape: Shape, drafts: Sequence[Draft], outputs: Sequence[Shape]
+        self,
+        library: Library,
+        shape: Shape,
+        drafts: Sequence[Draft],
+        outputs: Sequence[Shape],
+        threads: int = 1,
     ) -> None:
         self.steps = [draft.text for draft in drafts]
         self.shape = shape
         self._library = library
         self._outputs = list(outputs)
-        self._tensors = [tensor for draft in drafts for tensor in draft.tensors.values()]
+        self._tensors = _gathered(drafts)
         count = first_together(drafts)
         places, size = plan_arena(drafts, count)
-        self._arena = torch.empty(size)
+        # Each lane has an arena of its own for the maps of its image; the others lie in the first.
+        self._lanes = min(threads, shape[0]) if count else 0
+        self._arena = reserve(size * max(self._lanes, 1))
         self._scratch_floats = -(-max(d.scratch for d in drafts) // _ALIGNMENT) * _ALIGNMENT
         self._scratch = torch.empty(0)
         self._lock = threading.Lock()
         steps = [self._place(draft, places) for draft in drafts]
         crossing = crossing_maps(drafts, count)
+
+        def of_image(image: int, lane: int) -> list[Step]:
+            pairs = zip(drafts[:count], steps, strict=False)
+            return [for_image(d, step, image, crossing, 4 * size * lane) for d, step in pairs]
+
+        # Lane after lane, each its images; then the images that are left, by all threads together.
+        rounds = shape[0] // self._lanes if self._lanes else 0
+        together = range(rounds * self._lanes, shape[0] if self._lanes else 0)
         passes = [
-            for_image(draft, step, image, crossing)
-            for image in range(shape[0] if count else 0)
-            for draft, step in zip(drafts[:count], steps, strict=False)
+            step
+            for lane in range(self._lanes)
+            for image in range(lane, rounds * self._lanes, self._lanes)
+            for step in of_image(image, lane)
         ]
+        passes += [step for image in together for step in of_image(image, 0)]
         passes += steps[count:]
+        self._alone = rounds * count
         self._steps = (Step * len(passes))(*passes)
 
     def __call__(self, x: Tensor) -> list[Tensor]:
@@ -88,10 +117,15 @@ class Program:
             call.outputs[index] = output.data_ptr()
         with self._lock:
             if len(self._scratch) < threads * self._scratch_floats:
-                self._scratch = torch.empty(threads * self._scratch_floats)
+                self._scratch = reserve(threads * self._scratch_floats)
             call.scratch = self._scratch.data_ptr()
             self._library.handle.blnet_native_run(
-                self._steps, len(self._steps), ctypes.byref(call), threads
+                self._steps,
+                self._lanes,
+                self._alone,
+                len(self._steps),
+                ctypes.byref(call),
+                threads,
             )
         return outputs
 
@@ -109,3 +143,15 @@ class Program:
         if draft.target is not None:
             step.target += 4 * draft.offset
         return step
+
+
+def _gathered(drafts: Sequence[Draft]) -> list[Tensor]:
+    """Bring all weights into one region of memory; return what the steps point at."""
+    kept = []
+    for draft in drafts:
+        names = [name for name, tensor in draft.tensors.items() if tensor.dtype == torch.float32]
+        kept += [(draft, name) for name in names]
+    copies = gathered([draft.tensors[name] for draft, name in kept], _ALIGNMENT)
+    for (draft, name), copy in zip(kept, copies, strict=True):
+        draft.tensors[name] = copy
+    return [tensor for draft in drafts for tensor in draft.tensors.values()]
