@@ -64,8 +64,9 @@ HOW = """\
 Every implementation is built, run once and compared with its reference in higher precision; what
 does not match gets no time. After warming up until their times settle (at most ten calls), the
 implementations of a group (all networks and rungs at one batch) take turns, round by round, and
-every single time is kept in results.json. On a CPU the clock is `time.perf_counter`; on a GPU CUDA
-events around the call, after a 256 MiB buffer has been overwritten, so that the L2 cache is cold.
+every single time is kept in results.json. On a CPU the clock is `time.perf_counter`, right after an
+untimed call of the same; on a GPU CUDA events around the call, after a 256 MiB buffer has been
+overwritten, so that the L2 cache is cold.
 Times are medians; p20 and p90 stand beside them. Speed-up is the median of the plain network's
 fastest rung that is not this project's work divided by that of the network's own fastest rung, at
 the same batch and precision; its 95 % interval is a bootstrap over rounds (4,000 resamples).

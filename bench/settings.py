@@ -118,7 +118,7 @@ class Settings:
             return 100 if self.full else 50
         if self.full:
             return 60 if batch == 1 else 30
-        return 24 if batch == 1 else 10
+        return 24 if batch == 1 else 8
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, fit for JSON."""

@@ -66,6 +66,18 @@ def test_a_compiled_rung_agrees(name) -> None:
         assert relative_error(run(example), tiny(example)) < 1e-5
 
 
+def test_a_frozen_rung_is_not_compiled_again_in_another_mode() -> None:
+    tiny = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()).eval()
+    example = torch.randn(2, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+    try:
+        run = RUNGS["compile, frozen"].build(tiny, example)
+    except UnavailableError as reason:
+        pytest.skip(str(reason))
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with mode(), torch._dynamo.config.patch(error_on_recompile=True):
+            run(example)
+
+
 def test_a_missing_compiler_makes_a_rung_unavailable(monkeypatch) -> None:
     class InvalidCxxCompiler(RuntimeError):  # noqa: N818 - Inductor's name
         pass
