@@ -412,5 +412,5 @@ def test_the_examples_run(tmp_path, monkeypatch):
         exec(block, names)
     assert names["features"].shape == (2, 2048, 3, 3)
     assert names["tuned"].num_classes == 3
-    claimed = re.search(r"m in maps\]\)  # (.*)", text)[1]
+    claimed = re.search(r"print\(shapes\)  # (.*)", text)[1]
     assert claimed == ", ".join(str(tuple(m.shape)) for m in names["maps"])
