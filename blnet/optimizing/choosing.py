@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from blnet.limits import OutOfTime, UnavailableError, one_line, time_limit
-from blnet.optimizing.engines import ENGINES, Engine, Inputs, Run, engine, name_of
+from blnet.optimizing.engines import ENGINES, Engine, Inputs, Run, engine
 from blnet.optimizing.graphs import Captured, side_by_side
 from blnet.optimizing.report import Trial
 
@@ -239,4 +239,4 @@ def _clock(device: str) -> Callable[[Callable[[], Any]], float]:
     return clock
 
 
-__all__ = ["Candidate", "Choice", "candidates", "choose", "difference", "name_of"]
+__all__ = ["Candidate", "Choice", "candidates", "choose", "difference"]

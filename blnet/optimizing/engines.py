@@ -175,7 +175,7 @@ def _onnx_runtime(network: nn.Module, inputs: Inputs) -> Run:
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     # Its threads would spin for long after a call, and take the cores from whatever comes next.
-    # Measured on two cores at batch 1: 0.5 to 2 % slower in a loop of its own calls.
+    # It costs ONNX Runtime a little in a loop of its own calls: docs/optimize.md has how much.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(
         _onnx(network, inputs), options, providers=["CPUExecutionProvider"]
