@@ -35,7 +35,7 @@ class Bind:
 def session_of(config: pytest.Config) -> Session:
     """Return the session of a pytest run; make it if nobody bound one."""
     if SESSION not in config.stash:
-        from blnet.bench.command import parse_settings
+        from blnet.bench.flags import parse_settings
 
         try:
             settings = parse_settings(shlex.split(os.environ.get(FLAGS_VARIABLE, "")))

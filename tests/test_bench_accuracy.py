@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from blnet.bench import accuracy, command, progress, runner, studies
-from blnet.bench.command import STUDIES, SUITES, _default, parse_settings
+from blnet.bench.catalogue import STUDIES, SUITES, default_suites
+from blnet.bench.flags import parse_settings
 from blnet.bench.intervals import mean
 from blnet.bench.report import csv_text, markdown, print_tables
 from blnet.bench.results import Measurement, Results, read_json, write_json
@@ -136,7 +137,7 @@ def test_conversion_is_held_against_the_converted_one() -> None:
 def test_studies_run_by_name_only_and_are_the_paper_s_settings() -> None:
     assert set(STUDIES) <= set(SUITES)
     for full in (True, False):
-        assert not set(STUDIES) & set(_default(Settings(device="cpu", full=full)))
+        assert not set(STUDIES) & set(default_suites(Settings(device="cpu", full=full)))
     settings = parse_settings(["accuracy", "--seeds", "2", "--seed", "5"])
     found = accuracy_suite.cases(settings)
     assert len(found) == 10

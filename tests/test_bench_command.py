@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from blnet.bench.command import SUITES, op_suites, parse_settings
+from blnet.bench.catalogue import SUITES, op_suites
+from blnet.bench.flags import parse_settings
 from blnet.bench.session import Case, Session
 from blnet.bench.settings import Settings, check_writable, resolve
 from blnet.cli import main

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from blnet.bench import ops
-from blnet.bench.command import SUITES, op_suites
+from blnet.bench.catalogue import SUITES, op_suites
 from blnet.bench.ops import OpSuite, Pass, group_name
 from blnet.bench.session import Session
 from blnet.bench.settings import Settings

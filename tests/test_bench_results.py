@@ -13,6 +13,7 @@ from rich.console import Console
 
 from blnet.bench import report
 from blnet.bench.accuracy import STUDIES
+from blnet.bench.report import cells
 from blnet.bench.results import (
     Check,
     Measurement,
@@ -193,9 +194,9 @@ def test_the_printed_table_fits_132_columns(results) -> None:
 
 def test_a_run_at_batch_1_has_each_column_once(results) -> None:
     results.settings["batch"] = 1
-    header = report.model_header(results)
+    header = cells.model_header(results)
     assert len(set(header)) == len(header)
-    assert all(len(report.model_cells(results, r)) == len(header) for r in model_rows(results))
+    assert all(len(cells.model_cells(results, r)) == len(header) for r in model_rows(results))
 
 
 def test_committed_results_can_be_read() -> None:

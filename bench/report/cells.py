@@ -1,0 +1,227 @@
+"""The cells of a run's tables as text, for the terminal, Markdown and the page alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from blnet.bench import accuracy
+from blnet.bench.intervals import Ratio
+from blnet.bench.results import Results
+from blnet.bench.summary import BatchRow, ModelRow, OpRow
+
+NOTHING = "-"
+GAINS = "what the speed-up is made of [95 %]"
+HOW = """\
+Every implementation is built, run once and compared with its reference in higher precision; what
+does not match gets no time. After warming up until their times settle (at most ten calls), the
+implementations of a group (all networks and rungs at one batch) take turns, round by round, and
+every single time is kept in results.json. On a CPU the clock is `time.perf_counter`, right after an
+untimed call of the same; on a GPU CUDA events around the call, after a 256 MiB buffer has been
+overwritten, so that the L2 cache is cold.
+Times are medians; p20 and p90 stand beside them. Speed-up is the median of the plain network's
+fastest rung that is not this project's work divided by that of the network's own fastest rung, at
+the same batch and precision; its 95 % interval is a bootstrap over rounds (4,000 resamples).
+Realised speed-up divides that by the ratio of MACs: 1 means that all the arithmetic saved became
+time saved. Peak memory is weights
++ input + the most that was allocated at once during one call of the fastest rung (on a CPU as
+PyTorch's profiler sees its allocator; scratch space inside oneDNN or cuDNN is not in it).
+A rung more than four times slower than the fastest of its network, or one that takes too long to
+build, is dropped with a note. Input: real pictures, cropped and normalised; weights: random, BN
+statistics of the pictures themselves."""
+
+
+# ---------------------------------------------------------------------------- numbers as text
+
+
+def ratio_text(ratio: Ratio | None, interval: bool = True) -> str:
+    """Return "1.36x [1.33, 1.40]", or "-"."""
+    if ratio is None:
+        return NOTHING
+    text = f"{ratio.value:.2f}x"
+    return f"{text} [{ratio.low:.2f}, {ratio.high:.2f}]" if interval else text
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Return seconds as milliseconds with four digits or so, or "-"."""
+    if seconds is None:
+        return NOTHING
+    value = seconds * 1e3
+    return f"{value:.1f}" if value >= 100 else f"{value:.2f}" if value >= 1 else f"{value:.4f}"
+
+
+def number_text(value: Any, digits: int = 2) -> str:
+    """Return a number with so many digits after the point, or "-"."""
+    return NOTHING if value is None else f"{value:.{digits}f}"
+
+
+def megabytes(value: int | None) -> str:
+    """Return bytes as megabytes, or "-"."""
+    return NOTHING if value is None else f"{value / 1e6:.0f}"
+
+
+# ---------------------------------------------------------------------------- models
+
+
+def model_header(results: Results, unit: str = "images") -> list[str]:
+    """Return the columns of a table of networks; the batches are those of the run."""
+    top = top_batch(results)
+    batches = batches_of(results)
+    gains = [(f"speed-up b{batch} [95 %]", f"realised b{batch}") for batch in batches]
+    return [
+        "network",
+        "alpha",
+        "beta",
+        "params, M",
+        "GMACs",
+        "MAC ratio",
+        "latency b1, ms",
+        f"{unit}/s b{top}",
+        *(name for pair in gains for name in pair),
+        f"memory b{top}, MB",
+        "best rung " + ", ".join(f"b{batch}" for batch in batches),
+    ]
+
+
+def model_cells(results: Results, row: ModelRow) -> list[str]:
+    """Return the cells of a network's row."""
+    network = row.network
+    one, top = row.batches.get(1), row.batches.get(top_batch(results))
+    measured = [row.batches.get(batch) for batch in batches_of(results)]
+    rungs = [batch.rung if batch else NOTHING for batch in measured]
+    return [
+        network.name,
+        number_text(network.alpha, 0),
+        number_text(network.beta, 0),
+        f"{network.parameters / 1e6:.2f}",
+        f"{network.macs / 1e9:.3f}",
+        number_text(row.mac_ratio),
+        milliseconds(one.seconds if one else None),
+        f"{top.throughput:.1f}" if top else NOTHING,
+        *(cell for batch in measured for cell in (_speedup(batch), _realised(batch))),
+        megabytes(top.peak_memory if top else None),
+        "; ".join(dict.fromkeys(rungs)),
+    ]
+
+
+def _speedup(row: BatchRow | None) -> str:
+    return ratio_text(row.speedup if row else None)
+
+
+def _realised(row: BatchRow | None) -> str:
+    return ratio_text(row.realised if row else None, interval=False).removesuffix("x")
+
+
+def top_batch(results: Results) -> int:
+    """Return the throughput batch of a run."""
+    return int(results.settings["batch"])
+
+
+def batches_of(results: Results) -> list[int]:
+    """Return the batches that the table shows: 1 for latency, and the throughput batch."""
+    return sorted({1, top_batch(results)})
+
+
+def measured_on(results: Results, unit: str = "images") -> str:
+    """Return the device, precision and size of a run."""
+    settings, where = results.settings, results.environment
+    on = where["device"] if settings["device"] == "cuda" else f"{where['cpu']}, "
+    if settings["device"] != "cuda":
+        on += f"{where['threads']} threads"
+    if not is_timed(results):
+        return on
+    pixels = f", {settings['size']}x{settings['size']} pixels" if unit == "images" else ""
+    return f"{on}, {settings['dtype']}{pixels}"
+
+
+def is_timed(results: Results) -> bool:
+    """Return whether anything was timed; a study trains, at a size and precision of its own."""
+    return any(m.suite not in accuracy.STUDIES for m in results.measurements)
+
+
+def reading(rows: list[ModelRow]) -> str:
+    """Return a sentence on what the speed-ups are against."""
+    sentences = []
+    for label in dict.fromkeys(row.network.baseline for row in rows):
+        plain = next((row for row in rows if row.network.label == label), None)
+        if plain is None:
+            continue
+        found = sorted(plain.batches.items())
+        rungs = [f"{b.baseline_rung} at batch {batch}" for batch, b in found if b.baseline_rung]
+        text = " and ".join(rungs) or "none, so there is no speed-up"
+        others = " that is not ours" if any(b.engine for _, b in found) else ""
+        sentences.append(f"Speed-ups are over the fastest rung of {label}{others}: {text}.")
+    return " ".join(sentences)
+
+
+def gain_header(results: Results) -> list[str]:
+    """Return the columns of the table of what a speed-up is made of."""
+    names = ("architecture", "our engine", "both")
+    return ["network", *(f"{name} b{batch}" for batch in batches_of(results) for name in names)]
+
+
+def gain_rows(results: Results, rows: list[ModelRow]) -> list[list[str]]:
+    """Return the cells of that table; none where no rung of ours has a time.
+
+    What the architecture brings is between the fastest rungs that are not ours, of the plain
+    network and of this one; what our engine or kernels bring is between this network's fastest
+    rung that is not ours and its fastest that is; both are the speed-up of the first table, or
+    less where ours is not the fastest.
+    """
+    batches = batches_of(results)
+    if not any(found.engine for row in rows for found in row.batches.values()):
+        return []
+    cells = []
+    for row in rows:
+        found = [row.batches.get(batch) for batch in batches]
+        gains = [(b.architecture, b.engine, b.speedup) if b else (None,) * 3 for b in found]
+        texts = [ratio_text(gain) for batch in gains for gain in batch]
+        cells.append([row.network.label, *texts])
+    return cells
+
+
+# ---------------------------------------------------------------------------- ops
+
+
+def op_title(results: Results, suite: str) -> str:
+    """Return what stands above the table of an op."""
+    computes = next((m.facts.get("computes") for m in results.of(suite)), None)
+    return f"{suite}: {computes}" if computes else suite
+
+
+def op_header(results: Results) -> list[str]:
+    """Return the columns of an op's table; a share only where the device's rates were measured."""
+    share = ["of bound"] if "copy_bandwidth" in results.ceilings else []
+    over = "speed-up over PyTorch's fastest [95 %]"
+    return ["site", "pass", "implementation", "p50, ms", "GB/s", "TFLOP/s", *share, over, "error"]
+
+
+def op_cells(results: Results, row: OpRow) -> list[str]:
+    """Return the cells of a row of an op's table."""
+    m = row.measurement
+    against = "is the fastest" if row.fastest_baseline else ratio_text(row.speedup)
+    share = [NOTHING if row.share is None else f"{row.share:.0%}"]
+    return [
+        m.family,
+        m.facts["pass"],
+        m.implementation,
+        milliseconds(m.median) if m.timed else m.status,
+        number_text(row.bandwidth / 1e9 if row.bandwidth else None, 1),
+        number_text(row.rate / 1e12 if row.rate else None, 2),
+        *(share if "copy_bandwidth" in results.ceilings else []),
+        against,
+        f"{m.check.error:.0e}" if m.check else NOTHING,
+    ]
+
+
+def op_notes(results: Results, suite: str) -> list[str]:
+    """Return the lines below the table of an op, as items of a Markdown list."""
+    notes = dict.fromkeys(
+        f"- {m.implementation}: {m.note}." for m in results.of(suite) if m.note and m.status == "ok"
+    )
+    lines = [*notes, "- GB/s and TFLOP/s count what any implementation must move and multiply."]
+    copy, product = (results.ceilings.get(name) for name in ("copy_bandwidth", "matmul_rate"))
+    if copy:
+        lines.append(f"- Copy bandwidth measured in this run: {copy / 1e9:.0f} GB/s.")
+    if product:
+        lines.append(f"- Rate of a matrix product in this run: {product / 1e12:.0f} TFLOP/s.")
+    return lines

@@ -1,0 +1,87 @@
+"""The tables of a run in the terminal."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from blnet.bench import accuracy
+from blnet.bench.report.cells import (
+    GAINS,
+    gain_header,
+    gain_rows,
+    measured_on,
+    model_cells,
+    model_header,
+    op_cells,
+    op_header,
+    op_title,
+    reading,
+)
+from blnet.bench.results import Results
+from blnet.bench.summary import NETWORK_SUITES, model_rows, op_rows, op_suites
+
+SHOWN_DROPPED = 6  # of the implementations left out; the report has all
+
+
+def print_tables(results: Results, console: Console) -> None:
+    """Print the table of each suite that ran, and a red line for each failure."""
+    for suite, kind in NETWORK_SUITES.items():
+        rows = model_rows(results, suite)
+        if not rows:
+            continue
+        cells = [model_cells(results, row) for row in rows]
+        header = model_header(results, kind.unit)
+        title = f"{kind.what}: {measured_on(results, kind.unit)}"
+        table = _rich_table(title, header, left=(0, len(header) - 1), gap=0)
+        for texts in cells:
+            # An interval goes below its value: fourteen columns must fit a terminal.
+            table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in texts))
+        console.print(table)
+        console.print(reading(rows), soft_wrap=True, markup=False, highlight=False)
+        gains = gain_rows(results, rows)
+        if gains:
+            made = _rich_table(GAINS, gain_header(results), left=(0,), gap=0)
+            for texts in gains:
+                made.add_row(*(Text(cell.replace(" [", "\n[")) for cell in texts))
+            console.print(made)
+    for suite in op_suites(results):
+        table = _rich_table(op_title(results, suite), op_header(results), left=(0, 1, 2))
+        for op_row in op_rows(results, suite):
+            style = "red" if op_row.measurement.failed else ""
+            table.add_row(*map(Text, op_cells(results, op_row)), style=style)
+        console.print(table)
+    for suite in accuracy.studies_of(results):
+        table = _rich_table(accuracy.title(results, suite), accuracy.HEADER[suite], left=(0,))
+        for row in accuracy.rows(results, suite):
+            table.add_row(*map(Text, accuracy.cells(row, suite)))
+        console.print(table)
+        console.print(accuracy.notes(suite), soft_wrap=True, markup=False, highlight=False)
+    dropped = [m for m in results.measurements if m.status in ("dropped", "skipped")]
+    for m in dropped[:SHOWN_DROPPED]:
+        text = f"left out: {m.suite}, {m.group}, {m.family}, {m.implementation}: {m.note}"
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
+    if len(dropped) > SHOWN_DROPPED:
+        console.print(f"and {len(dropped) - SHOWN_DROPPED} more; report.md lists all")
+    for failure in results.failures:
+        line = f"FAILED {failure.suite}, {failure.group}, {failure.family}, "
+        line += f"{failure.implementation}: {failure.note}"
+        console.print(Text(line, style="bold red"), soft_wrap=True)
+
+
+def _rich_table(title: str, header: list[str], left: tuple[int, ...], gap: int = 1) -> Table:
+    """Return an empty table; `gap` is the space between columns beside that of the box."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0))
+    for number, name in enumerate(header):
+        # Words of a header stand below each other, so that the numbers set the width.
+        text = name if number in left else name.replace(" ", "\n").replace("[95\n%]", "[95 %]")
+        table.add_column(
+            Text(text),
+            justify="left" if number in left else "right",
+            vertical="top",
+            overflow="fold",
+            no_wrap=number not in left,
+        )
+    return table
