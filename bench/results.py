@@ -137,6 +137,29 @@ class Network:
     macs: int
 
 
+@dataclass(frozen=True)
+class Layer:
+    """What a layer of a network must move and multiply, and what it takes.
+
+    Attributes:
+        name: its path in the network.
+        kind: its class.
+        shape: of its output, batch included.
+        flops: of its matrix products and convolutions, two a multiply-add.
+        bytes: that any implementation must move: input, weights and output, each once.
+        bound: the least time that the run's measured rates allow, seconds.
+        seconds: median time measured, layer by layer; None if it was not measured.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    flops: int
+    bytes: int
+    bound: float
+    seconds: float | None = None
+
+
 @dataclass
 class Results:
     """Everything that a run found.
@@ -148,6 +171,8 @@ class Results:
         networks: the networks of the models suite.
         measurements: in the order they were declared.
         ceilings: rates measured in the run, such as "copy_bandwidth" in bytes/s.
+        layers: suite and batch, such as "models, batch 8" -> label of a network -> its layers.
+        finished: "SUITE, GROUP" of every group that was measured to its end.
         notes: sentences for the reader about the whole run.
         seconds: how long it took.
         interrupted: whether it was stopped before its end.
@@ -160,6 +185,8 @@ class Results:
     networks: list[Network] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
     ceilings: dict[str, float] = field(default_factory=dict)
+    layers: dict[str, dict[str, list[Layer]]] = field(default_factory=dict)
+    finished: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     interrupted: bool = False
@@ -179,6 +206,10 @@ class Results:
         values = {key: getattr(self, key) for key in self.__dataclass_fields__}
         values["networks"] = [asdict(network) for network in self.networks]
         values["measurements"] = [m.as_dict() for m in self.measurements]
+        values["layers"] = {
+            group: {label: [asdict(layer) for layer in found] for label, found in networks.items()}
+            for group, networks in self.layers.items()
+        }
         return {"schema": self.schema, **values}
 
     @classmethod
@@ -194,9 +225,17 @@ class Results:
                 f"these results have format version {schema}, this blnet reads {SCHEMA}; "
                 "measure again, or use the blnet that wrote them"
             )
-        known = {key: values[key] for key in cls.__dataclass_fields__}
+        # What a later version of blnet added is missing in earlier files, and has a default.
+        known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
         known["networks"] = [Network(**network) for network in values["networks"]]
         known["measurements"] = [Measurement.from_dict(m) for m in values["measurements"]]
+        known["layers"] = {
+            group: {
+                label: [Layer(**{**layer, "shape": tuple(layer["shape"])}) for layer in found]
+                for label, found in networks.items()
+            }
+            for group, networks in known.get("layers", {}).items()
+        }
         return cls(**known)
 
 
