@@ -46,6 +46,8 @@ SUITES = {
 STUDIES = ("accuracy", "conversion", "speech")
 # Those of a quick run on a CPU, where no kernel runs.
 QUICK_CPU_SUITES = ("models", "merge")
+# Those that measure any network for images.
+OF_ANY_NETWORK = ("models", "training")
 OPS = "kernels"  # stands for the suite of every op: those named as an op is
 
 
@@ -60,6 +62,8 @@ def expanded(names: Sequence[str]) -> tuple[str, ...]:
 def default_suites(settings: Settings) -> tuple[str, ...]:
     """Return the suites of a run that names none."""
     everything = settings.full or settings.on_gpu
+    if settings.model or settings.input:
+        return OF_ANY_NETWORK if everything else OF_ANY_NETWORK[:1]
     timed = tuple(name for name in SUITES if name not in STUDIES)
     return timed if everything else QUICK_CPU_SUITES
 

@@ -9,11 +9,13 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
+from blnet.bench import compare_command
 from blnet.bench.catalogue import STUDIES, SUITES, default_suites
+from blnet.bench.continuing import read_unfinished
 from blnet.bench.flags import add_settings, settings_of
+from blnet.bench.results import Results
 from blnet.bench.settings import Settings, check_writable, resolve
 from blnet.bench.studies import SCALES, goes_on
-from blnet.environment import command_line
 
 NEEDED = ("pytest", "pytest_benchmark", "rich", "sklearn", "torchvision", "PIL")
 
@@ -21,6 +23,7 @@ NEEDED = ("pytest", "pytest_benchmark", "rich", "sklearn", "torchvision", "PIL")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `blnet bench`."""
     add_settings(parser)
+    compare_command.add_flags(parser)
     parser.add_argument(
         "--output",
         metavar="DIR",
@@ -28,14 +31,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "(default: results/<date-time>-<device>)",
     )
     parser.add_argument(
+        "--continue",
+        dest="goes_on",
+        metavar="DIR",
+        help="go on with the run in this folder, which was interrupted, with its settings",
+    )
+    parser.add_argument(
         "--list", action="store_true", help="print suites, networks and rungs, and measure nothing"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the suites; see `blnet bench --help`. Returns 0, 1 if a check failed, 130 if stopped."""
+    """Run the suites; see `blnet bench --help`.
+
+    Returns:
+        0, 1 if a check failed or the gate of --fail-if-slower, 130 if stopped.
+    """
     _check_extra()
-    settings = resolve(settings_of(arguments))
+    before = _unfinished(arguments)
+    settings = Settings.from_dict(before.settings) if before else resolve(settings_of(arguments))
     from blnet.bench import networks, studies
 
     networks.check(settings)
@@ -44,31 +58,47 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.list:
         print(_listing(settings))
         return 0
+    earlier = compare_command.planned(arguments, settings)
     from blnet.bench.progress import Progress
     from blnet.bench.runner import finish, run_suites, steps
     from blnet.bench.session import Session
 
-    folder = Path(arguments.output or _default_folder(settings))
-    check_writable(folder, goes_on(settings, folder, STUDIES))
+    folder = Path(arguments.goes_on or arguments.output or _default_folder(settings))
+    check_writable(folder, before is not None or goes_on(settings, folder, STUDIES))
     with Progress() as progress:
-        session = Session(settings, progress.watch, folder)
+        session = Session(settings, progress.watch, folder, before)
         for note in session.results.notes:
             progress.say(f"blnet bench: {note}")
         names = settings.suites or default_suites(session.settings)
         suites = {name: SUITES[name][0] for name in names}
-        progress.start(steps(suites, session.settings))
+        progress.start(steps(suites, session))
         run_suites(suites, session)
     status = finish(session.results, folder)
-    if session.results.interrupted and set(suites) <= set(STUDIES):
-        print(f"go on with: {_with_output(folder)}", file=sys.stderr)
+    if earlier is not None:
+        status = compare_command.judge(arguments, earlier, session.results, status)
+    if session.results.interrupted:
+        print(f"go on with: blnet bench --continue {shlex.quote(str(folder))}", file=sys.stderr)
     return status
 
 
-def _with_output(folder: Path) -> str:
-    """Return the command that was given, with its folder named."""
-    command = command_line()
-    named = any(word.partition("=")[0] == "--output" for word in shlex.split(command))
-    return command if named else f"{command} --output {shlex.quote(str(folder))}"
+def _unfinished(arguments: argparse.Namespace) -> Results | None:
+    """Return what the run that --continue names has so far; None for a new run.
+
+    Raises:
+        ValueError: if there is no such run, or another flag says what to measure.
+    """
+    if arguments.goes_on is None:
+        return None
+    plain = argparse.ArgumentParser()
+    configure(plain)
+    own = {"goes_on", "compare", "fail_if_slower", "across_devices"}
+    for name, value in vars(plain.parse_args([])).items():
+        if name not in own and getattr(arguments, name) != value:
+            flag = f"SUITE {' '.join(arguments.suites)}" if name == "suites" else f"--{name}"
+            raise ValueError(
+                f"--continue takes what to measure from {arguments.goes_on}; leave out {flag}"
+            )
+    return read_unfinished(Path(arguments.goes_on))
 
 
 def _check_extra() -> None:

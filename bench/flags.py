@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 
-from blnet.bench.catalogue import OPS, QUICK_CPU_SUITES, STUDIES, SUITES, expanded
+from blnet.bench.catalogue import OF_ANY_NETWORK, OPS, QUICK_CPU_SUITES, STUDIES, SUITES, expanded
 from blnet.bench.settings import (
     DEFAULT_BRANCHINGS,
     DEFAULT_MODELS,
@@ -47,10 +47,22 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     add(
         "--models",
         nargs="+",
-        default=list(DEFAULT_MODELS),
         metavar="NAME",
         help="networks to measure, Big-Little or plain; the plain network of each is added "
         f"(default: {' '.join(DEFAULT_MODELS)})",
+    )
+    add(
+        "--model",
+        metavar="NAME",
+        help="one network of your own, package.module:function (or torchvision:NAME, timm:NAME), "
+        "measured as it is and converted, with each --alpha and --beta",
+    )
+    add(
+        "--input",
+        type=parse_shape,
+        metavar="CxHxW",
+        help="channels, height and width of the images, such as 3x224x224 (default: 3 x --size "
+        "x --size); other channels than 3 get noise",
     )
     add(
         "--alpha",
@@ -156,8 +168,40 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     names = {field.name for field in fields(Settings)} - {"branchings"}
     values = {name: value for name, value in vars(arguments).items() if name in names}
     values["suites"] = expanded(arguments.suites)
-    values["models"] = tuple(arguments.models)
+    _check_own(arguments)
+    values["models"] = tuple(arguments.models or DEFAULT_MODELS)
     return Settings(branchings=_branchings(arguments.alpha, arguments.beta), **values)
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """Return the numbers of "3x224x224".
+
+    Raises:
+        ArgumentTypeError: if it is no such text.
+    """
+    numbers = text.lower().split("x")
+    if len(numbers) != 3 or not all(n.isdecimal() and int(n) > 0 for n in numbers):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not channels x height x width; give three numbers, such as 3x224x224"
+        )
+    channels, height, width = map(int, numbers)
+    return channels, height, width
+
+
+def _check_own(arguments: argparse.Namespace) -> None:
+    """Check that a network of one's own stands alone, in suites that take any network."""
+    given = "--model" if arguments.model else "--input" if arguments.input else None
+    if arguments.model and arguments.models:
+        raise ValueError("--model and --models exclude each other; name networks with one of them")
+    others = [name for name in arguments.suites if name not in OF_ANY_NETWORK]
+    if given and others:
+        raise ValueError(
+            f"{given} is for the suites {' and '.join(OF_ANY_NETWORK)}; leave out {others[0]}"
+        )
+    if arguments.input and not arguments.model and arguments.input[0] != 3:
+        raise ValueError(
+            f"--input with {arguments.input[0]} channels needs a --model that takes so many"
+        )
 
 
 def _branchings(

@@ -71,22 +71,22 @@ def load_pictures(folder: str | Path | None) -> list[Image.Image]:
 
 
 def make_batch(
-    pictures: Sequence[Image.Image], batch: int, size: int = 224, seed: int = 0
+    pictures: Sequence[Image.Image], batch: int, size: int | tuple[int, int] = 224, seed: int = 0
 ) -> Tensor:
     """Return a batch of crops of pictures, as a network sees them.
 
-    Image i is a random crop (half to the whole of the shorter side, square, every other time
-    flipped) of picture i modulo their number, so that no two images of a batch are the same. The
-    crop of image i depends on the seed and i alone, not on the batch.
+    Image i is a random crop (half to the whole of the largest that fits, in the shape of the
+    images, every other time flipped) of picture i modulo their number, so that no two images of a
+    batch are the same. The crop of image i depends on the seed and i alone, not on the batch.
 
     Args:
         pictures: RGB pictures, one at least.
         batch: number of images.
-        size: height and width, pixels.
+        size: height and width, pixels; one number for both where they are the same.
         seed: of the crops.
 
     Returns:
-        A float32 tensor (batch, 3, size, size), contiguous, normalised with ImageNet's mean and
+        A float32 tensor (batch, 3, height, width), contiguous, normalised with ImageNet's mean and
         standard deviation.
 
     Raises:
@@ -94,20 +94,46 @@ def make_batch(
     """
     if not pictures:
         raise ValueError("a batch needs one picture at least")
-    if batch < 1 or size < 1:
+    sides = (size, size) if isinstance(size, int) else size
+    if batch < 1 or min(sides) < 1:
         raise ValueError(f"batch and size must be at least 1, got {batch} and {size}")
-    crops = [_crop(pictures[i % len(pictures)], size, seed, i) for i in range(batch)]
+    crops = [_crop(pictures[i % len(pictures)], sides, seed, i) for i in range(batch)]
     pixels = torch.stack(crops).float() / 255
     batched: Tensor = transforms.normalize(pixels, list(MEAN), list(STD))
     return batched
 
 
-def _crop(picture: Image.Image, size: int, seed: int, index: int) -> Tensor:
+def make_images(
+    pictures: Sequence[Image.Image], batch: int, shape: tuple[int, int, int], seed: int = 0
+) -> Tensor:
+    """Return a batch of crops of pictures; of another number of channels than 3, of noise.
+
+    Args:
+        pictures: RGB pictures, one at least.
+        batch: number of images.
+        shape: channels, height and width.
+        seed: of the crops or the noise.
+
+    Returns:
+        A float32 tensor (batch, channels, height, width), contiguous, normalised.
+
+    Raises:
+        ValueError: see `make_batch`.
+    """
+    channels, height, width = shape
+    if channels == 3:
+        return make_batch(pictures, batch, (height, width), seed)
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _crop(picture: Image.Image, sides: tuple[int, int], seed: int, index: int) -> Tensor:
     draw = random.Random(f"{seed}/{index}")
-    side = max(1, round(min(picture.size) * draw.uniform(*CROP_RANGE)))
-    left = draw.randint(0, picture.width - side)
-    top = draw.randint(0, picture.height - side)
-    box = (left, top, left + side, top + side)
-    crop = picture.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    rows, columns = sides
+    scale = min(picture.height / rows, picture.width / columns) * draw.uniform(*CROP_RANGE)
+    height, width = max(1, round(scale * rows)), max(1, round(scale * columns))
+    left = draw.randint(0, picture.width - width)
+    top = draw.randint(0, picture.height - height)
+    box = (left, top, left + width, top + height)
+    crop = picture.resize((columns, rows), Image.Resampling.BILINEAR, box=box)
     tensor: Tensor = transforms.pil_to_tensor(crop)
     return tensor.flip(-1) if draw.random() < 0.5 else tensor

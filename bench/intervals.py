@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 RESAMPLES = 4000
 CONFIDENCE = 0.95
@@ -100,6 +101,41 @@ def median_ratio(above: Sequence[float], below: Sequence[float], seed: int = 0) 
     value = float(np.median(top) / np.median(bottom))
     picks = np.random.default_rng(seed).integers(rounds, size=(RESAMPLES, rounds))
     ratios = np.median(top[picks], axis=1) / np.median(bottom[picks], axis=1)
+    return with_intervals([value], ratios[None])[0]
+
+
+def resampled_medians(
+    samples: NDArray[np.float64], seed: int, resamples: int = RESAMPLES
+) -> NDArray[np.float64]:
+    """Return medians of resampled rounds of one run, for ratios between two runs.
+
+    Where `median_ratio` holds two implementations of one run against each other, here the two runs
+    share no round: each is resampled for itself, with a seed of its own. The implementations of a
+    run did share its rounds, so the same rounds are drawn for all of them.
+
+    Args:
+        samples: times, seconds, (implementations, rounds).
+        seed: of the resampling, so that the same samples give the same medians.
+        resamples: how many.
+
+    Returns:
+        Medians, seconds, (implementations, resamples).
+    """
+    rounds = samples.shape[1]
+    picks = np.random.default_rng(seed).integers(rounds, size=(resamples, rounds))
+    # An implementation at a time: all at once would take gigabytes of a long run.
+    return np.stack([np.median(times[picks], axis=1) for times in samples])
+
+
+def with_intervals(
+    values: Sequence[float] | NDArray[np.float64], resampled: NDArray[np.float64]
+) -> list[Ratio]:
+    """Return ratios with the 95 % percentile intervals of their resampled values.
+
+    Args:
+        values: the ratios.
+        resampled: of each of them, (ratios, resamples).
+    """
     tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(ratios, [tail, 100 - tail])
-    return Ratio(value, float(low), float(high))
+    lows, highs = np.percentile(resampled, [tail, 100 - tail], axis=1)
+    return [Ratio(*map(float, ends)) for ends in zip(values, lows, highs, strict=True)]

@@ -29,16 +29,16 @@ NOTE = (
 )
 
 
-def counted(model: nn.Module, size: int, dtype: torch.dtype) -> dict[str, int]:
+def counted(model: nn.Module, shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, int]:
     """Return the bytes that a network keeps for backward for an image, for every way to train.
 
     Args:
         model: the plain network.
-        size: pixels a side of the images.
+        shape: channels, height and width of the images.
         dtype: see :func:`blnet.activations.activation_bytes`.
     """
     return {
-        name: bytes_an_image(make(model), (1, 3, size, size), dtype=dtype, device=device)
+        name: bytes_an_image(make(model), (1, *shape), dtype=dtype, device=device)
         for name, (make, device) in WAYS.items()
     }
 

@@ -11,6 +11,7 @@ overwritten.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from blnet.bench.results import Check, Measurement
-from blnet.limits import OutOfTime, UnavailableError, one_line, time_limit
+from blnet.limits import OutOfTime, UnavailableError, one_line, out_of_memory, time_limit
 
 Call = Callable[[], Any]
 LEASH = 4.0  # times the fastest of the family
@@ -33,6 +34,10 @@ MAX_WARM_UPS = 10
 SETTLED = 0.05  # relative spread of the last three warm-up calls
 LONG_SECONDS = 0.5  # a call that needs no other before it
 FLUSH_BYTES = 256 << 20  # larger than any L2 cache
+
+
+class TooLargeError(Exception):
+    """A group whose batch could be halved does not fit into memory."""
 
 
 @dataclass
@@ -93,6 +98,7 @@ class Group:
         tolerance: largest relative error that passes.
         reference_text: what the references are.
         rounds: how often each one runs.
+        halves: whether its batch can be halved where it does not fit into memory.
         max_warm_up: seconds of warming up of one implementation.
         budget: of the builds; the groups of a suite share one.
         leash_seconds: what an implementation far slower than its family's fastest may cost.
@@ -105,6 +111,7 @@ class Group:
     tolerance: float
     reference_text: str
     rounds: int
+    halves: bool = False
     max_warm_up: float = 2.0
     budget: BuildBudget = field(default_factory=lambda: BuildBudget())
     leash_seconds: float = LEASH_SECONDS
@@ -173,6 +180,9 @@ def measure(
         peak: gives the peak memory of a call, bytes; None leaves it out.
         watch: is told what happens next and how much of the work it is, where building and
             timing one implementation count 1 each.
+
+    Raises:
+        TooLargeError: if memory ran out and the group's batch can be halved.
     """
     pairs = list(zip(group.implementations, measurements, strict=True))
     calls: list[tuple[Implementation, Measurement, Call]] = []
@@ -188,11 +198,13 @@ def measure(
     for number in range(group.rounds):
         watch(f"round {number + 1} of {group.rounds}", len(pairs) / group.rounds)
         for _, measurement, call in list(calls):
-            _sample(measurement, call, clock)
+            _sample(group, measurement, call, clock)
         calls = [item for item in calls if not item[1].failed]
     for implementation, measurement, call in calls:
         if peak is not None and implementation.memory:
-            measurement.peak_memory = implementation.held_bytes + peak(call)
+            # It is extra: looking at memory takes some, and a time that is there stays.
+            with contextlib.suppress(RuntimeError, MemoryError):
+                measurement.peak_memory = implementation.held_bytes + peak(call)
 
 
 def declare(group: Group) -> list[Measurement]:
@@ -213,8 +225,6 @@ def _prepare(
 ) -> Call | None:
     """Build an implementation and check its result; return its call if it may be timed."""
     family = implementation.family
-    if family not in references:
-        references[family] = group.references[family]()
     limit = group.budget.limit(implementation.compiles)
     start = time.perf_counter()
     try:
@@ -226,6 +236,9 @@ def _prepare(
             measurement.build_seconds = time.perf_counter() - start
             if implementation.compiles:
                 group.budget.left -= measurement.build_seconds
+        # After the build, which says best why a network does not work.
+        if family not in references:
+            references[family] = group.references[family]()
         error = relative_error(result, references[family])
     except OutOfTime:
         cut = " (what was left of the run's time to compile)" if limit < group.budget.each else ""
@@ -235,7 +248,7 @@ def _prepare(
         _settle(measurement, "skipped", str(reason))
         return None
     except Exception as failure:
-        _settle(measurement, "error", one_line(failure))
+        _fail(group, measurement, failure)
         return None
     measurement.check = Check(error, group.tolerance, group.reference_text)
     if not measurement.check.passed:
@@ -258,7 +271,7 @@ def _warm_up(
         try:
             times = _warm_times(call, clock, group.max_warm_up)
         except Exception as failure:
-            _settle(measurement, "error", one_line(failure))
+            _fail(group, measurement, failure)
         else:
             warm.append((implementation, measurement, call, times))
     fastest: dict[str, float] = {}
@@ -292,11 +305,17 @@ def _warm_times(call: Call, clock: Clock, max_seconds: float) -> list[float]:
     return times[1:][-3:]
 
 
-def _sample(measurement: Measurement, call: Call, clock: Clock) -> None:
+def _sample(group: Group, measurement: Measurement, call: Call, clock: Clock) -> None:
     try:
         measurement.samples.append(clock(call))
     except Exception as failure:
-        _settle(measurement, "error", one_line(failure))
+        _fail(group, measurement, failure)
+
+
+def _fail(group: Group, measurement: Measurement, failure: Exception) -> None:
+    if group.halves and out_of_memory(failure):
+        raise TooLargeError(one_line(failure)) from failure
+    _settle(measurement, "error", one_line(failure))
 
 
 def _settle(measurement: Measurement, status: Any, note: str) -> None:

@@ -1,16 +1,23 @@
-"""The networks of the models suite: which ones, what they cost, and instances fit to be timed."""
+"""The networks that are measured: which ones, what they cost, and instances fit to be timed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from blnet.bench.results import Network, Results
+from blnet.bench.results import Network
 from blnet.bench.settings import DEFAULT_BRANCHINGS, Settings
+from blnet.conversion import convert
+from blnet.limits import one_line
+
+if TYPE_CHECKING:
+    from blnet.bench.session import Session
 
 DEFAULT_BASELINE = "resnet50"
 CALIBRATION_IMAGES = 8
@@ -21,7 +28,7 @@ class Spec:
     """A network to measure.
 
     Attributes:
-        name: as the registry knows it.
+        name: as the registry knows it; a plain network's with alpha and beta is converted.
         alpha: None for a plain network.
         beta: None for a plain network.
         baseline: name of the plain network it is compared with.
@@ -46,8 +53,12 @@ class Spec:
             ValueError: if the registry does not know it, or its settings do not fit it.
         """
         registry = known()
-        options = {} if self.alpha is None else {"alpha": self.alpha, "beta": self.beta}
-        made: nn.Module = registry.build(self.name, **options)
+        if self.alpha is None or self.beta is None:
+            made: nn.Module = registry.build(self.name)
+        elif registry.is_big_little(self.name):
+            made = registry.build(self.name, alpha=self.alpha, beta=self.beta)
+        else:
+            made = convert(registry.build(self.name), self.alpha, self.beta)
         return made
 
 
@@ -64,20 +75,24 @@ def specs(
         ValueError: if a name is not known, or the baseline is no plain network.
     """
     registry = known()
+    pairs = settings.branchings or branchings
     if settings.baseline and registry.is_big_little(settings.baseline):
         raise ValueError(
             f"--baseline {settings.baseline} is a Big-Little network; name a plain one, such as "
             f"{baseline_of(settings.baseline)}"
         )
     found: list[Spec] = []
-    for name in settings.models:
-        if not registry.is_big_little(name):
-            found.append(Spec(name, None, None, settings.baseline or name))
-            continue
-        baseline = settings.baseline or baseline_of(name)
-        found += [
-            Spec(name, alpha, beta, baseline) for alpha, beta in settings.branchings or branchings
-        ]
+    for name in (settings.model,) if settings.model else settings.models:
+        big_little = registry.is_big_little(name)
+        if big_little and settings.model:
+            raise ValueError(
+                f"--model {name} is a Big-Little network already; measure it with --models {name}"
+            )
+        baseline = settings.baseline or (baseline_of(name) if big_little else name)
+        if not big_little:
+            found.append(Spec(name, None, None, baseline))
+        if big_little or settings.model:
+            found += [Spec(name, alpha, beta, baseline) for alpha, beta in pairs]
     plain = [Spec(spec.baseline, None, None, spec.baseline) for spec in found]
     # dict.fromkeys drops what is asked for twice and keeps the order.
     return list(dict.fromkeys([*plain, *found]))
@@ -100,22 +115,83 @@ def check(settings: Settings) -> None:
         ValueError: if one is not known or its settings do not fit.
     """
     for spec in specs(settings):
-        with torch.device("meta"):
+        if settings.model is None:
+            with torch.device("meta"):
+                spec.build()
+        elif spec.alpha is None:  # code of one's own may read weights, which "meta" has none of
             spec.build()
 
 
-def record(results: Results, found: Sequence[Spec], input_size: tuple[int, ...]) -> None:
-    """Note in the results what some networks cost, for one input of a size, batch included."""
-    known_labels = {network.label for network in results.networks}
-    results.networks += [facts(s, input_size) for s in found if s.label not in known_labels]
+@dataclass(frozen=True)
+class Built:
+    """The networks of a group.
+
+    Attributes:
+        models: specification -> network, ready to be timed.
+        failures: specification -> why there is no network.
+    """
+
+    models: dict[Spec, nn.Module]
+    failures: dict[Spec, str]
+
+    @property
+    def specs(self) -> list[Spec]:
+        """All of them, those that failed last."""
+        return [*self.models, *self.failures]
+
+    def model(self, spec: Spec) -> nn.Module:
+        """Return a network.
+
+        Raises:
+            ValueError: if there is none; the message says why.
+        """
+        if spec in self.failures:
+            raise ValueError(self.failures[spec])
+        return self.models[spec]
 
 
-def facts(spec: Spec, input_size: tuple[int, ...]) -> Network:
+def built(
+    session: Session, found: Sequence[Spec], inputs: Tensor, dtype: torch.dtype = torch.float32
+) -> Built:
+    """Return networks on the run's device, and note in the results what they cost.
+
+    What cannot be built, or does not take the input, leaves the others as they are.
+
+    Args:
+        session: of the run; it keeps the networks for its next group.
+        found: which networks.
+        inputs: a float32 batch; see `instance`.
+        dtype: precision of the weights.
+    """
+    made = Built({}, {})
+    for spec in found:
+        try:
+            made.models[spec] = session.cached(
+                (spec, dtype), partial(_ready, session, spec, inputs, dtype)
+            )
+        except ValueError as error:
+            made.failures[spec] = str(error)
+    return made
+
+
+def _ready(session: Session, spec: Spec, inputs: Tensor, dtype: torch.dtype) -> nn.Module:
+    settings, results = session.settings, session.results
+    try:
+        model = instance(spec, inputs, settings)
+    except (RuntimeError, TypeError, IndexError) as error:
+        shape = "x".join(map(str, inputs.shape[1:]))
+        raise ValueError(
+            f"{spec.label} does not take an input of {shape}: {one_line(error)}"
+        ) from error
+    if spec.label not in {network.label for network in results.networks}:
+        results.networks.append(facts(spec, model, (1, *inputs.shape[1:])))
+    return model.to(settings.device, dtype)
+
+
+def facts(spec: Spec, model: nn.Module, input_size: tuple[int, ...]) -> Network:
     """Return what a network costs, for one input of a size, batch included."""
     from blnet import profile
 
-    with torch.device("meta"):
-        model = spec.build()
     cost = profile(model, input_size=input_size)
     return Network(
         label=spec.label,

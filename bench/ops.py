@@ -15,8 +15,8 @@ from torch import Tensor
 
 from blnet.bench.measure import Call, Group, Implementation
 from blnet.bench.memory import tensor_bytes
-from blnet.bench.roofline import copy_bandwidth, matmul_rate
-from blnet.bench.session import Case, Session, full_precision
+from blnet.bench.roofline import measure_ceilings
+from blnet.bench.session import Case, Session
 from blnet.bench.settings import Settings
 from blnet.optimizing.engines import compiled
 
@@ -205,16 +205,6 @@ class OpSuite(Generic[S]):
 def group_name(site: Site, what: Pass[Any]) -> str:
     """Return the name of the group of a site and a pass."""
     return f"{site.label}, {what.name}"
-
-
-def measure_ceilings(session: Session) -> None:
-    """Measure once in a run what the device can do: the rates of a copy and of a matrix product."""
-    settings, ceilings = session.settings, session.results.ceilings
-    if not settings.on_gpu or "copy_bandwidth" in ceilings:
-        return
-    ceilings["copy_bandwidth"] = copy_bandwidth(session.clock)
-    with full_precision():
-        ceilings["matmul_rate"] = matmul_rate(session.clock, settings.torch_dtype)
 
 
 def draw(settings: Settings) -> Callable[..., Tensor]:

@@ -1,36 +1,101 @@
-"""Ceilings of the device, measured in the run instead of read from a list of device names."""
+"""The roofline: what the device can do, measured in the run, and the least time that follows.
+
+Three ceilings. `copy_bandwidth` is the rate of a copy far larger than any cache, in bytes/s, read
+and written. `matmul_rate` is the rate of a large matrix product, in FLOP/s; on a CPU that of a
+convolution if it is faster, since PyTorch leaves the two to different libraries, and on some CPUs
+one of them makes use of narrower vectors only. On a CPU whose caches are known there is
+`cache_bandwidth` as well, the rate of a copy that its last caches hold, for work
+on no more than `cache_bytes`: an op that is timed right after a call of its own finds such maps
+there, and so does a layer the map that the one before has just written.
+"""
 
 from __future__ import annotations
 
+import math
+import os
 import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
-from blnet.bench.measure import Clock
+from blnet.bench.session import full_precision
+
+if TYPE_CHECKING:
+    from blnet.bench.measure import Clock
+    from blnet.bench.session import Session
 
 COPY_BYTES = 1 << 30  # far larger than any cache
 COPIES = 20
-MATRIX_SIZE = 8192  # large enough for every unit to be busy
+MATRIX_SIZE = 8192  # large enough for every unit of a GPU to be busy
 PRODUCTS = 12
+# A CPU is slower, its memory may be small and its caches large.
+CPU_COPY_BYTES = 256 << 20
+CPU_COPIES = 8
+CPU_CACHES = 4  # times what the caches hold
+CPU_MEMORY_SHARE = 16  # of the memory, one part for each of two buffers
+CPU_MATRIX_SIZES = (256, 512, 1024, 2048)
+CPU_CONVOLUTION = (8, 256, 14, 14)  # input of a 3x3 convolution to as many channels
+CPU_PRODUCTS = 5
+CPU_PRODUCT_SECONDS = 0.1  # no product that will take longer is tried
+CACHES = Path("/sys/devices/system/cpu")
 
 
-def copy_bandwidth(clock: Clock, copied: int = COPY_BYTES, device: str = "cuda") -> float:
-    """Return the rate of a device-to-device copy, bytes/s, counting what is read and written.
+def measure_ceilings(session: Session) -> None:
+    """Measure what the run's device can do, once in a run, into the results' ceilings."""
+    ceilings = session.results.ceilings
+    if "copy_bandwidth" in ceilings:
+        return
+    session.watch("the ceilings of the device", 0.0)
+    dtype = session.settings.torch_dtype
+    with full_precision():
+        if session.settings.on_gpu:
+            ceilings["matmul_rate"] = matmul_rate(session.clock, dtype)
+            ceilings["copy_bandwidth"] = copy_bandwidth(session.clock)
+        else:
+            ceilings |= _cpu_ceilings(session, dtype)
+
+
+def _cpu_ceilings(session: Session, dtype: torch.dtype) -> dict[str, float]:
+    clock, held = session.clock, cache_bytes()
+    copied = cpu_copy_bytes(held, session.results.environment["memory"])
+    found = {"copy_bandwidth": copy_bandwidth(clock, copied, "cpu", CPU_COPIES)}
+    if held:
+        # Source and target fill half of the caches; other things need room, too.
+        rate = copy_bandwidth(clock, held // 4, "cpu", CPU_COPIES)
+        found |= {"cache_bandwidth": rate, "cache_bytes": float(held)}
+    # What a CPU multiplies slowly in 16 bits it can widen.
+    found["matmul_rate"] = max(cpu_matmul_rate(clock, d) for d in {dtype, torch.float32})
+    return found
+
+
+def copy_bandwidth(
+    clock: Clock, copied: int = COPY_BYTES, device: str = "cuda", copies: int = COPIES
+) -> float:
+    """Return the rate of a copy within the device's memory, bytes/s, counting read and written.
 
     Args:
         clock: times one copy.
         copied: bytes of the buffer.
         device: where it lies.
+        copies: how many are timed.
     """
-    source = torch.empty(copied, dtype=torch.int8, device=device).random_(0, 127)
+    # Not zeros: pages of zeros may be one page.
+    source = torch.arange(copied // 8, device=device)
     target = torch.empty_like(source)
-    times = [clock(lambda: target.copy_(source)) for _ in range(COPIES)]
+    times = [clock(lambda: target.copy_(source)) for _ in range(copies)]
     # The first copies may still map pages.
-    return 2 * copied / statistics.median(times[COPIES // 4 :])
+    return 2 * source.nbytes / statistics.median(times[copies // 4 :])
 
 
 def matmul_rate(
-    clock: Clock, dtype: torch.dtype, size: int = MATRIX_SIZE, device: str = "cuda"
+    clock: Clock,
+    dtype: torch.dtype,
+    size: int = MATRIX_SIZE,
+    device: str = "cuda",
+    products: int = PRODUCTS,
 ) -> float:
     """Return the rate of a large square matrix product, FLOP/s.
 
@@ -39,7 +104,102 @@ def matmul_rate(
         dtype: of the matrices. float32 is measured as PyTorch is set: without tf32 in a run.
         size: rows and columns.
         device: where they lie.
+        products: how many are timed.
     """
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    times = [clock(lambda: torch.mm(left, right)) for _ in range(PRODUCTS)]
-    return 2 * size**3 / statistics.median(times[PRODUCTS // 4 :])
+    times = [clock(lambda: torch.mm(left, right)) for _ in range(products)]
+    return 2 * size**3 / statistics.median(times[products // 4 :])
+
+
+def cpu_matmul_rate(clock: Clock, dtype: torch.dtype) -> float:
+    """Return the best rate of square matrix products and of a convolution on the CPU, FLOP/s.
+
+    Args:
+        clock: times one product.
+        dtype: of the matrices.
+    """
+    best = 0.0
+    for size in CPU_MATRIX_SIZES:
+        if best and 2 * size**3 / best > CPU_PRODUCT_SECONDS:
+            break
+        best = max(best, matmul_rate(clock, dtype, size, "cpu", CPU_PRODUCTS))
+    if _convolution_flops(CPU_CONVOLUTION) / best > CPU_PRODUCT_SECONDS:
+        return best
+    return max(best, convolution_rate(clock, dtype, CPU_CONVOLUTION, CPU_PRODUCTS))
+
+
+def convolution_rate(
+    clock: Clock, dtype: torch.dtype, shape: tuple[int, int, int, int], products: int
+) -> float:
+    """Return the rate of a 3x3 convolution on the CPU, FLOP/s.
+
+    Args:
+        clock: times one convolution.
+        dtype: of its input and weights.
+        shape: of its input and output.
+        products: how many are timed.
+    """
+    channels = shape[1]
+    x, weight = (
+        torch.randn(size).to(dtype, memory_format=torch.channels_last)
+        for size in (shape, (channels, channels, 3, 3))
+    )
+    with torch.inference_mode():
+        times = [clock(lambda: F.conv2d(x, weight, padding=1)) for _ in range(products)]
+    return _convolution_flops(shape) / statistics.median(times[products // 4 :])
+
+
+def _convolution_flops(shape: tuple[int, int, int, int]) -> int:
+    return 2 * math.prod(shape) * shape[1] * 9
+
+
+def cpu_copy_bytes(held: int | None, memory: int | None) -> int:
+    """Return how large a buffer to copy on a CPU is, bytes.
+
+    Args:
+        held: what the caches hold, bytes; None if unknown.
+        memory: bytes of main memory; None if unknown.
+    """
+    wanted = min(max(CPU_COPY_BYTES, CPU_CACHES * (held or 0)), COPY_BYTES)
+    return min(wanted, memory // CPU_MEMORY_SHARE) if memory else wanted
+
+
+def cache_bytes(folder: Path = CACHES) -> int | None:
+    """Return what the last caches of the cores that this process may use hold; None if unknown.
+
+    Args:
+        folder: where Linux describes the cores.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    found: dict[str, int] = {}
+    try:
+        for core in os.sched_getaffinity(0):
+            last = max((folder / f"cpu{core}" / "cache").glob("index*"), key=_level)
+            # Cores that share a cache name the same cores.
+            shared = (last / "shared_cpu_list").read_text().strip()
+            found[shared] = int((last / "size").read_text().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return None
+    return sum(found.values()) or None
+
+
+def _level(cache: Path) -> int:
+    return int((cache / "level").read_text())
+
+
+def least_seconds(moved: int, flops: int, ceilings: Mapping[str, float]) -> float:
+    """Return the least time that measured rates allow: to move, or to multiply if that is longer.
+
+    Args:
+        moved: bytes read and written.
+        flops: of matrix products and convolutions.
+        ceilings: of the device; a rate of products that was not measured is no bound.
+
+    Raises:
+        KeyError: if there is no "copy_bandwidth".
+    """
+    held = moved <= ceilings.get("cache_bytes", 0)
+    seconds = moved / ceilings["cache_bandwidth" if held else "copy_bandwidth"]
+    rate = ceilings.get("matmul_rate")
+    return max(seconds, flops / rate) if rate else seconds

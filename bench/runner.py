@@ -15,18 +15,26 @@ from pathlib import Path
 
 import pytest
 
+from blnet.bench.clocks import read_clocks
+from blnet.bench.continuing import group_key
 from blnet.bench.plugin import Bind
 from blnet.bench.results import Results
 from blnet.bench.session import Session
-from blnet.bench.settings import Settings
 
 INTERRUPTED = 130  # as a shell reports a command that Ctrl-C ended
 
 
-def steps(suites: Mapping[str, str], settings: Settings) -> float:
-    """Return how much work the suites are: each case is built once and timed once."""
-    modules = [importlib.import_module(module) for module in suites.values()]
-    return float(sum(2 * len(module.cases(settings)) for module in modules))
+def steps(suites: Mapping[str, str], session: Session) -> float:
+    """Return how much work is left of the suites: each case is built once and timed once."""
+    finished = session.results.finished
+    return float(
+        sum(
+            2
+            for suite, module in suites.items()
+            for case in importlib.import_module(module).cases(session.settings)
+            if group_key(suite, case.group) not in finished
+        )
+    )
 
 
 def run_suites(suites: Mapping[str, str], session: Session) -> None:
@@ -50,7 +58,8 @@ def run_suites(suites: Mapping[str, str], session: Session) -> None:
         contextlib.redirect_stderr(said),
     ):
         status = pytest.main(_arguments(paths, Path(storage)), plugins=[Bind(session)])
-    session.results.seconds = time.monotonic() - start
+    session.results.seconds += time.monotonic() - start
+    session.results.environment["clocks_after"] = read_clocks(session.settings.device)
     session.results.interrupted = status == pytest.ExitCode.INTERRUPTED
     fine = (
         pytest.ExitCode.OK,
@@ -112,10 +121,12 @@ def finish(results: Results, folder: Path) -> int:
     from blnet.bench.progress import PLAIN_WIDTH
     from blnet.bench.report import print_tables, write_all
 
-    write_all(results, folder)
+    written = write_all(results, folder)
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     print_tables(results, console)
-    console.print(f"written: {folder}/results.json, results.csv, report.md", soft_wrap=True)
+    for note in written.notes:
+        console.print(note, soft_wrap=True, markup=False, highlight=False)
+    console.print(f"written: {folder}/{', '.join(written.files)}", soft_wrap=True)
     if results.interrupted:
         print("blnet bench: interrupted; what was measured until then is kept", file=sys.stderr)
         return INTERRUPTED

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from blnet.bench import measure
-from blnet.bench.images import load_pictures, make_batch
+from blnet.bench.clocks import read_clocks
+from blnet.bench.continuing import check_same, group_key, take_over
+from blnet.bench.images import load_pictures, make_images
 from blnet.bench.memory import peak_bytes
-from blnet.bench.results import Measurement, Results
-from blnet.bench.settings import Settings, resolve
+from blnet.bench.results import Measurement, Results, write_json
+from blnet.bench.settings import RESULTS, Settings, resolve
 from blnet.environment import collect, command_line
+from blnet.limits import one_line, out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,7 +62,9 @@ class Session:
     Args:
         settings: of the run; `resolve` fills in what is missing.
         watch: is told the group and step that comes next, and its share of the work.
-        folder: where studies keep their training runs; None for a new folder under results/.
+        folder: of the run: results.json is written there after every group, and studies keep their
+            training runs there. None keeps nothing, and gives studies a new folder under results/.
+        before: what the run measured before it was interrupted; None for a new run.
 
     Attributes:
         settings: of the run, complete.
@@ -73,9 +80,11 @@ class Session:
         settings: Settings,
         watch: Watch = lambda step, share: None,
         folder: Path | None = None,
+        before: Results | None = None,
     ) -> None:
         self.settings = resolve(settings)
         self.watch = watch
+        self._keeps = folder is not None
         self.folder = folder or Path("results") / f"study-{datetime.now():%Y%m%d-%H%M%S}"
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -90,10 +99,18 @@ class Session:
             command=command_line(),
             notes=[str(w.message) for w in said if w.category is UserWarning],
         )
+        self.results.environment["clocks_before"] = read_clocks(self.settings.device)
         self._note_load()
         self.cache: dict[Any, Any] = {}
-        self._groups: dict[tuple[str, str], list[Measurement]] = {}
+        self._groups: dict[str, list[Measurement]] = {}
+        self._batches: dict[str, int] = {}
+        self._limits: dict[str, int] = {}
         self._clock: measure.Clock | None = None
+        if before is not None:
+            check_same(before, self.results.environment)
+            take_over(self.results, before)
+            for m in self.results.measurements:
+                self._groups.setdefault(group_key(m.suite, m.group), []).append(m)
 
     def _note_load(self) -> None:
         load, cores = self.results.environment["load"], self.results.environment["cores"]
@@ -127,8 +144,14 @@ class Session:
         settings = self.settings
         return self.cached(
             ("images", batch),
-            lambda: make_batch(self._pictures, batch, settings.size, settings.seed),
+            lambda: make_images(self._pictures, batch, settings.image_shape, settings.seed),
         )
+
+    def batch(self, suite: str, group: str, wanted: int) -> int:
+        """Return the batch that a group is measured at: as wanted, or what fits into memory."""
+        key = group_key(suite, group)
+        self._batches[key] = min(wanted, self._limits.get(key, wanted))
+        return self._batches[key]
 
     def measured(self, suite: Suite, case: Case) -> Measurement:
         """Return the measurement of a case; its whole group is measured the first time.
@@ -136,7 +159,7 @@ class Session:
         Raises:
             KeyError: if the suite's group has no such implementation.
         """
-        key = (suite.NAME, case.group)
+        key = group_key(suite.NAME, case.group)
         if key not in self._groups:
             self._groups[key] = []
             self._measure(suite, case.group, self._groups[key])
@@ -153,11 +176,39 @@ class Session:
         if study is not None:
             self._study(study, measurements)
             return
+        before = len(self.results.measurements)
+        while True:
+            try:
+                self._attempt(suite, name, measurements)
+                break
+            except measure.TooLargeError as error:
+                self._halve(group_key(suite.NAME, name), str(error))
+                measurements.clear()
+                del self.results.measurements[before:]
+            free_memory()
+        self._look_closer(suite, name)
+        self.results.finished.append(group_key(suite.NAME, name))
+        self.keep()
+
+    def _attempt(self, suite: Suite, name: str, measurements: list[Measurement]) -> None:
+        """Measure a group.
+
+        Raises:
+            TooLargeError: if it does not fit into memory and its batch can be halved.
+        """
         self.watch(f"{suite.NAME}, {name}: making the input", 0.0)
-        group = suite.build(name, self)
+        key, device = group_key(suite.NAME, name), self.settings.device
+        try:
+            group = suite.build(name, self)
+        except Exception as error:
+            if out_of_memory(error) and self._batches.get(key, 1) > 1:
+                raise measure.TooLargeError(one_line(error)) from error
+            measurements += _failed(suite, name, self.settings, one_line(error))
+            self.results.measurements += measurements
+            return
+        group.halves = self._batches.get(key, 1) > 1
         measurements += measure.declare(group)
         self.results.measurements += measurements
-        device = self.settings.device
         with full_precision():
             measure.measure(
                 group,
@@ -167,6 +218,29 @@ class Session:
                 lambda step, share: self.watch(f"{suite.NAME}, {name}: {step}", share),
             )
 
+    def _look_closer(self, suite: Suite, name: str) -> None:
+        """Let a suite add to what was measured of a group. It is extra, and fails no run."""
+        after = getattr(suite, "after", None)
+        if after is None:
+            return
+        try:
+            with full_precision():
+                after(name, self)
+        except Exception as error:
+            self.results.notes.append(f"{group_key(suite.NAME, name)}: {one_line(error)}")
+
+    def _halve(self, key: str, reason: str) -> None:
+        self._limits[key] = self._batches[key] // 2
+        self.results.notes.append(
+            f"{key}: batch {self._batches[key]} does not fit into memory ({reason}), so it is "
+            f"measured at {self._limits[key]}"
+        )
+
+    def keep(self) -> None:
+        """Write what was measured so far, marked as interrupted until the run ends."""
+        if self._keeps:
+            write_json(self.folder / RESULTS, replace(self.results, interrupted=True))
+
     def _study(self, study: Any, measurements: list[Measurement]) -> None:
         """Let a suite train; each run is kept as soon as it is finished."""
 
@@ -175,6 +249,24 @@ class Session:
             self.results.measurements.append(measurement)
 
         study(self, add)
+
+
+def _failed(suite: Suite, group: str, settings: Settings, note: str) -> list[Measurement]:
+    """Return the measurements of a group that could not be made."""
+    return [
+        Measurement(suite.NAME, group, case.family, case.implementation, status="error", note=note)
+        for case in suite.cases(settings)
+        if case.group == group
+    ]
+
+
+def free_memory() -> None:
+    """Give back what nothing holds any more, so that a smaller batch finds room."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

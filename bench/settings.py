@@ -41,6 +41,9 @@ class Settings:
         batch: images in the throughput batch; None for the device's default (8, on a GPU 256).
         size: height and width of the images, pixels.
         models: names of networks, as `blnet.registry` knows them.
+        model: a network of one's own, in place of `models`: it is measured as it is, and converted
+            with each branching.
+        input: channels, height and width of the images; None for 3 x size x size.
         branchings: (alpha, beta) pairs measured of every Big-Little network; None for those that
             each suite has by default.
         baseline: name of the plain network to compare with; None for each network's own.
@@ -62,6 +65,8 @@ class Settings:
     batch: int | None = None
     size: int = 224
     models: tuple[str, ...] = DEFAULT_MODELS
+    model: str | None = None
+    input: tuple[int, int, int] | None = None
     branchings: tuple[tuple[int, int], ...] | None = None
     baseline: str | None = None
     images: str | None = None
@@ -89,6 +94,11 @@ class Settings:
             "bfloat16": torch.bfloat16,
             "float16": torch.float16,
         }[self.dtype or "float32"]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images."""
+        return self.input or (3, self.size, self.size)
 
     @property
     def throughput_batch(self) -> int:
@@ -124,6 +134,15 @@ class Settings:
         """Return the settings as plain values, fit for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Settings:
+        """Return the settings that `as_dict` gave, from JSON as well, which knows no tuples."""
+
+        def frozen(value: Any) -> Any:
+            return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
+
+        return cls(**{key: frozen(value) for key, value in values.items()})
+
 
 def resolve(settings: Settings) -> Settings:
     """Return the settings with every default filled in for this machine.
@@ -144,19 +163,23 @@ def resolve(settings: Settings) -> Settings:
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     _check_bounds(settings)
-    if not settings.models:
+    if not (settings.models or settings.model):
         raise ValueError("--models needs the name of a network at least")
     resolved = replace(settings, device=device, dtype=dtype)
-    batch, size = resolved.throughput_batch, resolved.size
-    if batch * size**2 > MAX_PIXELS:
+    batch, (_, height, width) = resolved.throughput_batch, resolved.image_shape
+    if batch * height * width > MAX_PIXELS:
         raise ValueError(
-            f"--batch {batch} at --size {size} is {batch * size**2} pixels, and {MAX_PIXELS} are "
-            "the most; choose a smaller batch or size"
+            f"--batch {batch} at {height}x{width} is {batch * height * width} pixels, and "
+            f"{MAX_PIXELS} are the most; choose a smaller batch or size"
         )
     return replace(resolved, batch=batch)
 
 
 def _check_bounds(settings: Settings) -> None:
+    for side in settings.input[1:] if settings.input else ():
+        least, most = BOUNDS["--size"]
+        if not least <= side <= most:
+            raise ValueError(f"--input must have sides of {least} to {most} pixels, got {side}")
     for flag, (least, most) in BOUNDS.items():
         value = getattr(settings, flag.removeprefix("--"))
         if value is not None and value < least:
@@ -176,7 +199,10 @@ def check_writable(folder: Path, goes_on: bool = False) -> None:
         ValueError: if it cannot, or holds the results of another run.
     """
     if not goes_on and (folder / RESULTS).exists():
-        raise ValueError(f"--output {folder} holds a {RESULTS} already; name another folder")
+        raise ValueError(
+            f"--output {folder} holds a {RESULTS} already; name another folder, or go on with an "
+            f"interrupted run: --continue {folder}"
+        )
     nearest = folder
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent

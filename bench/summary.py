@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from blnet.bench.intervals import Ratio, median_ratio
 from blnet.bench.results import Measurement, Network, Results
+from blnet.bench.roofline import least_seconds
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def model_rows(results: Results, suite: str = "models") -> list[ModelRow]:
         results: of a run.
         suite: one of `NETWORK_SUITES`; without measurements of it there are no rows.
     """
-    measurements = list(results.of(suite))
+    # A group that could not even be built has no facts.
+    measurements = [m for m in results.of(suite) if "batch" in m.facts]
     if not measurements:
         return []
     batches = sorted({m.facts["batch"] for m in measurements})
@@ -182,17 +184,15 @@ def op_rows(results: Results, suite: str) -> list[OpRow]:
         if measurement.timed:
             bandwidth = measurement.facts["bytes"] / measurement.median
             rate = measurement.facts.get("flops", 0) / measurement.median or None
-            share = _share(bandwidth, rate, results.ceilings)
+            share = _share(measurement, results.ceilings)
             speedup = median_ratio(plain.samples, measurement.samples) if plain else None
         row = OpRow(measurement, bandwidth, rate, share, speedup, measurement is plain)
         rows.append(row)
     return rows
 
 
-def _share(bandwidth: float, rate: float | None, ceilings: dict[str, float]) -> float | None:
+def _share(measurement: Measurement, ceilings: dict[str, float]) -> float | None:
     if "copy_bandwidth" not in ceilings:
         return None
-    share = bandwidth / ceilings["copy_bandwidth"]
-    if rate is not None and "matmul_rate" in ceilings:
-        share = max(share, rate / ceilings["matmul_rate"])
-    return share
+    moved, flops = measurement.facts["bytes"], measurement.facts.get("flops", 0)
+    return least_seconds(moved, flops, ceilings) / measurement.median

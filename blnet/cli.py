@@ -14,6 +14,11 @@ from typing import NoReturn
 # main(words) where it parses by itself.
 COMMANDS = {
     "bench": ("blnet.bench.command", "measure speed against the plain network and write a report"),
+    "bench report": ("blnet.bench.report.command", "write the report of runs measured before"),
+    "bench compare": (
+        "blnet.bench.compare_command",
+        "say what became slower or faster between two runs of blnet bench",
+    ),
     "convert": ("blnet.conversion.command", "turn a network or an official checkpoint into ours"),
     "export": ("blnet.exporting.command", "write a network as ONNX, TorchScript or torch.export"),
     "optimize": ("blnet.optimizing.command", "say what blnet.optimize makes of a network here"),
@@ -41,7 +46,7 @@ _EXTRAS = {
     ),
     **dict.fromkeys(("torchaudio", "librosa", "soundfile", "espeakng_loader"), "speech"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
-    **dict.fromkeys(("pytest", "pytest_benchmark", "rich", "sklearn"), "bench"),
+    **dict.fromkeys(("plotly", "pytest", "pytest_benchmark", "rich", "sklearn"), "bench"),
 }
 # Command -> modules that register the networks it takes by name, where they are installed.
 _NETWORKS = {

@@ -1,4 +1,4 @@
-"""Time limits for work that may take too long, and failures told on one line."""
+"""Limits of time and memory that work may pass, and failures told on one line."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
+
 
 class OutOfTime(BaseException):
     """Work passed its time. Not an Exception, so that no library's handler swallows it."""
@@ -16,6 +20,13 @@ class OutOfTime(BaseException):
 
 class UnavailableError(Exception):
     """Something that cannot run on this machine; the message says what it needs."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, on a GPU or a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
 
 
 @contextmanager

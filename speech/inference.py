@@ -14,13 +14,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 import blnet.speech.models  # noqa: F401  (registers the networks by name)
 from blnet.files import StrPath, reason
+from blnet.limits import out_of_memory
 from blnet.profiling import Profile, profile
 from blnet.speech.config import DataConfig, FeatureConfig, ModelConfig, SpeechConfig
 from blnet.speech.features import LogMel
 from blnet.speech.network import SpeechNet
 from blnet.speech.task import describe
 from blnet.speech.text import Alphabet
-from blnet.training.devices import out_of_memory
 from blnet.training.networks import load_network
 
 TASK = "speech"

@@ -18,7 +18,7 @@ from blnet.speech.grammar import sentences
 from blnet.speech.synthesis import Synthesizer
 
 Samples = NDArray[np.float32]
-VERSION = 1  # of what is made here; a change makes every cached corpus anew
+VERSION = 2  # of what is made here; a change makes every cached corpus anew
 # In the order in which they are made: the evaluation does not depend on how much else there is.
 PARTS = ("evaluation", "train")
 _ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-029", "en-us-nyc",
@@ -32,7 +32,7 @@ _NAMES = (
 )
 _VARIANTS = tuple(_NAMES.split())
 _HELD_OUT = 0.2  # of the variants
-_RATES = {"words": (120, 230), "sentences": (150, 230)}  # words a minute
+_RATES = {"words": (120, 230), "sentences": (120, 180)}  # words a minute
 _PITCHES = (20, 80)
 _PEAK = 0.9
 _AUDIBLE = 0.01  # of the peak; what is softer at the ends is cut off

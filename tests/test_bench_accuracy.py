@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 from rich.console import Console
 
-from blnet.bench import accuracy, command, progress, runner, studies
+from blnet.bench import accuracy, progress, runner, studies
 from blnet.bench.catalogue import STUDIES, SUITES, default_suites
 from blnet.bench.flags import parse_settings
 from blnet.bench.intervals import mean
@@ -254,7 +254,7 @@ def test_an_interrupted_study_goes_on_with_the_same_command(
     monkeypatch.setattr("blnet.training.run.run", stopped)
     monkeypatch.setattr("sys.argv", ["blnet", "bench", "accuracy"])
     assert bench(accuracy_suite, 1, folder) == 130
-    assert f"go on with: blnet bench accuracy --output {folder}\n" in capsys.readouterr().err
+    assert f"go on with: blnet bench --continue {folder}\n" in capsys.readouterr().err
     assert [m.family for m in read_json(folder / "results.json").measurements] == ["resnet18"]
     # The same command, and then with more seeds.
     assert bench(accuracy_suite, 1, folder) == 0
@@ -283,12 +283,6 @@ def test_a_study_s_results_are_not_lost_to_another_study(tmp_path: Path) -> None
         studies.goes_on(settings, tmp_path, STUDIES)
     assert studies.goes_on(Settings(suites=STUDIES), tmp_path, STUDIES)
     assert not studies.goes_on(Settings(suites=("accuracy", "merge")), tmp_path, STUDIES)
-
-
-@pytest.mark.parametrize("words", [["--output", "a b"], ["--output=a b"]])
-def test_how_to_go_on_names_the_folder_once(words, monkeypatch) -> None:
-    monkeypatch.setattr("sys.argv", ["blnet", "bench", "accuracy", *words])
-    assert command._with_output(Path("a b")).count("a b") == 1
 
 
 @pytest.mark.usefixtures("tiny")

@@ -126,7 +126,7 @@ def test_the_networks_of_a_run() -> None:
 
 def test_facts_of_a_network() -> None:
     spec = networks.Spec("resnet18", None, None, "resnet18")
-    facts = networks.facts(spec, (1, 3, 224, 224))
+    facts = networks.facts(spec, spec.build(), (1, 3, 224, 224))
     # He et al., CVPR 2016, give 1.8e9 multiply-adds; torchvision documents 11,689,512 parameters.
     assert facts.parameters == 11_689_512
     assert facts.macs == pytest.approx(1.814e9, rel=1e-3)

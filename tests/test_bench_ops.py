@@ -60,8 +60,9 @@ class SuiteModule:
 
 
 @pytest.fixture(autouse=True)
-def without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_compiling_or_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "compiled", lambda function, example, **options: function)
+    monkeypatch.setattr(ops, "measure_ceilings", lambda session: None)
 
 
 def test_every_pass_runs_and_is_checked() -> None:

@@ -126,7 +126,7 @@ def test_the_bound_of_an_op_is_the_longer_of_moving_and_multiplying(results) -> 
     rows = {row.measurement.implementation: row for row in op_rows(results, "merge")}
     assert rows["blnet"].rate == pytest.approx(8e9)
     assert rows["blnet"].share == pytest.approx(0.8)  # 0.5 for the bytes
-    assert "Rate of a matrix product in this run: 0 TFLOP/s" in report.markdown(results)
+    assert "Rate of a matrix product in this run: 0.01 TFLOP/s" in report.markdown(results)
 
 
 def test_results_round_trip(results, tmp_path) -> None:

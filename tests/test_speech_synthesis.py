@@ -13,8 +13,13 @@ from blnet.speech import grammar, spoken, synth
 from blnet.speech.audio import read_audio
 from blnet.speech.config import LETTERS, DataConfig
 from blnet.speech.data import load_data
-from blnet.speech.spoken import Recipe, voices_of_parts, write_corpus
+from blnet.speech.features import LogMel
+from blnet.speech.manifest import read_manifest
+from blnet.speech.spoken import PARTS, Recipe, voices_of_parts, write_corpus
 from blnet.speech.synthesis import Synthesizer, languages, synthesize, variants
+from blnet.speech.task_ctc import Spelling
+from blnet.speech.text import Alphabet
+from blnet.speech.train import COMMAND
 
 pytest.importorskip("espeakng_loader")
 WORDS = Recipe("words", 30, 20, 16000, 0)
@@ -113,6 +118,22 @@ def test_sentences_are_of_about_a_hundred_words_of_the_alphabet():
     assert {word for sentence in found for word in sentence.split()} == known
     assert set("".join(found)) <= set(LETTERS)
     assert len(set(found)) > 1900
+
+
+def test_sentences_fit_the_frames_that_their_recipe_gives_them(tmp_path):
+    """CTC needs a frame a character at least: whoever speaks too fast cannot be trained on."""
+    config, _ = COMMAND.parse(["--task", "ctc"])
+    made = Recipe("sentences", 150, 50, config.data.sample_rate, 0)
+    write_corpus(made, tmp_path / "made.zip")
+    spelling = Spelling(
+        Alphabet(config.data.alphabet),
+        LogMel(config.features, config.data.sample_rate),
+        config.augment.speed,
+        config.model.time_reduction,
+    )
+    for part in PARTS:
+        for one in read_manifest(f"{tmp_path}/made.zip::{part}.jsonl"):
+            assert len(spelling(one)) == len(one.text)
 
 
 def test_sentences_avoid_others():

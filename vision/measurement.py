@@ -17,9 +17,10 @@ from torch import nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
+from blnet.limits import out_of_memory
 from blnet.training.confusion import Counts, wilson
 from blnet.training.corrupt import CorruptLog
-from blnet.training.devices import choose_workers, make_accelerator, out_of_memory
+from blnet.training.devices import choose_workers, make_accelerator
 from blnet.training.evaluation import Findings, evaluate
 from blnet.training.loading import Loaded, Loader
 from blnet.vision.config import VisionConfig

@@ -18,9 +18,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from blnet.checks import positive
 from blnet.environment import core_count
 from blnet.files import StrPath, reason
+from blnet.limits import out_of_memory
 from blnet.training.answers import FORMATS, Answer, Kind, Prediction, most_probable, shown
 from blnet.training.config import TrainingConfig
-from blnet.training.devices import make_accelerator, out_of_memory
+from blnet.training.devices import make_accelerator
 from blnet.training.loading import CorruptSample
 from blnet.vision.classes import labels_of
 from blnet.vision.inference import (

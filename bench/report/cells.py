@@ -218,10 +218,30 @@ def op_notes(results: Results, suite: str) -> list[str]:
     notes = dict.fromkeys(
         f"- {m.implementation}: {m.note}." for m in results.of(suite) if m.note and m.status == "ok"
     )
-    lines = [*notes, "- GB/s and TFLOP/s count what any implementation must move and multiply."]
-    copy, product = (results.ceilings.get(name) for name in ("copy_bandwidth", "matmul_rate"))
+    counted = "- GB/s and TFLOP/s count what any implementation must move and multiply."
+    return [*notes, counted, *ceiling_notes(results)]
+
+
+def ceiling_notes(results: Results) -> list[str]:
+    """Return the rates that bounds follow from, as items of a Markdown list."""
+    copy, cache, held, product = (
+        results.ceilings.get(name)
+        for name in ("copy_bandwidth", "cache_bandwidth", "cache_bytes", "matmul_rate")
+    )
+    lines = []
     if copy:
         lines.append(f"- Copy bandwidth measured in this run: {copy / 1e9:.0f} GB/s.")
+    if cache and held:
+        lines.append(
+            f"- Of a copy within the last caches: {cache / 1e9:.0f} GB/s, the bound of what moves "
+            f"at most the {held / 1e6:.0f} MB that they hold."
+        )
     if product:
-        lines.append(f"- Rate of a matrix product in this run: {product / 1e12:.0f} TFLOP/s.")
+        lines.append(f"- Rate of a matrix product in this run: {product / 1e12:.3g} TFLOP/s.")
+    if copy and results.settings["device"] == "cpu":
+        lines.append(
+            "- On a CPU the rate of a product is that of a 3x3 convolution if that is faster. A "
+            "share can pass 100 %: part of a larger map is still in a cache, and memory that is "
+            "read more than written is faster than a copy."
+        )
     return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from blnet.bench import accuracy, kept
+from blnet.bench.report import layers
 from blnet.bench.report.cells import (
     GAINS,
     HOW,
@@ -26,6 +27,8 @@ from blnet.bench.report.cells import (
 )
 from blnet.bench.results import Results
 from blnet.bench.summary import NETWORK_SUITES, model_rows, op_rows, op_suites
+
+LAYERS_SHOWN = 10  # of each network
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -59,6 +62,7 @@ def markdown(results: Results) -> str:
         if memory:
             lines += [f"### {kept.TITLE}", "", *_table(kept.header(), memory), "", kept.NOTE, ""]
         lines += ["### Every rung", "", *_ladder_table(results, suite), ""]
+    lines += _layer_sections(results)
     for suite in op_suites(results):
         cells = [op_cells(results, row) for row in op_rows(results, suite)]
         lines += [f"## {op_title(results, suite)}", "", *_table(op_header(results), cells), ""]
@@ -80,6 +84,15 @@ def markdown(results: Results) -> str:
     lines += ["", "## Command", "", "```", results.command, "```", ""]
     lines += [*(f"Note: {note}." for note in results.notes)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _layer_sections(results: Results) -> list[str]:
+    lines = [f"## {layers.TITLE}", ""] if results.layers else []
+    for key, label, found in layers.networks(results):
+        rows = layers.rows(found, LAYERS_SHOWN)
+        lines += [f"### {label}: {key}", "", layers.reading(results, key, label), ""]
+        lines += [*_table(layers.HEADER, rows), ""]
+    return [*lines, *layers.notes(results), ""] if lines else []
 
 
 def _ladder_table(results: Results, suite: str) -> list[str]:

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blnet.bench import accuracy
+from blnet.bench.report import layers
 from blnet.bench.report.cells import (
     GAINS,
     gain_header,
@@ -23,6 +24,7 @@ from blnet.bench.report.cells import (
 from blnet.bench.results import Results
 from blnet.bench.summary import NETWORK_SUITES, model_rows, op_rows, op_suites
 
+LAYERS_SHOWN = 5  # of each network; the report has more
 SHOWN_DROPPED = 6  # of the implementations left out; the report has all
 
 
@@ -47,6 +49,7 @@ def print_tables(results: Results, console: Console) -> None:
             for texts in gains:
                 made.add_row(*(Text(cell.replace(" [", "\n[")) for cell in texts))
             console.print(made)
+    _print_layers(results, console)
     for suite in op_suites(results):
         table = _rich_table(op_title(results, suite), op_header(results), left=(0, 1, 2))
         for op_row in op_rows(results, suite):
@@ -69,6 +72,17 @@ def print_tables(results: Results, console: Console) -> None:
         line = f"FAILED {failure.suite}, {failure.group}, {failure.family}, "
         line += f"{failure.implementation}: {failure.note}"
         console.print(Text(line, style="bold red"), soft_wrap=True)
+
+
+def _print_layers(results: Results, console: Console) -> None:
+    for key, label, found in layers.networks(results):
+        title = f"{layers.TITLE.lower()}: {label}, {key}"
+        table = _rich_table(title, layers.HEADER, left=(0, 1, 2), gap=0)
+        for texts in layers.rows(found, LAYERS_SHOWN):
+            table.add_row(*map(Text, texts))
+        console.print(table)
+        said = layers.reading(results, key, label)
+        console.print(said, soft_wrap=True, markup=False, highlight=False)
 
 
 def _rich_table(title: str, header: list[str], left: tuple[int, ...], gap: int = 1) -> Table:

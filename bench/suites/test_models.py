@@ -6,7 +6,7 @@ All networks and rungs of a batch are one group, so that each is interleaved wit
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from blnet.bench import layers
+from blnet.bench.continuing import group_key
 from blnet.bench.ladder import Rung, rungs
 from blnet.bench.measure import Call, Group, Implementation
 from blnet.bench.memory import tensor_bytes
-from blnet.bench.networks import Spec, instance, record, specs
+from blnet.bench.networks import CALIBRATION_IMAGES, Built, Spec, built, specs
 from blnet.bench.replay import replay, virtual_clock
 from blnet.bench.results import Measurement
 from blnet.bench.session import Case, Session
@@ -49,25 +51,33 @@ def group_name(batch: int) -> str:
 
 def build(group: str, session: Session) -> Group:
     """Return all networks on all rungs at one batch."""
+    return group_of(NAME, group, session, *_inputs(group, session))
+
+
+def after(group: str, session: Session) -> None:
+    """Time the layers of all networks, at the throughput batch."""
+    if group == group_name(session.settings.throughput_batch):
+        layers.record(session, group_key(NAME, group), *_inputs(group, session))
+
+
+def _inputs(group: str, session: Session) -> tuple[Built, Tensor]:
+    """Return the networks of a group and their input."""
     settings = session.settings
     batch = next(b for b in settings.batches if group_name(b) == group)
-    images = session.images(batch)
-    found = specs(settings)
-    record(session.results, found, (1, 3, settings.size, settings.size))
-    models = {spec: session.cached(spec, partial(_model, spec, session)) for spec in found}
-    return group_of(NAME, group, session, models, images)
+    images = session.images(session.batch(NAME, group, batch))
+    # All groups share the networks, whatever their batch: one image is enough to know the input.
+    sample = session.images(CALIBRATION_IMAGES)
+    return built(session, specs(settings), sample, settings.torch_dtype), images
 
 
-def group_of(
-    suite: str, name: str, session: Session, models: Mapping[Any, nn.Module], inputs: Tensor
-) -> Group:
+def group_of(suite: str, name: str, session: Session, found: Built, inputs: Tensor) -> Group:
     """Return networks on all rungs for one batch.
 
     Args:
         suite: name of the suite.
         name: name of the group.
         session: of the run.
-        models: specification -> network, on the device and in the precision of the run.
+        found: the networks, on the device and in the precision of the run.
         inputs: the batch, float32.
     """
     settings = session.settings
@@ -77,12 +87,10 @@ def group_of(
         suite=suite,
         name=name,
         implementations=[
-            _implementation(spec, model, rung, ready)
-            for spec, model in models.items()
-            for rung in ladder
+            _implementation(spec, found, rung, ready) for spec in found.specs for rung in ladder
         ],
         references={
-            spec.label: partial(_reference, model, ready) for spec, model in models.items()
+            spec.label: partial(_reference, model, ready) for spec, model in found.models.items()
         },
         tolerance=TOLERANCES[settings.dtype or "float32"],
         reference_text=REFERENCE,
@@ -91,24 +99,18 @@ def group_of(
     )
 
 
-def _model(spec: Spec, session: Session) -> nn.Module:
-    settings = session.settings
-    model = instance(spec, session.images(settings.throughput_batch), settings)
-    return model.to(settings.device, settings.torch_dtype)
-
-
 def _reference(model: nn.Module, images: Tensor) -> Tensor:
     exact = copy.deepcopy(model).double()
     with torch.inference_mode():
         return torch.cat([exact(chunk.double()) for chunk in images.split(REFERENCE_CHUNK)])
 
 
-def _implementation(spec: Spec, model: nn.Module, rung: Rung, images: Tensor) -> Implementation:
+def _implementation(spec: Spec, found: Built, rung: Rung, images: Tensor) -> Implementation:
     layout = torch.channels_last if rung.channels_last else torch.contiguous_format
 
     def make() -> Call:
         own = images.contiguous(memory_format=layout)
-        run = rung.build(model, own)
+        run = rung.build(found.model(spec), own)
 
         def call() -> Any:
             with torch.inference_mode():
@@ -129,7 +131,7 @@ def _implementation(spec: Spec, model: nn.Module, rung: Rung, images: Tensor) ->
             "batch": len(images),
             "ours": rung.ours,
         },
-        held_bytes=tensor_bytes(model, images),
+        held_bytes=tensor_bytes(found.models.get(spec), images),
         memory=not rung.own_pool,
         compiles=rung.compiles,
     )

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from blnet.bench import layers
+from blnet.bench.continuing import group_key
 from blnet.bench.ladder import rungs
 from blnet.bench.measure import Group
-from blnet.bench.networks import Spec, instance, known, record
+from blnet.bench.networks import Built, Spec, built, known
 from blnet.bench.replay import replay, virtual_clock
 from blnet.bench.results import Measurement
 from blnet.bench.session import Case, Session
@@ -106,19 +107,25 @@ def group_name(batch: int) -> str:
 
 def build(group: str, session: Session) -> Group:
     """Return all networks on all rungs at one batch."""
+    return group_of(NAME, group, session, *_inputs(group, session))
+
+
+def after(group: str, session: Session) -> None:
+    """Time the layers of all networks, at the throughput batch."""
+    if group == group_name(session.settings.throughput_batch):
+        layers.record(session, group_key(NAME, group), *_inputs(group, session))
+
+
+def _inputs(group: str, session: Session) -> tuple[Built, Tensor]:
+    """Return the networks of a group and their input."""
     settings = session.settings
     batch = next(b for b in settings.batches if group_name(b) == group)
     maps = torch.randn(
         settings.throughput_batch, 1, BINS, FRAMES,
         generator=torch.Generator().manual_seed(settings.seed),
     )  # fmt: skip
-    record(session.results, SPECS, (1, 1, BINS, FRAMES))
-    models = {spec: session.cached(spec, partial(_model, spec, maps, settings)) for spec in SPECS}
-    return group_of(NAME, group, session, models, maps[:batch])
-
-
-def _model(spec: SpeechSpec, maps: Tensor, settings: Settings) -> nn.Module:
-    return instance(spec, maps, settings).to(settings.device, settings.torch_dtype)
+    found = built(session, SPECS, maps, settings.torch_dtype)
+    return found, maps[: session.batch(NAME, group, batch)]
 
 
 @pytest.mark.benchmark(timer=virtual_clock)

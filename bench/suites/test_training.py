@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from blnet.bench import kept
 from blnet.bench.measure import Call, Group, Implementation
 from blnet.bench.memory import tensor_bytes
-from blnet.bench.networks import Spec, instance, record, specs
+from blnet.bench.networks import CALIBRATION_IMAGES, Built, Spec, built, specs
 from blnet.bench.replay import replay, virtual_clock
 from blnet.bench.results import Measurement
 from blnet.bench.session import Case, Session
@@ -111,29 +111,34 @@ def cases(settings: Settings) -> list[Case]:
 def build(group: str, session: Session) -> Group:
     """Return all networks on all rungs."""
     settings = session.settings
-    images = session.images(settings.throughput_batch)
-    found = specs(settings)
-    record(session.results, found, (1, 3, settings.size, settings.size))
-    models = {spec: instance(spec, images, settings).to(settings.device) for spec in found}
-    counts = {
-        spec: kept.counted(model, settings.size, settings.torch_dtype)
-        for spec, model in models.items()
-    }
+    images = session.images(session.batch(NAME, group, settings.throughput_batch))
+    found = built(session, specs(settings), session.images(CALIBRATION_IMAGES))
+    counts = {spec: _kept(model, settings) for spec, model in found.models.items()}
     own = images.to(settings.device).contiguous(memory_format=torch.channels_last)
     return Group(
         suite=NAME,
         name=group,
         implementations=[
-            _implementation(spec, models[spec], rung, own, settings, counts[spec])
-            for spec in found
+            _implementation(spec, found, rung, own, settings, counts.get(spec, {}))
+            for spec in found.specs
             for rung in rungs(settings)
         ],
-        references={spec.label: partial(_reference, models[spec], own) for spec in found},
+        references={
+            spec.label: partial(_reference, model, own) for spec, model in found.models.items()
+        },
         tolerance=TOLERANCES[settings.dtype or "float32"],
         reference_text=REFERENCE,
         rounds=max(settings.rounds(settings.throughput_batch) // 2, 2),
         budget=session.budget(NAME),
     )
+
+
+def _kept(model: nn.Module, settings: Settings) -> dict[str, int]:
+    """Return what a network keeps for backward; nothing where it cannot be counted."""
+    try:
+        return kept.counted(model, settings.image_shape, settings.torch_dtype)
+    except ValueError:
+        return {}
 
 
 def _results(logits: Tensor, model: nn.Module) -> Iterator[Tensor]:
@@ -170,7 +175,7 @@ def _network(model: nn.Module, rung: Rung) -> nn.Module:
 
 def _implementation(
     spec: Spec,
-    model: nn.Module,
+    found: Built,
     rung: Rung,
     images: Tensor,
     settings: Settings,
@@ -181,7 +186,7 @@ def _implementation(
     precision = partial(torch.autocast, device, dtype, enabled=dtype is not torch.float32)
 
     def make() -> Call:
-        own = _network(model, rung)
+        own = _network(found.model(spec), rung)
         own.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         run: Callable[[Tensor], Tensor] = own
         if rung.compiles:
@@ -209,7 +214,7 @@ def _implementation(
             "ours": rung.fused or rung.recompute,
             kept.FACT: counts,
         },
-        held_bytes=tensor_bytes(model, images),
+        held_bytes=tensor_bytes(found.models.get(spec), images),
         compiles=rung.compiles,
     )
 

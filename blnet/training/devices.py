@@ -78,17 +78,6 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out, on a GPU or a CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        sign in text
-        for sign in ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
-    )
-
-
 def shared(value: Any, accelerator: Accelerator) -> Any:
     """Return the first process's value in every process."""
     if accelerator.num_processes == 1:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from blnet.files import reason
+from blnet.limits import out_of_memory
 from blnet.training.config import TrainingConfig
-from blnet.training.devices import out_of_memory
 
 # What PyTorch says when a process that a run needs is no longer there.
 _LOADER = "DataLoader worker (pid"

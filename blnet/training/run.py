@@ -14,9 +14,10 @@ from rich.console import Console
 
 from blnet.environment import collect, command_line
 from blnet.files import reason
+from blnet.limits import out_of_memory
 from blnet.training.checkpoints import BEST, CheckpointFolder
 from blnet.training.config import TrainingConfig
-from blnet.training.devices import by_first, make_accelerator, out_of_memory
+from blnet.training.devices import by_first, make_accelerator
 from blnet.training.display import Display, clock
 from blnet.training.journal import PLOT, Journal, plot, read_rows
 from blnet.training.loop import Trainer

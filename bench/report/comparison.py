@@ -1,0 +1,142 @@
+"""Two runs compared, as tables: in the terminal and as Markdown."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+from blnet.bench.compare import Comparison, Missing, Row, Shift
+from blnet.bench.intervals import Ratio
+from blnet.bench.report.cells import NOTHING, milliseconds
+from blnet.bench.report.markdown import _table as table
+from blnet.bench.report.terminal import _rich_table as rich_table
+
+FEW = 24  # rows that a table shows without --all, whether they changed or not
+HEADER = ["suite, group", "implementation", "old, ms", "new, ms", "ratio [95 %]"]
+HEADER += ["against controls [95 %]", "p", "verdict"]
+SHIFT_HEADER = ["suite, group", "controls", "moved by [95 %]"]
+TITLE = "New time over old"
+SHIFT_TITLE = "How much the controls moved: PyTorch's own ways, which our code does not touch"
+STYLES = {"slower": "bold red", "faster": "green", "unclear": "yellow", "too few": "yellow"}
+
+
+def print_comparison(comparison: Comparison, console: Console, everything: bool = False) -> None:
+    """Print a comparison.
+
+    Args:
+        comparison: what to print.
+        console: where to.
+        everything: show the rows without a change too, however many there are.
+    """
+    rows = shown(comparison, everything)
+    for note in comparison.notes:
+        console.print(note, soft_wrap=True, markup=False, highlight=False)
+    if rows:
+        made = rich_table(TITLE, HEADER, left=(0, 1, 7))
+        for row in rows:
+            made.add_row(*map(Text, _cells(row)), style=STYLES.get(row.verdict, ""))
+        console.print(made)
+    if len(rows) < len(comparison.rows):
+        text = f"and {len(comparison.rows) - len(rows)} rows more without a change (--all)"
+        console.print(text, markup=False, highlight=False)
+    shifts = _shown_shifts(comparison, rows)
+    if shifts:
+        made = rich_table(SHIFT_TITLE, SHIFT_HEADER, left=(0,))
+        for shift in shifts:
+            made.add_row(*map(Text, _shift_cells(shift)))
+        console.print(made)
+    for missing in comparison.missing:
+        style = "bold red" if missing.failed else ""
+        console.print(Text(_missing_text(missing), style=style), soft_wrap=True)
+    style = "bold" if comparison.passed else "bold red"
+    console.print(Text(conclusion(comparison), style=style), soft_wrap=True)
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """Return a comparison as Markdown, every row of it, to stand in a report."""
+    lines = [f"- {note}" for note in comparison.notes]
+    lines += ["", *table(HEADER, [_cells(row) for row in comparison.rows]), ""]
+    if comparison.shifts:
+        lines += [f"{SHIFT_TITLE}.", ""]
+        lines += [*table(SHIFT_HEADER, [_shift_cells(s) for s in comparison.shifts]), ""]
+    lines += [f"- {_missing_text(missing)}" for missing in comparison.missing]
+    return "\n".join([*lines, "", conclusion(comparison)]).strip() + "\n"
+
+
+def shown(comparison: Comparison, everything: bool = False) -> list[Row]:
+    """Return the rows that a terminal shows: those that changed, and all where they are few."""
+    if everything or len(comparison.rows) <= FEW:
+        return comparison.rows
+    return [row for row in comparison.rows if row.verdict != "same"]
+
+
+def conclusion(comparison: Comparison) -> str:
+    """Return one sentence on the whole."""
+    if comparison.blind:
+        return (
+            f"Nothing can be told: {_rounds(comparison.rows)} rounds are too few for "
+            f"{len(comparison.rows)} implementations; measure both with --repeat 8 or more."
+        )
+    parts = [
+        f"{len(comparison.of('slower'))} of {len(comparison.rows)} implementations are slower by "
+        f"more than {comparison.threshold * 100:g} %"
+    ]
+    if comparison.of("faster"):
+        parts.append(f"{len(comparison.of('faster'))} faster")
+    if comparison.of("unclear"):
+        parts.append(
+            f"{len(comparison.of('unclear'))} unclear (they moved as a control did, or against "
+            "the controls alone: measure both again on an idle machine)"
+        )
+    if comparison.of("too few"):
+        rounds = _rounds(comparison.of("too few"))
+        parts.append(
+            f"{len(comparison.of('too few'))} cannot be told, as {rounds} rounds are too few"
+        )
+    failed = sum(missing.failed for missing in comparison.missing)
+    if failed:
+        parts.append(f"{failed} lost their time because they fail now")
+    return "; ".join(parts) + "."
+
+
+def _rounds(rows: list[Row]) -> str:
+    found = sorted({count for row in rows for count in row.rounds})
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        f"{row.suite}, {row.group}",
+        f"{row.family}, {row.implementation}" + (" (control)" if row.control else ""),
+        milliseconds(row.old),
+        milliseconds(row.new),
+        _ratio(row.ratio),
+        _ratio(row.relative),
+        f"{row.p:.1e}" if row.p < 0.001 else f"{row.p:.3f}",
+        row.verdict,
+    ]
+
+
+def _shown_shifts(comparison: Comparison, rows: list[Row]) -> list[Shift]:
+    groups = {(row.suite, row.group) for row in rows}
+    return [shift for shift in comparison.shifts if (shift.suite, shift.group) in groups]
+
+
+def _shift_cells(shift: Shift) -> list[str]:
+    return [f"{shift.suite}, {shift.group}", str(shift.controls), _ratio(shift.ratio)]
+
+
+def _ratio(ratio: Ratio | None) -> str:
+    """Return a ratio with a digit more than a speed-up has: a per cent counts here."""
+    if ratio is None:
+        return NOTHING
+    return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+
+
+def _missing_text(missing: Missing) -> str:
+    name = f"{missing.suite}, {missing.group}, {missing.family}, {missing.implementation}"
+    if missing.kind == "lost":
+        return f"lost its time: {name}: {missing.status}" + (
+            f", {missing.note}" if missing.note else ""
+        )
+    return f"{missing.kind.removeprefix('only ')} run only: {name}"

@@ -1,0 +1,133 @@
+"""The gate of `blnet bench --compare` end to end: slow code, wrong code, the same code."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blnet.bench.catalogue import SUITES
+from blnet.bench.results import Results, read_json, write_json
+from blnet.cli import main
+
+TINY_SUITE = """
+import os, time
+import pytest, torch
+from blnet.bench.measure import Group, Implementation
+from blnet.bench.plugin import measured, pytest_generate_tests
+from blnet.bench.replay import replay, virtual_clock
+from blnet.bench.session import Case
+
+NAME = "tiny"
+WAYS = ("eager", "compile", "blnet")
+
+def cases(settings):
+    return [Case("g", "f", way) for way in WAYS]
+
+def build(group, session):
+    right = torch.ones(2, 3)
+
+    def make(way):
+        broken = os.environ.get("TINY", "") if way == "blnet" else ""
+        sign = torch.tensor([1.0, -1.0 if broken == "flipped" else 1.0, 1.0])
+
+        def call():
+            time.sleep(0.006 if broken == "slow" else 0.003)
+            return right * sign
+        return call
+
+    ways = [
+        Implementation(way, "f", lambda way=way: make(way), facts={"batch": 8, "baseline":
+            way != "blnet", "bytes": 8, "pass": "forward"})
+        for way in WAYS
+    ]
+    return Group(NAME, group, ways, {"f": lambda: right}, 1e-6, "exact", session.settings.rounds(1))
+
+@pytest.mark.benchmark(timer=virtual_clock)
+def test_tiny(case, measured, benchmark):
+    replay(benchmark, measured(case))
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Return what runs a suite of three ways, of which TINY in the environment breaks ours."""
+    (tmp_path / "test_tiny_compared.py").write_text(TINY_SUITE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(SUITES, "tiny", ("test_tiny_compared", "of a test"))
+    monkeypatch.chdir(tmp_path)
+
+    def run(output: str, *words: str, broken: str = "", repeat: int = 12) -> int:
+        monkeypatch.setenv("TINY", broken)
+        common = ["bench", "tiny", "--device", "cpu", "--repeat", str(repeat)]
+        return main([*common, "--output", output, *words])
+
+    return run
+
+
+def test_the_gate_catches_slow_and_wrong_code_and_nothing_else(
+    tiny: Callable[..., int], capfd: Any
+) -> None:
+    gate = ("--compare", "old", "--fail-if-slower", "30%")
+    assert tiny("old") == 0
+    assert tiny("same", *gate) == 0
+    assert "0 of 3 implementations are slower by more than 30 %" in capfd.readouterr().out
+    assert tiny("slow", *gate, broken="slow") == 1
+    assert "1 of 3 implementations are slower by more than 30 %" in capfd.readouterr().out
+    assert tiny("noted", "--compare", "old", broken="slow") == 0  # without a gate nothing fails
+    assert tiny("wrong", *gate, broken="flipped") == 1
+    said = capfd.readouterr().out
+    assert "FAILED tiny, g, f, blnet: relative error" in said
+    assert "lost its time: tiny, g, f, blnet: wrong, relative error" in said
+    wrong = read_json(Path("wrong/results.json")).failures
+    assert [(m.implementation, m.samples) for m in wrong] == [("blnet", [])]
+    for name, status in (("same", 0), ("slow", 1), ("wrong", 1)):
+        words = ["bench", "compare", "old", name]
+        assert main([*words, "--fail-if-slower", "30%"]) == status
+        assert main(words) == 0
+
+
+def test_what_cannot_be_compared_is_told_before_anything_is_measured(
+    tiny: Callable[..., int], capfd: Any
+) -> None:
+    assert tiny("old", repeat=2) == 0
+    changed = read_json(Path("old/results.json"))
+    changed.environment["device"] = "another"
+    write_json(Path("another.json"), changed)
+    write_json(Path("studies.json"), dataclasses.replace(changed, measurements=[]))
+    capfd.readouterr()
+    for words, said in (
+        (("--compare", "nosuch"), "nosuch cannot be read"),
+        (("--compare", "another.json"), "add --across-devices"),
+        (("--compare", "old", "--size", "64"), "differ in size (224 and 64)"),
+        (("--compare", "studies.json", "--across-devices"), "has no time of tiny; it has none"),
+        (("--fail-if-slower", "5%"), "name it with --compare FILE"),
+        (("--across-devices",), "name it with --compare FILE"),
+        (
+            ("--compare", "old", "--fail-if-slower", "5%"),
+            "has 2 rounds, too few to tell",
+        ),
+    ):
+        assert tiny("new", *words) == 2
+        captured = capfd.readouterr()
+        assert said in captured.err
+        assert captured.err.count("\n") == 1
+        assert not Path("new").exists()
+
+
+def test_an_interrupted_run_is_compared_and_stays_interrupted(
+    tiny: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    assert tiny("old") == 0
+
+    def interrupted(results: Results, folder: Path) -> int:
+        write_json(folder / "results.json", results)
+        return 130
+
+    monkeypatch.setattr("blnet.bench.runner.finish", interrupted)
+    gate = ("--compare", "old", "--fail-if-slower", "30%")
+    assert tiny("slow", *gate, broken="slow") == 130
+    assert "1 of 3 implementations are slower" in capfd.readouterr().out
