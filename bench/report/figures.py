@@ -91,8 +91,10 @@ def speedups(groups: Sequence[tuple[str, Sequence[series.Point]]], title: str = 
         data.append(
             {
                 "type": "scatter",
-                "mode": "markers",
+                "mode": "markers+text" if len(every) <= LABELLED else "markers",
                 "name": _text(name),
+                "text": [_text(p.label) for p in points],
+                "textposition": [_beside(p.mac_ratio, top) for p in points],
                 "x": [p.mac_ratio for p in points],
                 "y": values,
                 "error_y": _around(values, low, high),
@@ -117,34 +119,17 @@ def speedups(groups: Sequence[tuple[str, Sequence[series.Point]]], title: str = 
     return Figure(caption, f"Speed-up against MAC ratio. {described}.", 430, data, layout)
 
 
+def _beside(x: float, top: float) -> str:
+    """Return the side of a point that has room for its name, between 1 and the axis' end."""
+    return "middle right" if x < (1 + top) / 2 else "middle left"
+
+
 def gains(results: Results, suite: str, batch: int) -> Figure | None:
     """Return the ladder's steps stacked, each network's from the plain one in plain PyTorch."""
     ladders = series.ladders(results, suite, batch)
     if not ladders:
         return None
     labels = [_text(ladder.label) for ladder in ladders]
-    data = []
-    for tone, name in enumerate(series.STEPS):
-        bars = [bar for ladder in ladders if (bar := _piece(ladder, name))]
-        if bars:
-            data.append(
-                {
-                    "type": "bar",
-                    "orientation": "h",
-                    "name": name,
-                    "meta": {"tone": tone},
-                    "y": [_text(label) for label, _, _, _ in bars],
-                    "base": [base for _, base, _, _ in bars],
-                    "x": [length for _, _, length, _ in bars],
-                    "text": [text.split(" ")[0] for _, _, _, text in bars],
-                    "hovertext": [f"{name}: {text}" for _, _, _, text in bars],
-                    "hoverinfo": "text",
-                    "textposition": "inside",
-                    "insidetextanchor": "middle",
-                    "textangle": 0,
-                    "constraintext": "none",
-                }
-            )
     lines = [
         (label, ladders[0].start / best.median)
         for label, best in series.plain_best(results, suite, batch).items()
@@ -153,6 +138,7 @@ def gains(results: Results, suite: str, batch: int) -> Figure | None:
     layout = {
         "barmode": "overlay",
         "bargap": 0.35,
+        "uniformtext": {"mode": "hide", "minsize": 10},
         "xaxis": {
             "type": "log",
             "title": {"text": "times as fast as the plain network in plain PyTorch"},
@@ -168,10 +154,34 @@ def gains(results: Results, suite: str, batch: int) -> Figure | None:
         + f", together {ladder.start / ladder.best:.2f}x"
         for ladder in ladders
     )
-    caption = f"What each step of the ladder multiplies the speed by, batch {batch}."
+    caption = f"What each step of the ladder multiplies the speed by, batch {batch}; 1 where it "
+    caption += "brought nothing."
     if len(lines) == 1:
         caption += f" The dotted line is the fastest rung of {lines[0][0]} that is not ours."
-    return Figure(caption, f"Batch {batch}. {described}.", _rows_high(labels, 34), data, layout)
+    return Figure(
+        caption, f"Batch {batch}. {described}.", _rows_high(labels, 34), _stack(ladders), layout
+    )
+
+
+def _stack(ladders: Sequence[series.Ladder]) -> list[dict[str, Any]]:
+    """Return a trace for each step: its bar in every network that has it."""
+    traces = []
+    for tone, name in enumerate(series.STEPS):
+        bars = [bar for ladder in ladders if (bar := _piece(ladder, name))]
+        if bars:
+            labels, bases, lengths, gained = zip(*bars, strict=True)
+            trace = {"type": "bar", "orientation": "h", "name": name, "meta": {"tone": tone}}
+            trace |= {"y": list(map(_text, labels)), "base": list(bases), "x": list(lengths)}
+            trace |= {
+                "text": [text.split(" ")[0] for text in gained],
+                "hovertext": [f"{name}: {text}" for text in gained],
+                "hoverinfo": "text",
+                "textposition": "inside",
+                "insidetextanchor": "middle",
+                "textangle": 0,
+            }
+            traces.append(trace)
+    return traces
 
 
 def _piece(ladder: series.Ladder, name: str) -> tuple[str, float, float, str] | None:
@@ -208,6 +218,8 @@ def rungs(results: Results, suite: str, batch: int) -> Figure | None:
                 "type": "scatter",
                 "mode": "markers",
                 "name": _text(family),
+                "orientation": "h",
+                "offsetgroup": str(index),
                 "x": values,
                 "y": [_text(m.implementation) for m in own],
                 "marker": _marker(index),
@@ -218,7 +230,8 @@ def rungs(results: Results, suite: str, batch: int) -> Figure | None:
             }
         )
     layout = {
-        "scattermode": "group", "scattergap": 0.4,
+        "scattermode": "group",
+        "scattergap": 0.4,
         "xaxis": {"title": {"text": "ms, median with p20 and p90"}, "rangemode": "tozero"},
         "yaxis": {
             "autorange": "reversed",

@@ -127,7 +127,9 @@ def _card(claim: Claim) -> str:
 
 
 def _every_speedup(page: Page) -> str:
-    rows = [_speedup_row(page, run, *found) for run in page.runs for found in batch_rows(run.results)]
+    rows = [
+        _speedup_row(page, run, *found) for run in page.runs for found in batch_rows(run.results)
+    ]
     if not rows:
         return ""
     header = [*page.run_header, "network", "suite", "batch", "MAC ratio", "speed-up [95 %]"]
@@ -135,7 +137,9 @@ def _every_speedup(page: Page) -> str:
     return html.table("speedups-table", "Every speed-up", header, rows)
 
 
-def _speedup_row(page: Page, run: Run, suite: str, row: ModelRow, batch: int, found: BatchRow) -> Row:
+def _speedup_row(
+    page: Page, run: Run, suite: str, row: ModelRow, batch: int, found: BatchRow
+) -> Row:
     over = f"{row.network.baseline}, {found.baseline_rung}"
     return Row(
         [
