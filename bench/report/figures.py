@@ -170,8 +170,9 @@ def _stack(ladders: Sequence[series.Ladder]) -> list[dict[str, Any]]:
         bars = [bar for ladder in ladders if (bar := _piece(ladder, name))]
         if bars:
             labels, bases, lengths, gained = zip(*bars, strict=True)
-            trace = {"type": "bar", "orientation": "h", "name": name, "meta": {"tone": tone}}
+            trace: dict[str, Any] = {"type": "bar", "orientation": "h", "name": name}
             trace |= {"y": list(map(_text, labels)), "base": list(bases), "x": list(lengths)}
+            trace["meta"] = {"tone": tone}
             trace |= {
                 "text": [text.split(" ")[0] for text in gained],
                 "hovertext": [f"{name}: {text}" for text in gained],

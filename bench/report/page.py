@@ -141,7 +141,6 @@ def _alerts(runs: Sequence[Run]) -> str:
             many = f"{failures} measurements" if failures > 1 else "1 measurement"
             text = f"{many} failed{of}: no time is reported of them. Environment lists them."
             found.append(html.paragraph(text, "alert"))
-        found += [html.paragraph(f"Note{of}: {note}.", "note") for note in run.results.notes]
     return "".join(found)
 
 

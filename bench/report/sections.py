@@ -112,7 +112,8 @@ def _cards(run: Run, several: bool) -> str:
     if not found:
         nothing = "Nothing was compared in this run: there is no speed-up to tell."
         return heading + html.paragraph(nothing)
-    return heading + "".join(_card(claim) for claim in found)
+    notes = [html.paragraph(f"Note: {note}.", "note") for note in run.results.notes]
+    return heading + "".join([*map(_card, found), *notes])
 
 
 def _card(claim: Claim) -> str:
