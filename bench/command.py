@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         metavar="DIR",
-        help="folder for results.json, results.csv and report.md "
+        help="folder for results.json, results.csv, report.md, report.html and a PNG of each suite "
         "(default: results/<date-time>-<device>)",
     )
     parser.add_argument(

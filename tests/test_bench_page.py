@@ -1,113 +1,430 @@
-"""The report as one HTML file: what is in it, what is escaped, and `blnet bench report`."""
+"""The report as one HTML file, and the command that writes it: all without a browser."""
 
 from __future__ import annotations
 
+import base64
+import csv
+import gzip
+import io
+import json
+import math
+import re
+import sys
+import tomllib
+from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
+from plotly.graph_objects import Figure
 
-from blnet.bench.report import write_all
-from blnet.bench.report.page import page
-from blnet.bench.results import Measurement, Results, read_json
+from blnet.bench import report
+from blnet.bench.report import page as page_module
+from blnet.bench.report import series
+from blnet.bench.report.elements import script_json
+from blnet.bench.report.page import LIMIT, html_page
+from blnet.bench.results import Check, Layer, Measurement, Network, Results, read_json, write_json
+from blnet.bench.settings import Settings, resolve
+from blnet.bench.summary import NETWORK_SUITES, model_rows
 from blnet.cli import main
+from blnet.environment import collect
 
-pytest.importorskip("plotly")
-KEPT = Path(__file__).parent.parent / "bench" / "results"
-IMAGES = KEPT / "2026-11-23-cpu-amd-epyc"
-SPEECH = KEPT / "2026-11-23-speech-models-cpu-amd-epyc"
-STUDY = KEPT / "2026-11-23-accuracy-digits-cpu-amd-epyc"
-MOST = 6_000_000  # bytes
-
-
-def empty() -> Results:
-    where = read_json(IMAGES / "results.json").environment
-    return Results(environment=where, settings=read_json(IMAGES / "results.json").settings)
+KEPT = Path(__file__).resolve().parents[1] / "bench" / "results"
+BL = "bl_resnet50 a2 b4"
+EVIL = "</script><img src=x onerror=alert(1)>\"'&{{style}}"
+VOID = {"meta", "link", "input", "img", "br"}
 
 
-def test_every_time_of_a_run_is_in_its_page() -> None:
-    results = read_json(IMAGES / "results.json")
-    text = page([results])
+class Reader(HTMLParser):
+    """Reads a page: its elements, the rows of its tables, its scripts, and that all is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: dict[str, list[list[tuple[str, float | None]]]] = {}
+        self.texts: dict[str, str] = {}
+        self.table = self.name = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        found = dict(attributes)
+        self.elements.append((tag, found))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.table = found.get("id") or "facts"
+            self.tables[self.table] = []
+        if tag == "tr":
+            self.tables[self.table].append([])
+        if tag in ("td", "th"):
+            value = found.get("data-value")
+            self.tables[self.table][-1].append(("", None if value is None else float(value)))
+        if tag == "script":
+            self.name = found.get("id") or "code"
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "th"} & set(self.open):
+            row = self.tables[self.table][-1]
+            row[-1] = (row[-1][0] + data, row[-1][1])
+        if self.open and self.open[-1] == "script":
+            self.texts[self.name] = self.texts.get(self.name, "") + data
+
+    def unpacked(self, name: str) -> str:
+        return gzip.decompress(base64.b64decode(self.texts[name])).decode()
+
+    def values(self, table: str) -> set[float]:
+        return {value for row in self.tables[table] for _, value in row if value is not None}
+
+
+def model(family: str, batch: int, rung: str, seconds: float, **more) -> Measurement:
+    facts = {"network": family.split()[0], "batch": batch, "ours": rung.startswith("blnet")}
+    values = {"status": "ok", "samples": [seconds, seconds * 1.01, seconds * 1.02]}
+    values |= {"check": Check(1.25e-6, 1e-3, "float64"), "peak_memory": 250_000_000}
+    return Measurement("models", f"batch {batch}", family, rung, facts=facts, **{**values, **more})
+
+
+def merge(name: str, seconds: float, baseline: bool) -> Measurement:
+    facts = {"site": "s", "pass": "forward", "batch": 8, "bytes": 10**9, "baseline": baseline}
+    samples, check = [seconds, seconds * 1.1], Check(1e-8, 1e-5, "float64")
+    return Measurement("merge", "s, forward", "s", name, facts=facts, samples=samples,
+                       status="ok", check=check)  # fmt: skip
+
+
+@pytest.fixture
+def results() -> Results:
+    found = Results(
+        environment={**collect("cpu").as_dict(), "device": "Test CPU"},
+        settings=resolve(Settings(device="cpu")).as_dict(),
+        command="blnet bench",
+        seconds=12.0,
+        ceilings={"copy_bandwidth": 40e9, "matmul_rate": 1e12},
+    )
+    found.networks = [
+        Network("resnet50", "resnet50", None, None, "resnet50", 25_557_032, 4_089_000_000),
+        Network(BL, "bl_resnet50", 2, 4, "resnet50", 26_689_256, 2_044_500_000),
+    ]
+    found.measurements = [
+        model("resnet50", 1, "eager", 0.06),
+        model("resnet50", 1, "folded", 0.05),
+        model("resnet50", 1, "blnet kernels, graph", 0.045),
+        model(BL, 1, "eager", 0.04),
+        model(BL, 1, "folded", 0.032),
+        model(BL, 1, "blnet kernels, graph", 0.02),
+        model("resnet50", 8, "eager", 0.4),
+        model(BL, 8, "eager", 0.25),
+        merge("eager", 0.2, True),
+        merge("blnet", 0.05, False),
+    ]
+    layer = Layer("stages.0.big", "Conv2d", (8, 64, 28, 28), 10**9, 10**7, 0.001, 0.004)
+    found.layers = {"models, batch 8": {BL: [layer, Layer("fc", "Linear", (8, 10), 9, 9, 1e-6)]}}
+    return found
+
+
+@pytest.fixture
+def folder(results: Results, tmp_path: Path) -> Path:
+    write_json(tmp_path / "run" / "results.json", results)
+    return tmp_path / "run"
+
+
+def test_the_page_is_one_file_below_its_limit(results: Results) -> None:
+    text = html_page([results])
+    assert len(text.encode()) < LIMIT <= 6_000_000
+    found = Reader(text)
+    for tag, attributes in found.elements:
+        assert tag not in ("iframe", "object", "base")
+        assert not attributes.get("src")
+        assert (attributes.get("href") or "#").startswith(("#", "data:,"))
+        assert not any(name.startswith("on") for name in attributes), tag
+    assert "@import" not in text
+    assert "url(" not in text
+    policy = [a["content"] for tag, a in found.elements if a.get("http-equiv")]
+    assert "default-src 'none'" in policy[0]
+    assert found.unpacked("plotly").lstrip().startswith("/**\n* plotly.js")
+    names = [a["id"] for _, a in found.elements if a.get("id")]
+    assert len(names) == len(set(names))
+    assert html_page([results]) == text, "the same results make the same file"
+
+
+def test_all_numbers_of_the_results_stand_in_the_page(results: Results) -> None:
+    found = Reader(html_page([results]))
+    rows = found.tables["raw-table"][1:]
+    assert [row[0][0] for row in rows] == [m.family for m in results.measurements]
+    for m, row in zip(results.measurements, rows, strict=True):
+        values = [value for _, value in row if value is not None]
+        wanted = [*(m.quantile(p) for p in (20, 50, 90)), len(m.samples), m.check.error]
+        assert values[:5] == wanted
+    plain, ours = model_rows(results)
+    gains = [row.batches[b].speedup.value for row, b in ((plain, 1), (ours, 1), (ours, 8))]
+    assert set(gains) <= found.values("speedups-table")
+    assert set(gains) | {plain.network.macs, ours.mac_ratio} <= found.values("r0-models-times")
+    assert ours.batches[1].architecture.value in found.values("r0-models-gains")
+    assert {1e9 / results.measurements[-1].median} <= found.values("r0-op0-ops")
+    assert {0.001, 0.004, 0.003} <= found.values("r0-layers-0")
+
+
+def test_the_raw_data_are_the_files(results: Results, folder: Path) -> None:
+    results.measurements[0].check = Check(math.nan, 1e-3, "float64")
+    write_json(folder / "results.json", results)
+    found = Reader(html_page([results]))
+    assert found.unpacked("r0-json") == (folder / "results.json").read_text()
+    lines = list(csv.DictReader(io.StringIO(found.unpacked("r0-csv"))))
+    assert [line["implementation"] for line in lines] == [
+        m.implementation for m in results.measurements
+    ]
+
+
+def test_samples_that_would_not_fit_are_left_out(results: Results, monkeypatch) -> None:
+    monkeypatch.setattr(page_module, "LIMIT", 1000)
+    text = html_page([results])
+    kept = json.loads(Reader(text).unpacked("r0-json"))
+    assert all(m["samples"] == [] and m["quantiles"]["p50"] > 0 for m in kept["measurements"])
+    assert "single times are left out" in text
+
+
+def test_the_first_sentence_says_how_much_faster_on_what_against_what(results: Results) -> None:
+    text = html_page([results])
+    one, eight = (model_rows(results)[1].batches[b].speedup for b in (1, 8))
+    sentence = re.search(r"<p>(bl_resnet50 a2 b4 runs [^<]*)</p>", text)
+    assert sentence is not None
+    said = sentence[1].replace("&#x27;", "'")
+    assert f"runs {one.value:.2f}x [{one.low:.2f}, {one.high:.2f}] as fast as resnet50" in said
+    assert f"{eight.value:.2f}x [" in said
+    assert "at batch 1 (on blnet kernels, graph, over resnet50's folded)" in said
+    assert "float32, 224x224 pixels. It has 2.00 times fewer multiply-adds." in said
+
+
+def test_a_slower_network_is_called_slower(results: Results) -> None:
     for m in results.measurements:
-        if m.timed:
-            assert f'data-value="{m.median!r}"' in text, (m.family, m.implementation)
-    assert len(text.encode()) < MOST
+        if m.family == BL:
+            m.samples = [sample * 3 for sample in m.samples]
+    assert "at batch 8, which is slower, (" in html_page([results])
 
 
-def test_several_runs_are_one_page_of_less_than_6_mb() -> None:
-    runs = [read_json(folder / "results.json") for folder in (IMAGES, SPEECH, STUDY)]
-    text = page(runs)
-    assert len(text.encode()) < MOST
-    for run in runs:
-        assert run.environment["date"][:10] in text
-    assert "http://" not in text.replace("http://www.w3.org", "")
+def test_steps_multiply_to_the_whole(results: Results) -> None:
+    plain, ours = series.ladders(results, "models", 1)
+    assert [name for name, _ in plain.steps] == ["folding", "CUDA graph"]
+    assert [name for name, _ in ours.steps] == ["architecture", "folding", "CUDA graph"]
+    for ladder in (plain, ours):
+        product = math.prod(gain.value for _, gain in ladder.steps)
+        assert product == pytest.approx(ladder.start / ladder.best)
+    results.measurements = [m for m in results.measurements if m.implementation != "eager"]
+    assert series.ladders(results, "models", 1) == [], "nothing that was not run gets a bar"
 
 
-def test_what_a_file_says_is_text_and_never_code() -> None:
-    results = empty()
-    bad = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
-    results.measurements = [
-        Measurement("merge", bad, bad, bad, facts={"batch": 1}, status="error", note=bad)
-    ]
-    results.notes, results.command = [bad], bad
-    text = page([results])
-    assert "<img src=x" not in text
-    assert "<script>alert" not in text
-    assert "&lt;img src=x" in text
+def test_plots_are_what_plotly_takes(results: Results) -> None:
+    runs = [results, *map(read_json, sorted(KEPT.glob("*/results.json")))]
+    figures = json.loads(Reader(html_page(runs)).texts["figures"])
+    assert len(figures) > 10
+    for name, figure in figures.items():
+        Figure(figure)  # raises on a property that plotly does not know
+        assert all("tone" in trace["meta"] for trace in figure["data"]), name
 
 
-def test_interrupted_runs_and_failures_say_so() -> None:
-    results = empty()
+def test_names_of_a_file_are_text_and_never_markup(results: Results) -> None:
+    results.networks[1] = Network(EVIL, EVIL, 2, 4, "resnet50", 1, 1_000)
+    for m in results.measurements:
+        m.family = EVIL if m.family == BL else m.family
+        m.suite = EVIL if m.suite == "merge" else m.suite
+        m.note = m.description = EVIL
+    results.layers = {EVIL: {EVIL: results.layers["models, batch 8"][BL]}}
+    results.notes = [EVIL]
+    results.command = results.environment["device"] = results.settings["device"] = EVIL
+    results.environment[EVIL] = {EVIL: EVIL}
+    results.environment["cpu"] = EVIL
+    text = html_page([results])
+    found = Reader(text)
+    assert "<img" not in text
+    assert not [tag for tag, _ in found.elements if tag == "img"]
+    assert any(row[0][0] == EVIL for row in found.tables["raw-table"])
+    assert "</script" not in found.texts["figures"]
+    assert "<" not in script_json({EVIL: EVIL})
+    assert json.loads(script_json({EVIL: EVIL})) == {EVIL: EVIL}
+    assert json.loads(found.unpacked("r0-json"))["command"] == EVIL
+    plot = json.loads(found.texts["figures"])["r0-models-rungs-8"]
+    assert "<" not in plot["data"][1]["name"], "plotly reads tags in its texts"
+
+
+def test_several_runs_stand_side_by_side(results: Results) -> None:
+    other = Results.from_dict(json.loads(json.dumps(results.as_dict())))
+    other.environment["device"] = "Other GPU"
+    found = Reader(html_page([results, other]))
+    rows = found.tables["speedups-table"][1:]
+    names = list(dict.fromkeys(row[0][0] for row in rows))
+    assert [name.split(",")[0] for name in names] == ["Test CPU", "Other GPU"]
+    assert len(rows) == 6
+    assert len(found.tables["raw-table"]) == 1 + 2 * len(results.measurements)
+    assert found.unpacked("r1-json") != found.unpacked("r0-json")
+    assert {"r0-models-times", "r1-models-times"} <= set(found.tables)
+
+
+def test_what_was_not_run_has_no_section(results: Results) -> None:
+    text = html_page([results])
+    assert 'href="#models"' in text
+    assert 'href="#speech"' not in text
+    assert 'href="#accuracy"' not in text
+    results.measurements, results.networks, results.layers = [], [], {}
+    text = html_page([results])
+    Reader(text)
+    assert "Nothing was compared in this run" in text
+    assert "Nothing was measured" in text
+    for name in ("models", "kernels", "layers"):
+        assert f'id="{name}"' not in text
+
+
+def test_an_interrupted_run_says_so_at_the_top(results: Results) -> None:
+    assert "interrupted:" not in html_page([results])
     results.interrupted = True
-    results.measurements = [
-        Measurement("merge", "g", "f", "flipped", status="wrong", note="relative error 1e+00")
+    text = html_page([results])
+    assert text.index("This run was interrupted") < text.index("<h2")
+
+
+def test_failures_are_told_in_words(results: Results) -> None:
+    wrong = model(BL, 8, "folded", 0.1, status="wrong", note="relative error 0.5")
+    raised = model(BL, 8, "compile", 0.1, status="error", note="no compiler", samples=[])
+    results.measurements += [wrong, raised]
+    text = html_page([results])
+    assert text.index("2 measurements failed") < text.index("<h2")
+    rows = {row[2][0]: row for row in Reader(text).tables["r0-models-ladder"][1:] if row[1][1] == 8}
+    assert rows["folded"][3][0] == "failed: wrong"
+    assert rows["compile"][3][0] == "failed: error"
+    assert rows["folded"][5] == ("-", None), "what was wrong has no time"
+    assert text.count('<tr class="failed">') == 4  # in the ladder and in the raw data
+
+
+@pytest.mark.parametrize("path", sorted(KEPT.glob("*/results.json")), ids=lambda p: p.parent.name)
+def test_kept_runs_make_a_page(path: Path) -> None:
+    found = read_json(path)
+    read = Reader(html_page([found]))
+    assert len(read.tables["raw-table"]) == 1 + len(found.measurements)
+    sections = {a["id"] for tag, a in read.elements if tag == "section"}
+    suites = {m.suite for m in found.measurements}
+    assert ("models" in sections) == bool(suites & {"models", "training"})
+    assert ("speech" in sections) == bool(suites & {"speech", "speech_models"})
+    assert ("accuracy" in sections) == bool(suites & {"accuracy", "conversion"})
+    studied = [name for name in read.tables if name.endswith("-study")]
+    assert len(studied) == len(suites & {"accuracy", "conversion", "speech"})
+    if suites & set(NETWORK_SUITES):
+        assert read.tables["speedups-table"]
+
+
+def test_write_all_writes_the_page_and_plots(results: Results, tmp_path: Path) -> None:
+    written = report.write_all(results, tmp_path)
+    assert written.notes == []
+    assert written.files == [
+        *("results.json", "results.csv", "report.md", "report.html", "models.png", "merge.png")
     ]
-    text = page([results])
-    assert "interrupted" in text
-    assert "relative error 1e+00" in text
-    assert 'class="failed"' in text
+    assert {path.name for path in tmp_path.iterdir()} == set(written.files)
+    for name in ("models.png", "merge.png"):
+        assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_a_run_of_nothing_is_a_page_too() -> None:
-    assert "Big-Little Net, measured" in page([empty()])
+class Absent:
+    """Finds no package of one name, as where it is not installed."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == self.package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def test_without_plotly_the_rest_is_written(tmp_path: Path, monkeypatch: Any) -> None:
-    def missing(runs: Any) -> str:
-        raise ModuleNotFoundError("No module named 'plotly'", name="plotly")
-
-    monkeypatch.setattr("blnet.bench.report.page", missing)
-    written = write_all(empty(), tmp_path)
-    assert "report.html" not in written.files
-    assert (tmp_path / "report.md").is_file()
-    assert any("report.html left out: plotly" in note for note in written.notes)
-
-
-def test_the_command_merges_runs(tmp_path: Path, capsys: Any) -> None:
-    assert main(["bench", "report", str(IMAGES), str(STUDY), "--output", str(tmp_path)]) == 0
-    assert "report.html, report.md" in capsys.readouterr().out
-    markdown = (tmp_path / "report.md").read_text()
-    assert markdown.count("# Big-Little Net, measured") == 2
-    assert (tmp_path / "report.html").stat().st_size < MOST
+def take_away(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    page_module._plotly.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Absent(package), *sys.meta_path])
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("package", "missing"),
+    [("plotly", {"report.html"}), ("matplotlib", {"models.png", "merge.png"})],
+)
+def test_a_missing_package_leaves_out_what_needs_it(
+    results: Results, tmp_path: Path, monkeypatch, package: str, missing: set[str]
+) -> None:
+    full = set(report.write_all(results, tmp_path / "full").files)
+    take_away(monkeypatch, package)
+    written = report.write_all(results, tmp_path / "less")
+    assert set(written.files) == full - missing
+    assert {path.name for path in (tmp_path / "less").iterdir()} == full - missing
+    (note,) = written.notes
+    assert f"{package} is not installed; install it with: pip install 'blnet[bench]'" in note
+
+
+def bench_report(*words: object) -> int:
+    return main(["bench", "report", *map(str, words)])
+
+
+def test_the_command_rewrites_a_run_s_report(folder: Path, capsys) -> None:
+    assert bench_report(folder) == 0
+    assert capsys.readouterr().out == f"written: {folder}/report.html, report.md\n"
+    assert sorted(p.name for p in folder.iterdir()) == ["report.html", "report.md", "results.json"]
+    html = (folder / "report.html").read_text()
+    assert bench_report(folder / "results.json", "--output", folder.parent / "deep" / "out") == 0
+    assert (folder.parent / "deep" / "out" / "report.html").read_text() == html
+
+
+def test_the_command_puts_runs_together(folder: Path, results: Results, monkeypatch) -> None:
+    study = next(KEPT.glob("*accuracy-digits*"))
+    monkeypatch.chdir(folder.parent)
+    assert bench_report(folder, study) == 0
+    (made,) = (folder.parent / "results").iterdir()
+    assert made.name.startswith("report-")
+    text = (made / "report.md").read_text()
+    assert text.startswith("# Test CPU, ")
+    for run in (results, read_json(study / "results.json")):
+        assert report.markdown(run).split("\n## ")[1].splitlines()[2] in text
+    (link,) = re.findall(r"!\[accuracy\]\(<(.*)>\)", text)
+    assert (made / link).is_file()
+    found = Reader((made / "report.html").read_text())
+    assert {"r0-models-times", "r1-accuracy-study"} <= set(found.tables)
+
+
+def broken(folder: Path, change: Callable[[dict], object]) -> Path:
+    values = json.loads((folder / "results.json").read_text())
+    change(values)
+    (folder / "results.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
     [
-        (["nowhere"], "nowhere does not exist; give the folder"),
-        (["bad"], "is not a results.json"),
-        (["old"], "format version 0"),
-        (["half"], "is not a results.json of 'blnet bench'"),
-        ([str(IMAGES), str(IMAGES / "results.json")], "is the same run as"),
-        ([str(IMAGES), "--output", "bad/results.json"], "is not a folder"),
+        (lambda f: [f.parent], "results.json does not exist; give the folder"),
+        (lambda f: [f, f], "is the same run as"),
+        (lambda f: [f, f / "results.json"], "is the same run as"),
+        (lambda f: [broken(f, lambda v: v.update(schema=99))], "have format version 99"),
+        (lambda f: [broken(f, lambda v: v.pop("networks"))], "is not a results.json of"),
+        (lambda f: [broken(f, lambda v: v["measurements"][0].pop("suite"))], "is not a results"),
+        (lambda f: [broken(f, lambda v: v["environment"].pop("device"))], "lacks device"),
+        (lambda f: [f, "--output", f / "results.json" / "out"], "is not a folder"),
     ],
 )
-def test_bad_words(words: list[str], said: str, tmp_path: Path, monkeypatch: Any, capsys: Any):
-    monkeypatch.chdir(tmp_path)
-    for name, text in (("bad", "no"), ("old", '{"schema": 0}'), ("half", '{"schema": 1}')):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text(text)
-    assert main(["bench", "report", *words]) == 2
+def test_the_command_s_errors_are_one_sentence(folder: Path, capsys, make, message: str) -> None:
+    assert bench_report(*make(folder)) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert error.startswith("blnet bench report: error: ")
+    assert message in error
     assert error.count("\n") == 1
+    assert not (folder / "report.html").exists()
+
+
+def test_the_command_needs_plotly(folder: Path, monkeypatch, capsys) -> None:
+    take_away(monkeypatch, "plotly")
+    assert bench_report(folder) == 2
+    assert "pip install 'blnet[bench]'" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["results.json"]
+
+
+def test_the_page_s_own_files_are_installed_with_it() -> None:
+    project = tomllib.loads((KEPT.parents[1] / "pyproject.toml").read_text())
+    listed = project["tool"]["setuptools"]["package-data"]["blnet.bench.report"]
+    home = KEPT.parent / "report"
+    assert sorted(listed) == sorted(p.name for p in home.iterdir() if p.suffix not in (".py", ""))

@@ -192,11 +192,21 @@ def test_the_printed_table_fits_132_columns(results) -> None:
     assert max(map(len, table.splitlines())) <= 132
 
 
-def test_a_run_at_batch_1_has_each_column_once(results) -> None:
-    results.settings["batch"] = 1
-    header = cells.model_header(results)
+@pytest.mark.parametrize("kept", [{1}, {8}, {1, 8}, set()])
+def test_the_columns_are_those_of_the_batches_that_have_times(results, kept: set[int]) -> None:
+    """A halved batch is not the one asked for, and the table must not be empty there."""
+    results.settings["batch"] = 16
+    results.measurements = [m for m in results.measurements if m.facts["batch"] in kept]
+    rows = model_rows(results)
+    batches = cells.batches_of(rows)
+    header = cells.model_header(batches)
     assert len(set(header)) == len(header)
-    assert all(len(cells.model_cells(results, r)) == len(header) for r in model_rows(results))
+    assert [name for name in header if name.startswith("speed-up")] == [
+        f"speed-up b{batch} [95 %]" for batch in sorted(kept) or [1]
+    ]
+    for row in rows:
+        shown = dict(zip(header, cells.model_cells(batches, row), strict=True))
+        assert (cells.NOTHING in shown[f"images/s b{batches[-1]}"]) == (not row.batches)
 
 
 def test_committed_results_can_be_read() -> None:

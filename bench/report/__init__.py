@@ -7,14 +7,14 @@ from pathlib import Path
 
 from blnet.bench import accuracy
 from blnet.bench.report.markdown import markdown
-from blnet.bench.report.page import page
+from blnet.bench.report.page import html_page
 from blnet.bench.report.plots import plot_networks, plot_op
 from blnet.bench.report.spreadsheet import csv_text
 from blnet.bench.report.terminal import print_tables
 from blnet.bench.results import Results, write_json, write_text
 from blnet.bench.summary import NETWORK_SUITES, op_suites
 
-__all__ = ["Written", "csv_text", "markdown", "page", "print_tables", "write_all"]
+__all__ = ["Written", "csv_text", "html_page", "markdown", "print_tables", "write_all"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def write_all(results: Results, folder: Path) -> Written:
     write_text(folder / "report.md", markdown(results))
     written = Written(["results.json", "results.csv", "report.md"], [])
     try:
-        write_text(folder / "report.html", page([results]))
+        write_text(folder / "report.html", html_page([results]))
         written.files.append("report.html")
     except ModuleNotFoundError as error:
         written.notes.append(_left_out("report.html", error))

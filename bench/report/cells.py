@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from blnet.bench import accuracy
@@ -62,10 +63,17 @@ def megabytes(value: int | None) -> str:
 # ---------------------------------------------------------------------------- models
 
 
-def model_header(results: Results, unit: str = "images") -> list[str]:
-    """Return the columns of a table of networks; the batches are those of the run."""
-    top = top_batch(results)
-    batches = batches_of(results)
+def batches_of(rows: Sequence[ModelRow]) -> list[int]:
+    """Return the batches that a table of networks shows: those at which any has a time.
+
+    They need not be those asked for: a batch that did not fit the memory was halved.
+    """
+    return sorted({batch for row in rows for batch in row.batches}) or [1]
+
+
+def model_header(batches: Sequence[int], unit: str = "images") -> list[str]:
+    """Return the columns of a table of networks at these batches, smallest first."""
+    low, top = batches[0], batches[-1]
     gains = [(f"speed-up b{batch} [95 %]", f"realised b{batch}") for batch in batches]
     return [
         "network",
@@ -74,7 +82,7 @@ def model_header(results: Results, unit: str = "images") -> list[str]:
         "params, M",
         "GMACs",
         "MAC ratio",
-        "latency b1, ms",
+        f"latency b{low}, ms",
         f"{unit}/s b{top}",
         *(name for pair in gains for name in pair),
         f"memory b{top}, MB",
@@ -82,11 +90,11 @@ def model_header(results: Results, unit: str = "images") -> list[str]:
     ]
 
 
-def model_cells(results: Results, row: ModelRow) -> list[str]:
-    """Return the cells of a network's row."""
+def model_cells(batches: Sequence[int], row: ModelRow) -> list[str]:
+    """Return the cells of a network's row, under the header of the same batches."""
     network = row.network
-    one, top = row.batches.get(1), row.batches.get(top_batch(results))
-    measured = [row.batches.get(batch) for batch in batches_of(results)]
+    measured = [row.batches.get(batch) for batch in batches]
+    low, top = measured[0], measured[-1]
     rungs = [batch.rung if batch else NOTHING for batch in measured]
     return [
         network.name,
@@ -95,7 +103,7 @@ def model_cells(results: Results, row: ModelRow) -> list[str]:
         f"{network.parameters / 1e6:.2f}",
         f"{network.macs / 1e9:.3f}",
         number_text(row.mac_ratio),
-        milliseconds(one.seconds if one else None),
+        milliseconds(low.seconds if low else None),
         f"{top.throughput:.1f}" if top else NOTHING,
         *(cell for batch in measured for cell in (_speedup(batch), _realised(batch))),
         megabytes(top.peak_memory if top else None),
@@ -109,16 +117,6 @@ def _speedup(row: BatchRow | None) -> str:
 
 def _realised(row: BatchRow | None) -> str:
     return ratio_text(row.realised if row else None, interval=False).removesuffix("x")
-
-
-def top_batch(results: Results) -> int:
-    """Return the throughput batch of a run."""
-    return int(results.settings["batch"])
-
-
-def batches_of(results: Results) -> list[int]:
-    """Return the batches that the table shows: 1 for latency, and the throughput batch."""
-    return sorted({1, top_batch(results)})
 
 
 def measured_on(results: Results, unit: str = "images") -> str:
@@ -138,7 +136,7 @@ def is_timed(results: Results) -> bool:
     return any(m.suite not in accuracy.STUDIES for m in results.measurements)
 
 
-def reading(rows: list[ModelRow]) -> str:
+def reading(rows: Sequence[ModelRow]) -> str:
     """Return a sentence on what the speed-ups are against."""
     sentences = []
     for label in dict.fromkeys(row.network.baseline for row in rows):
@@ -153,13 +151,13 @@ def reading(rows: list[ModelRow]) -> str:
     return " ".join(sentences)
 
 
-def gain_header(results: Results) -> list[str]:
+def gain_header(batches: Sequence[int]) -> list[str]:
     """Return the columns of the table of what a speed-up is made of."""
     names = ("architecture", "our engine", "both")
-    return ["network", *(f"{name} b{batch}" for batch in batches_of(results) for name in names)]
+    return ["network", *(f"{name} b{batch}" for batch in batches for name in names)]
 
 
-def gain_rows(results: Results, rows: list[ModelRow]) -> list[list[str]]:
+def gain_rows(rows: Sequence[ModelRow]) -> list[list[str]]:
     """Return the cells of that table; none where no rung of ours has a time.
 
     What the architecture brings is between the fastest rungs that are not ours, of the plain
@@ -167,7 +165,7 @@ def gain_rows(results: Results, rows: list[ModelRow]) -> list[list[str]]:
     rung that is not ours and its fastest that is; both are the speed-up of the first table, or
     less where ours is not the fastest.
     """
-    batches = batches_of(results)
+    batches = batches_of(rows)
     if not any(found.engine for row in rows for found in row.batches.values()):
         return []
     cells = []

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from blnet.bench.report.markdown import markdown
-from blnet.bench.report.page import page, run_names
+from blnet.bench.report.page import html_page, run_names
 from blnet.bench.results import Results, read_json, write_text
 from blnet.bench.settings import RESULTS, check_writable
 
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_different(paths, found)
     folder = Path(arguments.output or _default_folder(paths))
     check_writable(folder, goes_on=True)
-    html = page(found)
+    html = html_page(found)
     text = markdown(found[0]) if len(found) == 1 else _together(paths, found, folder)
     write_text(folder / "report.html", html)
     write_text(folder / "report.md", text)
@@ -59,7 +59,8 @@ def _file(name: str) -> Path:
 
 def _read(path: Path) -> Results:
     try:
-        return read_json(path)
+        found = read_json(path)
+        lacking = sorted({"date", "device", "cpu", "threads"} - set(found.environment))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not a {RESULTS} of 'blnet bench': {type(error).__name__} {error}"
@@ -67,6 +68,9 @@ def _read(path: Path) -> Results:
     except ValueError as error:
         text = str(error)
         raise ValueError(text if str(path) in text else f"{path}: {text}") from None
+    if lacking:
+        raise ValueError(f"{path} lacks {', '.join(lacking)} of its environment; measure again")
+    return found
 
 
 def _check_different(paths: Sequence[Path], found: Sequence[Results]) -> None:

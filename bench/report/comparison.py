@@ -8,8 +8,8 @@ from rich.text import Text
 from blnet.bench.compare import Comparison, Missing, Row, Shift
 from blnet.bench.intervals import Ratio
 from blnet.bench.report.cells import NOTHING, milliseconds
-from blnet.bench.report.markdown import _table as table
-from blnet.bench.report.terminal import _rich_table as rich_table
+from blnet.bench.report.markdown import table
+from blnet.bench.report.terminal import rich_table
 
 FEW = 24  # rows that a table shows without --all, whether they changed or not
 HEADER = ["suite, group", "implementation", "old, ms", "new, ms", "ratio [95 %]"]

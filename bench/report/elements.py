@@ -59,7 +59,7 @@ def table(name: str, caption: str, header: Sequence[str], rows: Sequence[Row]) -
     """Return a table in a box of its own that scrolls, with a filter where it has many rows.
 
     Args:
-        name: of the page's element, unique on the page.
+        name: of the page's element, unique on the page: letters, digits, "-" and "_".
         caption: what the table shows.
         header: names of the columns.
         rows: in the order first shown.
@@ -111,7 +111,7 @@ def figure(name: str, caption: str, described: str, height: int) -> str:
     """Return the place of a plot.
 
     Args:
-        name: of the plot among the page's figures.
+        name: of the plot among the page's figures, as a table's.
         caption: what it shows, for everyone.
         described: the same with its numbers, for who cannot see it.
         height: pixels.

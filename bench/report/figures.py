@@ -85,25 +85,9 @@ def speedups(groups: Sequence[tuple[str, Sequence[series.Point]]], title: str = 
         },
     ]
     for index, (name, points) in enumerate(groups):
-        values = [p.speedup.value for p in points]
-        low, high = [p.speedup.low for p in points], [p.speedup.high for p in points]
-        shown = [f"{_text(p.label)}, batch {p.batch}: {ratio_text(p.speedup)}" for p in points]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers+text" if len(every) <= LABELLED else "markers",
-                "name": _text(name),
-                "text": [_text(p.label) for p in points],
-                "textposition": [_beside(p.mac_ratio, top) for p in points],
-                "x": [p.mac_ratio for p in points],
-                "y": values,
-                "error_y": _around(values, low, high),
-                "marker": _marker(index),
-                "hovertext": shown,
-                "hoverinfo": "text",
-                "meta": {"tone": index % (TONES - 1)},
-            }
-        )
+        trace = _points(index, points, top)
+        mode = "markers+text" if len(every) <= LABELLED else "markers"
+        data.append({**trace, "name": _text(name), "mode": mode})
     described = "; ".join(
         f"{p.label} at batch {p.batch}{f' ({name})' if len(groups) > 1 else ''}: MAC ratio "
         f"{p.mac_ratio:.2f}, speed-up {ratio_text(p.speedup)}"
@@ -117,6 +101,26 @@ def speedups(groups: Sequence[tuple[str, Sequence[series.Point]]], title: str = 
     caption = f"{title}Speed-up against the ratio of multiply-adds, with 95 % intervals. On the "
     caption += "dashed line all arithmetic saved became time saved; above it, more than that."
     return Figure(caption, f"Speed-up against MAC ratio. {described}.", 430, data, layout)
+
+
+def _points(index: int, points: Sequence[series.Point], top: float) -> dict[str, Any]:
+    """Return the trace of a group of points on an axis that ends at `top`."""
+    values = [p.speedup.value for p in points]
+    low, high = [p.speedup.low for p in points], [p.speedup.high for p in points]
+    return {
+        "type": "scatter",
+        "text": [_text(p.label) for p in points],
+        "textposition": [_beside(p.mac_ratio, top) for p in points],
+        "x": [p.mac_ratio for p in points],
+        "y": values,
+        "error_y": _around(values, low, high),
+        "marker": _marker(index),
+        "hovertext": [
+            f"{_text(p.label)}, batch {p.batch}: {ratio_text(p.speedup)}" for p in points
+        ],
+        "hoverinfo": "text",
+        "meta": {"tone": index % (TONES - 1)},
+    }
 
 
 def _beside(x: float, top: float) -> str:
@@ -141,11 +145,11 @@ def gains(results: Results, suite: str, batch: int) -> Figure | None:
         "uniformtext": {"mode": "hide", "minsize": 10},
         "xaxis": {
             "type": "log",
-            "title": {"text": "times as fast as the plain network in plain PyTorch"},
+            "title": {"text": "speed; plain network, eager = 1"},
             "tickvals": list(_TICKS),
             "ticktext": [f"{tick:g}x" for tick in _TICKS],
         },
-        "yaxis": {"autorange": "reversed", "automargin": True, "categoryarray": labels},
+        "yaxis": {"autorange": "reversed", "type": "category", "categoryarray": labels},
         "shapes": [_mark(x) for _, x in lines] if len(lines) == 1 else [],
     }
     described = "; ".join(
@@ -236,7 +240,6 @@ def rungs(results: Results, suite: str, batch: int) -> Figure | None:
         "xaxis": {"title": {"text": "ms, median with p20 and p90"}, "rangemode": "tozero"},
         "yaxis": {
             "autorange": "reversed",
-            "automargin": True,
             "type": "category",
             "categoryorder": "array",
             "categoryarray": [_text(name) for name in names],
@@ -275,7 +278,7 @@ def ops(results: Results, suite: str) -> Figure | None:
         "barmode": "group",
         "bargap": 0.25,
         "xaxis": {"title": {"text": "ms, median with p20 and p90"}},
-        "yaxis": {"autorange": "reversed", "automargin": True, "type": "category"},
+        "yaxis": {"autorange": "reversed", "type": "category"},
     }
     described = "; ".join(
         f"{series.site(m)}, {m.implementation}: {milliseconds(m.median)} ms" for m in found
@@ -309,7 +312,7 @@ def layers(of: str, found: Sequence[Layer]) -> Figure | None:
         "barmode": "stack",
         "bargap": 0.3,
         "xaxis": {"title": {"text": "ms"}},
-        "yaxis": {"autorange": "reversed", "automargin": True, "type": "category"},
+        "yaxis": {"autorange": "reversed", "type": "category"},
     }
     described = "; ".join(
         f"{layer.name}: bound {milliseconds(layer.bound)} ms, taken {milliseconds(layer.seconds)}"

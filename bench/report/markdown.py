@@ -10,6 +10,7 @@ from blnet.bench.report.cells import (
     GAINS,
     HOW,
     NOTHING,
+    batches_of,
     gain_header,
     gain_rows,
     is_timed,
@@ -31,7 +32,8 @@ from blnet.bench.summary import NETWORK_SUITES, model_rows, op_rows, op_suites
 LAYERS_SHOWN = 10  # of each network
 
 
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in [header, *rows]]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     lines.insert(1, "|" + " --- |" * len(header))
@@ -49,28 +51,29 @@ def markdown(results: Results) -> str:
         rows = model_rows(results, suite)
         if not rows:
             continue
-        cells = [model_cells(results, row) for row in rows]
-        header = model_header(results, kind.unit)
+        batches = batches_of(rows)
+        cells = [model_cells(batches, row) for row in rows]
+        header = model_header(batches, kind.unit)
         title = suite.replace("_", " ").capitalize()
-        lines += [f"## {title}: {kind.what}", "", *_table(header, cells), ""]
+        lines += [f"## {title}: {kind.what}", "", *table(header, cells), ""]
         lines += [reading(rows), ""]
-        gains = gain_rows(results, rows)
+        gains = gain_rows(rows)
         if gains:
             title = GAINS[0].upper() + GAINS[1:]
-            lines += [f"### {title}", "", *_table(gain_header(results), gains), ""]
+            lines += [f"### {title}", "", *table(gain_header(batches), gains), ""]
         memory = kept.rows(results) if suite == "training" else []
         if memory:
-            lines += [f"### {kept.TITLE}", "", *_table(kept.header(), memory), "", kept.NOTE, ""]
+            lines += [f"### {kept.TITLE}", "", *table(kept.header(), memory), "", kept.NOTE, ""]
         lines += ["### Every rung", "", *_ladder_table(results, suite), ""]
     lines += _layer_sections(results)
     for suite in op_suites(results):
         cells = [op_cells(results, row) for row in op_rows(results, suite)]
-        lines += [f"## {op_title(results, suite)}", "", *_table(op_header(results), cells), ""]
+        lines += [f"## {op_title(results, suite)}", "", *table(op_header(results), cells), ""]
         lines += [*op_notes(results, suite), ""]
     for suite in accuracy.studies_of(results):
         study = [accuracy.cells(row, suite) for row in accuracy.rows(results, suite)]
         lines += [f"## {suite.capitalize()}: {accuracy.title(results, suite)}", ""]
-        lines += [*_table(accuracy.HEADER[suite], study), "", accuracy.notes(suite), ""]
+        lines += [*table(accuracy.HEADER[suite], study), "", accuracy.notes(suite), ""]
         if study:
             lines += [f"![{suite}]({suite}.png)", ""]
     lines += [
@@ -91,7 +94,7 @@ def _layer_sections(results: Results) -> list[str]:
     for key, label, found in layers.networks(results):
         rows = layers.rows(found, LAYERS_SHOWN)
         lines += [f"### {label}: {key}", "", layers.reading(results, key, label), ""]
-        lines += [*_table(layers.HEADER, rows), ""]
+        lines += [*table(layers.HEADER, rows), ""]
     return [*lines, *layers.notes(results), ""] if lines else []
 
 
@@ -115,7 +118,7 @@ def _ladder_table(results: Results, suite: str) -> list[str]:
                 note,
             ]
         )
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _facts(values: dict[str, Any]) -> list[str]:

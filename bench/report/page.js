@@ -179,6 +179,7 @@
   }
 
   const links = new Map(find("nav a").map((link) => [link.hash.slice(1), link]));
+  links.values().next().value.setAttribute("aria-current", "true");
   const where = new IntersectionObserver((entries) => {
     for (const { target, isIntersecting } of entries) {
       if (!isIntersecting) continue;

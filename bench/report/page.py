@@ -29,7 +29,7 @@ LIMIT = 6_000_000  # bytes of the file; samples beyond that stay in results.json
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 
 
-def page(runs: Sequence[Results]) -> str:
+def html_page(runs: Sequence[Results]) -> str:
     """Return the report of runs as HTML.
 
     Args:
@@ -139,7 +139,7 @@ def _alerts(runs: Sequence[Run]) -> str:
         failures = len(run.results.failures)
         if failures:
             many = f"{failures} measurements" if failures > 1 else "1 measurement"
-            text = f"{many} failed{of}: no time is reported of them. Environment lists them."
+            text = f"{many} failed{of} and got no time; the section Environment says why."
             found.append(html.paragraph(text, "alert"))
     return "".join(found)
 

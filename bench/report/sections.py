@@ -180,33 +180,34 @@ def _networks(page: Page, run: Run, suite: str) -> str:
     rows = model_rows(results, suite)
     parts = [page.heading(f"{suite.replace('_', ' ').capitalize()}: {kind.what}", run)]
     parts.append(html.paragraph(texts.measured_on(results, kind.unit) + ".", "where"))
-    shown = [Row(_model_row(results, row)) for row in rows]
-    header = texts.model_header(results, kind.unit)
+    batches = texts.batches_of(rows)
+    shown = [Row(_model_row(batches, row)) for row in rows]
+    header = texts.model_header(batches, kind.unit)
     parts.append(html.table(f"{name}-times", "Latency and throughput", header, shown))
     parts.append(html.paragraph(texts.reading(rows)))
-    gains = texts.gain_rows(results, rows)
+    gains = texts.gain_rows(rows)
     if gains:
-        made = [Row(_gain_row(results, *pair)) for pair in zip(rows, gains, strict=True)]
+        made = [Row(_gain_row(batches, *pair)) for pair in zip(rows, gains, strict=True)]
         title = texts.GAINS[0].upper() + texts.GAINS[1:]
-        parts.append(html.table(f"{name}-gains", title, texts.gain_header(results), made))
+        parts.append(html.table(f"{name}-gains", title, texts.gain_header(batches), made))
     memory = kept.rows(results) if suite == "training" else []
     if memory:
         counted = [Row([Cell(text) for text in row]) for row in memory]
         parts.append(html.table(f"{name}-kept", kept.TITLE, kept.header(), counted))
         parts.append(html.paragraph(kept.NOTE))
     parts.append("<h4>The ladder</h4>")
-    for batch in series.batches(results, suite):
-        stacked = page.plot(f"{name}-gains-{batch}", figures.gains(results, suite, batch))
-        times = page.plot(f"{name}-rungs-{batch}", figures.rungs(results, suite, batch))
+    for batch in batches:
+        stacked = page.plot(f"{name}-gains-{batch:d}", figures.gains(results, suite, batch))
+        times = page.plot(f"{name}-rungs-{batch:d}", figures.rungs(results, suite, batch))
         parts.append(f'<div class="pair">{stacked}{times}</div>')
     parts.append(_every_rung(f"{name}-ladder", list(results.of(suite))))
     return "".join(parts)
 
 
-def _model_row(results: Results, row: ModelRow) -> list[Cell]:
+def _model_row(batches: Sequence[int], row: ModelRow) -> list[Cell]:
     network = row.network
-    one, top = row.batches.get(1), row.batches.get(texts.top_batch(results))
-    measured = [row.batches.get(batch) for batch in texts.batches_of(results)]
+    measured = [row.batches.get(batch) for batch in batches]
+    low, top = measured[0], measured[-1]
     values = [
         None,
         network.alpha,
@@ -214,7 +215,7 @@ def _model_row(results: Results, row: ModelRow) -> list[Cell]:
         network.parameters,
         network.macs,
         row.mac_ratio,
-        one.seconds if one else None,
+        low.seconds if low else None,
         top.throughput if top else None,
         *(
             _value(gain)
@@ -224,11 +225,11 @@ def _model_row(results: Results, row: ModelRow) -> list[Cell]:
         top.peak_memory if top else None,
         None,
     ]
-    return html.cells(texts.model_cells(results, row), values)
+    return html.cells(texts.model_cells(batches, row), values)
 
 
-def _gain_row(results: Results, row: ModelRow, shown: Sequence[str]) -> list[Cell]:
-    found = [row.batches.get(batch) for batch in texts.batches_of(results)]
+def _gain_row(batches: Sequence[int], row: ModelRow, shown: Sequence[str]) -> list[Cell]:
+    found = [row.batches.get(batch) for batch in batches]
     gains = [(b.architecture, b.engine, b.speedup) if b else (None,) * 3 for b in found]
     return html.cells(shown, [None, *(_value(gain) for batch in gains for gain in batch)])
 
@@ -266,16 +267,15 @@ def kernels(page: Page) -> str:
     """Return the suites of single ops."""
     suites = dict.fromkeys(suite for run in page.runs for suite in op_suites(run.results))
     return "".join(
-        _op(page, run, suite)
-        for suite in suites
+        _op(page, run, suite, f"{run.key}-op{number}")
+        for number, suite in enumerate(suites)
         for run in page.runs
         if suite in op_suites(run.results)
     )
 
 
-def _op(page: Page, run: Run, suite: str) -> str:
-    results, name = run.results, f"{run.key}-{suite}"
-    rows = []
+def _op(page: Page, run: Run, suite: str, name: str) -> str:
+    results, rows = run.results, []
     for row in op_rows(results, suite):
         m = row.measurement
         share = [row.share] if "copy_bandwidth" in results.ceilings else []

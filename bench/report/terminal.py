@@ -11,6 +11,7 @@ from blnet.bench import accuracy
 from blnet.bench.report import layers
 from blnet.bench.report.cells import (
     GAINS,
+    batches_of,
     gain_header,
     gain_rows,
     measured_on,
@@ -34,30 +35,31 @@ def print_tables(results: Results, console: Console) -> None:
         rows = model_rows(results, suite)
         if not rows:
             continue
-        cells = [model_cells(results, row) for row in rows]
-        header = model_header(results, kind.unit)
+        batches = batches_of(rows)
+        cells = [model_cells(batches, row) for row in rows]
+        header = model_header(batches, kind.unit)
         title = f"{kind.what}: {measured_on(results, kind.unit)}"
-        table = _rich_table(title, header, left=(0, len(header) - 1), gap=0)
+        table = rich_table(title, header, left=(0, len(header) - 1), gap=0)
         for texts in cells:
             # An interval goes below its value: fourteen columns must fit a terminal.
             table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in texts))
         console.print(table)
         console.print(reading(rows), soft_wrap=True, markup=False, highlight=False)
-        gains = gain_rows(results, rows)
+        gains = gain_rows(rows)
         if gains:
-            made = _rich_table(GAINS, gain_header(results), left=(0,), gap=0)
+            made = rich_table(GAINS, gain_header(batches), left=(0,), gap=0)
             for texts in gains:
                 made.add_row(*(Text(cell.replace(" [", "\n[")) for cell in texts))
             console.print(made)
     _print_layers(results, console)
     for suite in op_suites(results):
-        table = _rich_table(op_title(results, suite), op_header(results), left=(0, 1, 2))
+        table = rich_table(op_title(results, suite), op_header(results), left=(0, 1, 2))
         for op_row in op_rows(results, suite):
             style = "red" if op_row.measurement.failed else ""
             table.add_row(*map(Text, op_cells(results, op_row)), style=style)
         console.print(table)
     for suite in accuracy.studies_of(results):
-        table = _rich_table(accuracy.title(results, suite), accuracy.HEADER[suite], left=(0,))
+        table = rich_table(accuracy.title(results, suite), accuracy.HEADER[suite], left=(0,))
         for row in accuracy.rows(results, suite):
             table.add_row(*map(Text, accuracy.cells(row, suite)))
         console.print(table)
@@ -77,7 +79,7 @@ def print_tables(results: Results, console: Console) -> None:
 def _print_layers(results: Results, console: Console) -> None:
     for key, label, found in layers.networks(results):
         title = f"{layers.TITLE.lower()}: {label}, {key}"
-        table = _rich_table(title, layers.HEADER, left=(0, 1, 2), gap=0)
+        table = rich_table(title, layers.HEADER, left=(0, 1, 2), gap=0)
         for texts in layers.rows(found, LAYERS_SHOWN):
             table.add_row(*map(Text, texts))
         console.print(table)
@@ -85,7 +87,7 @@ def _print_layers(results: Results, console: Console) -> None:
         console.print(said, soft_wrap=True, markup=False, highlight=False)
 
 
-def _rich_table(title: str, header: list[str], left: tuple[int, ...], gap: int = 1) -> Table:
+def rich_table(title: str, header: list[str], left: tuple[int, ...], gap: int = 1) -> Table:
     """Return an empty table; `gap` is the space between columns beside that of the box."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0))
     for number, name in enumerate(header):
