@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -270,6 +271,41 @@ def test_a_loading_process_that_dies_is_told_of() -> None:
     loader = Loader(Failing(10), collate, workers=1)
     with pytest.raises(ValueError, match=r"a data loading process died .*lower --workers"):
         list(loader.batches([[0, 1], [2, 4]], 0, 0))
+
+
+class Torn:
+    """Cannot be read from the pipe: what sent it has closed its end."""
+
+    def __reduce__(self) -> Any:
+        return torn, ()
+
+
+def torn() -> None:
+    raise ConnectionResetError(104, "Connection reset by peer")
+
+
+class Dying(TinyData):
+    """Breaks the pipe at one sample, and dies half a second later if told to."""
+
+    dies = True
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 4 and self.dies:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return (Torn(), 0) if index == 4 else super().__getitem__(index)
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_pipe_that_breaks_before_the_news_of_a_death(
+    dies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Dying, "dies", dies)
+    monkeypatch.setattr("blnet.training.loading._SECONDS_TO_DIE", 5.0 if dies else 0.1)
+    loader = Loader(Dying(10), lambda items: {"first": items[0][0]}, workers=1)
+    told = r"a data loading process died .*lower --workers" if dies else "Connection reset by peer"
+    with pytest.raises(ValueError if dies else ConnectionResetError, match=told):
+        list(loader.batches([[0, 1], [4, 2]], 0, 0))
+    loader.close()
 
 
 class Signalled(TinyData):

@@ -11,6 +11,7 @@ import atexit
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import connection
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -21,6 +22,7 @@ from blnet.training.stopping import endure
 
 Collate = Callable[[list[Any]], dict[str, Any]]
 _MOST_TRIES = 100  # samples tried in place of one that cannot be read
+_SECONDS_TO_DIE = 5.0  # between a broken pipe to a loading process and the news of its death
 
 
 class CorruptSample(Exception):  # noqa: N818 - it is a finding, not a fault of the program
@@ -307,11 +309,34 @@ class Loader:
                 self._running = running
                 atexit.register(self.close)
             yield from running
-        except (ValueError, OSError, RuntimeError) as error:
-            told = in_words(error)
+        except (ValueError, OSError, RuntimeError, EOFError) as error:
+            told = in_words(error) or in_words(self._cause(error))
             if told is None:
                 raise
             raise told from error
+
+    def _cause(self, error: Exception) -> Exception:
+        """Return the death of a loading process where that is what an error stems from.
+
+        A process that dies closes its pipes first, and the system tells of its death later. What
+        reads from a pipe in between fails, and PyTorch takes the process for alive. It would raise
+        the death where the program happens to be by then.
+        """
+        if not isinstance(error, ConnectionError | EOFError):
+            return error
+        processes = {
+            process.sentinel: process for process in getattr(self._running, "_workers", ())
+        }
+        try:
+            for sentinel in connection.wait(processes, _SECONDS_TO_DIE):
+                process = processes[sentinel]
+                process.join()
+                return RuntimeError(
+                    f"DataLoader worker (pid {process.pid}) ended with status {process.exitcode}"
+                )
+        except RuntimeError as death:  # PyTorch's own, raised while we wait
+            return death
+        return error
 
     def close(self) -> None:
         """End the loading processes; otherwise they end with this process.
