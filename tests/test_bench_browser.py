@@ -52,7 +52,10 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def run() -> Results:
     """A kept run of models and an op, with a failure and layers added."""
-    found = read_json(next(KEPT.glob("*-23-cpu-amd-epyc")) / "results.json")
+    runs = (read_json(path) for path in sorted(KEPT.glob("*/results.json")))
+    found = next(
+        each for each in runs if {"models", "merge"} <= {m.suite for m in each.measurements}
+    )
     first = found.measurements[0]
     found.measurements.append(
         Measurement(

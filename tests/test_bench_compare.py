@@ -56,8 +56,8 @@ def drawn(
         draw: gives the random numbers.
         implementations: how many.
         rounds: how many.
-        noise: within the run: a part that all share, which lasts over some rounds, and a
-            heavy-tailed part of each one's own.
+        noise: within the run: a part that all share, which lasts over some rounds, a
+            heavy-tailed part of each one's own, and now and then a stall many times as long.
         machine: spread of a factor on the whole run.
         own: spread of a factor on each implementation of the run.
     """
@@ -65,8 +65,9 @@ def drawn(
     for number in range(1, rounds):
         shared[number] = 0.8 * shared[number - 1] + 0.6 * shared[number]
     each = draw.standard_t(2, (implementations, rounds))
+    stalls = draw.exponential(8, each.shape) * (draw.random(each.shape) < 0.04)
     factors = draw.normal(0, machine) + draw.normal(0, own, (implementations, 1))
-    return np.exp(factors + noise * (shared + 0.7 * each))
+    return np.exp(factors + noise * (shared + 0.7 * each + stalls))
 
 
 def steady(implementations: int, rounds: int, seed: int = 0) -> Array:
