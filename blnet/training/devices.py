@@ -35,6 +35,10 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     cpu = config.device == "cpu" or not here
     if cpu and config.precision == "fp16":
         raise ValueError("--precision fp16 needs a GPU; choose bf16 or fp32 on a CPU")
+    # Before the processes connect: one that failed right after would break the others' connection.
+    if config.sync_bn and cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--sync-bn needs GPUs: PyTorch takes batch statistics over several "
+                         "processes on those alone; leave it out")  # fmt: skip
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
@@ -53,9 +57,6 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             f"--device {config.device}: the processes of this run are connected for "
             f"{accelerator.device.type}; start the run in processes of its own"
         )
-    if config.sync_bn and cpu and accelerator.num_processes > 1:
-        raise ValueError("--sync-bn needs GPUs: PyTorch takes batch statistics over several "
-                         "processes on those alone; leave it out")  # fmt: skip
     return accelerator
 
 
