@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blnet.kernels.native import Builder, NativeError, pixel_table, status
+from blnet.kernels.native import Builder, NativeError, packing, pixel_table, status
 from blnet.kernels.native import library as libraries
+from blnet.kernels.native.library import Step
 from blnet.kernels.native.packing import ALONE_BYTES
 from blnet.kernels.reference import nearest_index, upsample_nearest
 
@@ -329,3 +330,29 @@ def test_the_key_follows_sources_and_flags(monkeypatch):
     before = libraries._key(compiling)
     monkeypatch.setattr(libraries, "FLAGS", (*libraries.FLAGS, "-g"))
     assert libraries._key(compiling) != before
+
+
+# How the work is cut ------------------------------------------------------------------------------
+
+
+def cut(channels: int, out: int, size: int, kernel: int, stride: int, threads: int) -> Step:
+    pad = kernel // 2
+    shape, weight = (1, channels, size, size), (out, channels, kernel, kernel)
+    conv = packing.Convolution(shape, weight, (stride, stride), (pad, pad), 1, False)
+    return packing.pack(libraries.load(), conv, torch.zeros(weight), None, threads).step
+
+
+def test_weights_larger_than_the_map_are_read_once() -> None:
+    step = cut(512, 512, 14, 3, 2, threads=2)
+    assert (step.chunks, step.items) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("channels", "out", "size", "kernel", "stride"),
+    [
+        *((256, 64, 56, 1, 1), (64, 64, 112, 3, 2), (128, 512, 28, 1, 1), (512, 128, 28, 1, 1)),
+        *((32, 32, 28, 3, 1), (64, 16, 112, 3, 1)),  # Winograd
+    ],
+)
+def test_two_threads_get_as_many_pieces_each(channels, out, size, kernel, stride) -> None:
+    assert cut(channels, out, size, kernel, stride, threads=2).items % 2 == 0

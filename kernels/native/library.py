@@ -72,6 +72,7 @@ class Call(ctypes.Structure):
         ("outputs", ctypes.c_void_p * MAXIMUM_OUTPUTS),
         ("scratch", ctypes.c_void_p),
         ("scratch_floats", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
     ]
 
 

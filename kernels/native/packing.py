@@ -14,9 +14,11 @@ from blnet.kernels.native.library import Library, Step
 BLOCK = 16  # channels of a block, as in step.h
 DIRECT, WINOGRAD = 2, 3  # kinds of step, as there
 CACHE_BYTES = 256 * 1024  # of a core's second cache, for the input of a piece of work
+PATCH_BYTES = 512 * 1024  # the same where the input is gathered: each cut reads all weights anew
 WINOGRAD_BYTES = 768 * 1024  # the same for transformed tiles, input and products together
 ALONE_BYTES = 1024 * 1024  # of an image's map, from where the third cache would not hold the batch
 PIECES = 4  # of work for each thread, so that the last one to finish is not far behind
+GATHERED_PIECES = 2  # the same where each of them first gathers or transforms its input
 
 # What decides between the ways to compute a 3x3 convolution, in cycles of one core; measured on a
 # Zen 5. Transforms cost so much for a tile and a block of channels, weights so much for a byte.
@@ -211,7 +213,7 @@ def _cut_direct(
     if conv.in_place:
         size = conv.shape[2] * conv.shape[3]
         most = max(4 * library.pixels, CACHE_BYTES // (4 * channels))
-        step.chunks = math.ceil(size / most)
+        step.chunks = _even(math.ceil(size / most), step, threads)
         even = math.ceil(math.ceil(size / step.chunks) / library.pixels) * library.pixels
         step.chunk = min(size, even)
         step.chunks = math.ceil(size / step.chunk)
@@ -221,12 +223,13 @@ def _cut_direct(
     phase = math.ceil(((step.out_width - 1) * phases + step.kernel_w) / phases)
     down = 1 if step.kernel_h == 1 else step.stride_h
     row = phases * phase
-    fitting = (CACHE_BYTES // (4 * channels * row) - step.kernel_h) // down + 1
+    fitting = (PATCH_BYTES // (4 * channels * row) - step.kernel_h) // down + 1
     most = min(step.out_height, max(1, fitting))
-    step.chunks = math.ceil(step.out_height / most)
+    step.chunks = min(_even(math.ceil(step.out_height / most), step, threads), step.out_height)
     step.chunk = math.ceil(step.out_height / step.chunks)
     step.chunks = math.ceil(step.out_height / step.chunk)
-    _cut_slices(library, step, _pieces(step, threads, PIECES), 1 if alone(step) else step.batch)
+    pieces = _pieces(step, threads, GATHERED_PIECES)
+    _cut_slices(library, step, pieces, 1 if alone(step) else step.batch)
     plane = ((step.chunk - 1) * down + step.kernel_h) * row
     floats, planes = (1, conv.shape[1]) if conv.planar else (BLOCK, span)
     offsets = [
@@ -235,6 +238,12 @@ def _cut_direct(
         for i, j in itertools.product(range(step.kernel_h), range(step.kernel_w))
     ]
     return channels * plane, offsets
+
+
+def _even(chunks: int, step: Step, threads: int) -> int:
+    """Return so many chunks, or some more so that each thread gets as many as the others."""
+    sharing = _pieces(step, threads, 1)
+    return chunks if chunks == 1 else math.ceil(chunks / sharing) * sharing
 
 
 def alone(step: Step) -> bool:
@@ -290,9 +299,11 @@ def _pack_winograd(
     most = max(2 * library.pixels, WINOGRAD_BYTES // (4 * floats))
     most = max(most // library.pixels, 1) * library.pixels
     together = tiles // step.batch if alone(step) else tiles
-    step.chunk = math.ceil(together / math.ceil(together / most))
+    groups = math.ceil(step.out_channels / library.group)
+    cuts = max(math.ceil(together / most), math.ceil(_pieces(step, threads, 1) / groups))
+    step.chunk = math.ceil(together / cuts)
     step.chunks = math.ceil(together / step.chunk)
-    _cut_slices(library, step, _pieces(step, threads, 2), 1)
+    _cut_slices(library, step, _pieces(step, threads, GATHERED_PIECES), 1)
     step.chunks = math.ceil(tiles / step.chunk)  # they go on from image to image
     step.items = step.chunks * step.slices
     transform = torch.tensor(_TRANSFORMS[tile], dtype=torch.float64)

@@ -111,7 +111,7 @@ class Program:
             )
         outputs = [torch.empty(shape) for shape in self._outputs]
         threads = torch.get_num_threads() if self._library.threaded and not _forked else 1
-        call = Call(input=x.data_ptr(), scratch_floats=self._scratch_floats)
+        call = Call(input=x.data_ptr(), scratch_floats=self._scratch_floats, threads=threads)
         call.strides[:] = x.stride()
         for index, output in enumerate(outputs):
             call.outputs[index] = output.data_ptr()

@@ -59,6 +59,7 @@ struct Call {
   float* outputs[8];
   float* scratch;  // scratch_floats for each thread
   int64_t scratch_floats;
+  int64_t threads;  // that work on it
 };
 
 }  // namespace blnet

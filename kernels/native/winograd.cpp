@@ -152,6 +152,9 @@ inline void multiply(const Step& s, int64_t tiles, const float* V, float* produc
     tile.input = V + point * s.blocks * s.chunk * kBlock;
     for (int64_t g = slice; g < end; ++g) {
       tile.weight = s.weight + point * weights + g * s.blocks * kBlock * kGroup;
+      const int64_t next_point = std::min(g + 1 < end ? point : point + 1, points - 1);
+      const int64_t next = g + 1 < end ? g + 1 : slice;
+      tile.ahead = s.weight + next_point * weights + next * s.blocks * kBlock * kGroup;
       tile.output = products + (point * slice_blocks + (g - slice) * group_blocks) * s.chunk * kBlock;
       const bool full = (g + 1) * group_blocks <= s.out_blocks;
       rectangle(tile, kernels_for(full, false), 1, tiles, kBlock);
