@@ -124,8 +124,9 @@ def _listing(settings: Settings) -> str:
     lines.append("networks of this run:")
     lines += [f"  {s.label:<24}compared with {s.baseline}" for s in networks.specs(settings)]
     quick = {rung.name for rung in rungs(settings.device)}
-    lines.append(f"rungs on {settings.device} (* only with --full):")
+    always = {rung.name for rung in rungs(settings.device, batch=1)}
+    lines.append(f"rungs on {settings.device} (* only with --full, + at batch 1 only with --full):")
     for rung in rungs(settings.device, full=True):
-        mark = "" if rung.name in quick else " *"
+        mark = "" if rung.name in always else " +" if rung.name in quick else " *"
         lines.append(f"  {rung.name + mark:<24}{rung.description}")
     return "\n".join(lines)

@@ -107,7 +107,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         "--repeat",
         type=int,
         metavar="ROUNDS",
-        help="how often each implementation is timed (default: at batch 1 24 times, else 10; "
+        help="how often each implementation is timed (default: at batch 1 24 times, else 8; "
         "--full 60 and 30; on a GPU 50 and --full 100; the merge suite four times as often)",
     )
     add(
@@ -115,6 +115,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="CPU threads of PyTorch (default: PyTorch's own choice, one a core)",
+    )
+    add(
+        "--graphs",
+        action="store_true",
+        help="kernel suites on a GPU: replay every implementation as a CUDA graph, so that "
+        "launches cost next to nothing (networks have rungs of their own for it)",
     )
     add("--seed", type=int, default=0, help="of weights, crops and random inputs (default: 0)")
     _add_studies(parser)

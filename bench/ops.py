@@ -19,6 +19,7 @@ from blnet.bench.roofline import measure_ceilings
 from blnet.bench.session import Case, Session
 from blnet.bench.settings import Settings
 from blnet.optimizing.engines import compiled
+from blnet.optimizing.graphs import Captured
 
 REFERENCE = "the same in float64"
 Function = Callable[..., Any]
@@ -93,6 +94,7 @@ WAYS = (
     Way(OURS, "the op of blnet.kernels."),
 )
 CPU_NOTE = "on a CPU this is the plain PyTorch backend: the kernels are written for GPUs"
+GRAPH_NOTE = "replayed as a CUDA graph"
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class OpSuite(Generic[S]):
             suite=self.name,
             name=group,
             implementations=[
-                self._implementation(way, site, what, tensors, leaves)
+                self._implementation(way, site, what, tensors, leaves, settings.graphs)
                 for way in self._ways(settings)
             ],
             references={site.label: lambda: _run(what.kind, what.plain, wide, leaves)()},
@@ -166,19 +168,26 @@ class OpSuite(Generic[S]):
         )
 
     def _implementation(
-        self, way: Way, site: S, what: Pass[S], tensors: list[Tensor | None], leaves: int
+        self,
+        way: Way,
+        site: S,
+        what: Pass[S],
+        tensors: list[Tensor | None],
+        leaves: int,
+        graphs: bool,
     ) -> Implementation:
         function = what.plain if way.baseline else what.ours
         present = [t for t in tensors if t is not None]
 
         def make() -> Call:
             if way.compile is None:
-                return _run(what.kind, function, tensors, leaves)
-            # A retained graph is run again and again: its buffers must not be given away.
-            with torch._functorch.config.patch(donated_buffer=False):
-                call = _run(what.kind, function, tensors, leaves, way.compile)
-                call()
-            return call
+                call = _run(what.kind, function, tensors, leaves)
+            else:
+                # A retained graph is run again and again: its buffers must not be given away.
+                with torch._functorch.config.patch(donated_buffer=False):
+                    call = _run(what.kind, function, tensors, leaves, way.compile)
+                    call()
+            return Captured(call, (), copies=False) if graphs else call
 
         bytes_moved, flops = what.cost(site, tensors)
         on_cpu = present[0].device.type == "cpu"
@@ -198,7 +207,7 @@ class OpSuite(Generic[S]):
             },
             held_bytes=tensor_bytes(*present),
             compiles=way.compile is not None,
-            note=CPU_NOTE if on_cpu and not way.baseline else "",
+            note=CPU_NOTE if on_cpu and not way.baseline else GRAPH_NOTE if graphs else "",
         )
 
 
@@ -251,7 +260,8 @@ def _run(
         return torch.autograd.grad(made, wanted, gradient, retain_graph=True)  # type: ignore[arg-type]
 
     def both() -> list[Tensor]:
-        out = function(*inputs)
+        with torch.enable_grad():  # whatever the caller's mode: capturing a CUDA graph is without
+            out = function(*inputs)
         return [out.detach(), *torch.autograd.grad(out, wanted, gradient)]
 
     return {"inference": forward, "forward": forward, "backward": backward, "both": both}[kind]

@@ -57,6 +57,8 @@ class Settings:
         seeds: runs of each network in a study, each with a seed of its own.
         epochs: of a study's runs; None for the recipe's.
         data: pictures or recordings of a study's scale, where it needs any.
+        graphs: replay the ops of the kernel suites as CUDA graphs, so that launches cost next to
+            nothing. Networks have rungs of their own for that.
     """
 
     suites: tuple[str, ...] = ()
@@ -78,6 +80,7 @@ class Settings:
     seeds: int = 3
     epochs: int | None = None
     data: str | None = None
+    graphs: bool = False
 
     @property
     def on_gpu(self) -> bool:
@@ -119,6 +122,11 @@ class Settings:
         if self.full:
             return 1800.0, float("inf")
         return (300.0, 1200.0) if self.on_gpu else (60.0, 150.0)
+
+    @property
+    def warm_up_seconds(self) -> float:
+        """Seconds after which the warm-up of a network on one rung ends, settled or not."""
+        return 2.0 if self.full or self.on_gpu else 1.0
 
     def rounds(self, batch: int) -> int:
         """Return how many rounds a group with this batch is measured for."""
@@ -162,6 +170,8 @@ def resolve(settings: Settings) -> Settings:
     dtype = settings.dtype or ("bfloat16" if device == "cuda" else "float32")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if settings.graphs and device != "cuda":
+        raise ValueError("--graphs needs a GPU, and this run is on the CPU; leave it out")
     _check_bounds(settings)
     if not (settings.models or settings.model):
         raise ValueError("--models needs the name of a network at least")

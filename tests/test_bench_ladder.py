@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from torch import nn
@@ -106,6 +108,30 @@ def test_quick_is_a_part_of_full_and_graphs_need_a_gpu() -> None:
     assert any("graph" in r.name for r in ladder.rungs("cuda"))
     assert len(RUNGS) == len(ladder.LADDER)
     assert all(r.compiles == ("compile" in r.name or r.name == "tensorrt") for r in ladder.LADDER)
+
+
+def test_a_quick_run_on_a_cpu_compiles_for_the_throughput_batch_alone() -> None:
+    def compiled(device: str, batch: int | None, full: bool = False) -> list[str]:
+        return [r.name for r in ladder.rungs(device, full, batch=batch) if r.compiles]
+
+    assert compiled("cpu", 8) == compiled("cpu", None) == ["compile, frozen"]
+    assert compiled("cpu", 1) == []
+    assert compiled("cpu", 1, full=True) == compiled("cpu", 8, full=True)
+    assert compiled("cuda", 1) == compiled("cuda", 256) != []
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_quick_run_takes_openvino_where_it_is_installed(
+    installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: (installed or None) if name == "openvino" else found(name, *rest),
+    )
+    assert ("openvino" in [r.name for r in ladder.rungs("cpu")]) is installed
+    assert "openvino" in [r.name for r in ladder.rungs("cpu", full=True)]
 
 
 def test_the_networks_of_a_run() -> None:

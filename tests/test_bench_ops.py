@@ -15,7 +15,7 @@ from blnet.bench import ops
 from blnet.bench.catalogue import SUITES, op_suites
 from blnet.bench.ops import OpSuite, Pass, group_name
 from blnet.bench.session import Session
-from blnet.bench.settings import Settings
+from blnet.bench.settings import Settings, resolve
 from blnet.kernels.catalogue import OPS
 
 CPU = Settings(device="cpu", batch=2, repeat=2)
@@ -148,3 +148,34 @@ def test_costs_of_expand_merge_are_those_of_the_limits() -> None:
     pixels = 256 * 56 * 56
     assert inference[1] == 2 * pixels * 128 * 256
     assert forward[1] == 2 * pixels * 128 * 256 + pixels * 128**2
+
+
+def test_graphs_replay_every_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in: what is captured runs once without autograd, replays give what it gave."""
+    captured = []
+
+    class Replayed:
+        def __init__(self, run: Callable[..., Any], inputs: tuple[Tensor, ...], copies: bool):
+            assert (inputs, copies) == ((), False)
+            with torch.no_grad():
+                self.output = run()
+            captured.append(self)
+
+        def __call__(self) -> Any:
+            return self.output
+
+    monkeypatch.setattr(ops, "Captured", Replayed)
+    session = Session(CPU)
+    session.settings = dataclasses.replace(session.settings, graphs=True)
+    suite = small(lambda x, y: x * y)
+    for case in suite.cases(session.settings):
+        session.measured(SuiteModule(suite), case)
+    found = session.results.measurements
+    assert {m.status for m in found} == {"ok"}
+    assert len(captured) == len(found) > 0
+    assert all(m.note == "replayed as a CUDA graph" for m in found if m.facts["baseline"])
+
+
+def test_graphs_are_refused_on_a_cpu() -> None:
+    with pytest.raises(ValueError, match="--graphs needs a GPU"):
+        resolve(dataclasses.replace(CPU, graphs=True))

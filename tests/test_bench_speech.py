@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from blnet.bench import accuracy, progress, runner, studies
+from blnet.bench.ladder import rungs
 from blnet.bench.report import csv_text, markdown
 from blnet.bench.results import Measurement, read_json
 from blnet.bench.session import Session
@@ -52,8 +53,8 @@ def test_clips_are_what_the_network_says_of_whole_maps() -> None:
 def test_rungs_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed_suite, "SPECS", TWO)
     monkeypatch.setattr(speed_suite, "FRAMES", 20)
-    quick = [rung for rung in speed_suite.rungs("cpu") if not rung.compiles]
-    monkeypatch.setattr(speed_suite, "rungs", lambda *_: quick)
+    quick = [rung for rung in rungs("cpu") if not rung.compiles]
+    monkeypatch.setattr(speed_suite, "ladder", lambda *_: quick)
     session = Session(Settings(device="cpu", batch=2, repeat=3))
     for case in speed_suite.cases(session.settings):
         session.measured(speed_suite, case)

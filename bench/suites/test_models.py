@@ -40,8 +40,13 @@ def cases(settings: Settings) -> list[Case]:
         Case(group_name(batch), spec.label, rung.name)
         for batch in settings.batches
         for spec in specs(settings)
-        for rung in rungs(settings.device, settings.full, settings.dtype or "float32")
+        for rung in ladder(settings, batch)
     ]
+
+
+def ladder(settings: Settings, batch: int) -> list[Rung]:
+    """Return the rungs that a batch is measured on."""
+    return rungs(settings.device, settings.full, settings.dtype or "float32", batch)
 
 
 def group_name(batch: int) -> str:
@@ -51,7 +56,13 @@ def group_name(batch: int) -> str:
 
 def build(group: str, session: Session) -> Group:
     """Return all networks on all rungs at one batch."""
-    return group_of(NAME, group, session, *_inputs(group, session))
+    rungs = ladder(session.settings, batch_of(session.settings, group))
+    return group_of(NAME, group, session, rungs, *_inputs(group, session))
+
+
+def batch_of(settings: Settings, group: str, name: Callable[[int], str] = group_name) -> int:
+    """Return the batch that a group is for, of a suite that names its groups so."""
+    return next(batch for batch in settings.batches if name(batch) == group)
 
 
 def after(group: str, session: Session) -> None:
@@ -63,31 +74,32 @@ def after(group: str, session: Session) -> None:
 def _inputs(group: str, session: Session) -> tuple[Built, Tensor]:
     """Return the networks of a group and their input."""
     settings = session.settings
-    batch = next(b for b in settings.batches if group_name(b) == group)
-    images = session.images(session.batch(NAME, group, batch))
+    images = session.images(session.batch(NAME, group, batch_of(settings, group)))
     # All groups share the networks, whatever their batch: one image is enough to know the input.
     sample = session.images(CALIBRATION_IMAGES)
     return built(session, specs(settings), sample, settings.torch_dtype), images
 
 
-def group_of(suite: str, name: str, session: Session, found: Built, inputs: Tensor) -> Group:
+def group_of(
+    suite: str, name: str, session: Session, rungs: list[Rung], found: Built, inputs: Tensor
+) -> Group:
     """Return networks on all rungs for one batch.
 
     Args:
         suite: name of the suite.
         name: name of the group.
         session: of the run.
+        rungs: to measure each network on.
         found: the networks, on the device and in the precision of the run.
         inputs: the batch, float32.
     """
     settings = session.settings
     ready = inputs.to(settings.device, settings.torch_dtype)
-    ladder = rungs(settings.device, settings.full, settings.dtype or "float32")
     return Group(
         suite=suite,
         name=name,
         implementations=[
-            _implementation(spec, found, rung, ready) for spec in found.specs for rung in ladder
+            _implementation(spec, found, rung, ready) for spec in found.specs for rung in rungs
         ],
         references={
             spec.label: partial(_reference, model, ready) for spec, model in found.models.items()
@@ -95,6 +107,7 @@ def group_of(suite: str, name: str, session: Session, found: Built, inputs: Tens
         tolerance=TOLERANCES[settings.dtype or "float32"],
         reference_text=REFERENCE,
         rounds=settings.rounds(len(inputs)),
+        max_warm_up=settings.warm_up_seconds,
         budget=session.budget(suite),
     )
 

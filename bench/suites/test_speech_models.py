@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from blnet.bench import layers
 from blnet.bench.continuing import group_key
-from blnet.bench.ladder import rungs
 from blnet.bench.measure import Group
 from blnet.bench.networks import Built, Spec, built, known
 from blnet.bench.replay import replay, virtual_clock
 from blnet.bench.results import Measurement
 from blnet.bench.session import Case, Session
 from blnet.bench.settings import Settings
-from blnet.bench.suites.test_models import group_of
+from blnet.bench.suites.test_models import batch_of, group_of, ladder
 
 NAME = "speech_models"
 SECONDS = 3
@@ -96,7 +95,7 @@ def cases(settings: Settings) -> list[Case]:
         Case(group_name(batch), spec.label, rung.name)
         for batch in settings.batches
         for spec in SPECS
-        for rung in rungs(settings.device, settings.full, settings.dtype or "float32")
+        for rung in ladder(settings, batch)
     ]
 
 
@@ -107,7 +106,8 @@ def group_name(batch: int) -> str:
 
 def build(group: str, session: Session) -> Group:
     """Return all networks on all rungs at one batch."""
-    return group_of(NAME, group, session, *_inputs(group, session))
+    rungs = ladder(session.settings, batch_of(session.settings, group, group_name))
+    return group_of(NAME, group, session, rungs, *_inputs(group, session))
 
 
 def after(group: str, session: Session) -> None:
@@ -119,7 +119,7 @@ def after(group: str, session: Session) -> None:
 def _inputs(group: str, session: Session) -> tuple[Built, Tensor]:
     """Return the networks of a group and their input."""
     settings = session.settings
-    batch = next(b for b in settings.batches if group_name(b) == group)
+    batch = batch_of(settings, group, group_name)
     maps = torch.randn(
         settings.throughput_batch, 1, BINS, FRAMES,
         generator=torch.Generator().manual_seed(settings.seed),
