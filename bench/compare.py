@@ -29,6 +29,9 @@ slower when our blocks do. A control is held against the other controls, and wit
 others against itself. In a group without any the times decide alone, and a slower machine looks
 like slower code.
 
+What has no time in the new run fails a gate if it raised, is wrong, or was dropped for times that
+are slower (`blnet.bench.missing`); so do a group without any pair, and a run that was interrupted.
+
 What differs between two runs of one implementation but not between its rounds, such as where its
 buffers lie, is in no sample: a threshold must stay above it, and 5 % is little for ops of a few
 milliseconds on a CPU.
@@ -45,10 +48,10 @@ import numpy as np
 from blnet.bench.catalogue import STUDIES
 from blnet.bench.changes import Array, Change, change, corrected
 from blnet.bench.intervals import RESAMPLES, Ratio
+from blnet.bench.missing import Key, Missing, Part, key_of, lost_groups, missing
 from blnet.bench.results import Measurement, Results
 
 Verdict = Literal["slower", "faster", "same", "unclear", "too few"]
-Key = tuple[str, str, str, str]
 Pairs = list[tuple[Measurement, Measurement]]
 ALPHA = 0.01  # of a comparison as a whole
 DEVICE = ("device", "gpus", "cpu", "cpu_features")
@@ -108,34 +111,6 @@ class Shift:
 
 
 @dataclass(frozen=True)
-class Missing:
-    """An implementation that has a time in one run only.
-
-    Attributes:
-        suite: name of the suite.
-        group: name of the group.
-        family: what it computes.
-        implementation: its name.
-        kind: "lost" if the new run has it without a time, else the run that has it.
-        status: what the new run says of a lost one; "" for the others.
-        note: why it has no time.
-    """
-
-    suite: str
-    group: str
-    family: str
-    implementation: str
-    kind: Literal["lost", "only old", "only new"]
-    status: str = ""
-    note: str = ""
-
-    @property
-    def failed(self) -> bool:
-        """Whether it raised or its result is wrong now."""
-        return self.status in ("wrong", "error")
-
-
-@dataclass(frozen=True)
 class Comparison:
     """Two runs compared.
 
@@ -145,6 +120,8 @@ class Comparison:
         shifts: one for each group that has controls.
         missing: what has a time in one run only.
         notes: what differs between the runs beside their code: versions, commits.
+        lost_groups: (suite, group) of the old run, of suites that both took, without any pair.
+        interrupted: whether the new run was, so that it may lack what would have been slower.
     """
 
     threshold: float
@@ -152,6 +129,8 @@ class Comparison:
     shifts: list[Shift]
     missing: list[Missing] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    lost_groups: list[Part] = field(default_factory=list)
+    interrupted: bool = False
 
     def of(self, verdict: Verdict) -> list[Row]:
         """Return the rows with a verdict."""
@@ -164,9 +143,9 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is slower, nothing lost its time by failing, and it could be told."""
-        lost = any(missing.failed for missing in self.missing)
-        return not (self.of("slower") or lost or self.blind)
+        """Whether nothing is slower or lost its time by failing, and all of it could be told."""
+        lost = self.lost_groups or any(missing.failed for missing in self.missing)
+        return not (self.of("slower") or lost or self.interrupted or self.blind)
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain values, fit for JSON."""
@@ -199,7 +178,7 @@ def compare(
             "no implementation has a time in both runs; give two runs of the same suites and "
             "networks"
         )
-    groups: dict[tuple[str, str], Pairs] = {}
+    groups: dict[Part, Pairs] = {}
     for key, measurement in before.items():
         if key in after:
             groups.setdefault(key[:2], []).append((measurement, after[key]))
@@ -212,8 +191,10 @@ def compare(
             for key, found in zip(groups, changes, strict=True)
             if found.shift is not None
         ],
-        _missing(before, after, new),
+        missing(before, after, new, _slowest(before, groups, threshold)),
         _differences(old, new),
+        lost_groups(before, after, new),
+        new.interrupted,
     )
 
 
@@ -271,18 +252,9 @@ def is_control(measurement: Measurement) -> bool:
     return baseline is True
 
 
-def _key(measurement: Measurement) -> Key:
-    return (
-        measurement.suite,
-        measurement.group,
-        measurement.family,
-        measurement.implementation,
-    )
-
-
 def timed(results: Results) -> dict[Key, Measurement]:
     """Return what can be compared: a study trains, and its samples are no repetitions."""
-    return {_key(m): m for m in results.measurements if m.timed and m.suite not in STUDIES}
+    return {key_of(m): m for m in results.measurements if m.timed and m.suite not in STUDIES}
 
 
 # ---------------------------------------------------------------------------- verdicts
@@ -313,7 +285,7 @@ def _rows(groups: list[Pairs], changes: list[Change], threshold: float) -> list[
                 verdict = "too few"
             rows.append(
                 Row(
-                    *_key(old),
+                    *key_of(old),
                     old=old.median,
                     new=new.median,
                     rounds=(len(old.samples), len(new.samples)),
@@ -348,18 +320,19 @@ def _verdict(found: Change, number: int, p: Array, threshold: float) -> Verdict:
 # ---------------------------------------------------------------------------- the rest
 
 
-def _missing(
-    before: dict[Key, Measurement], after: dict[Key, Measurement], new: Results
-) -> list[Missing]:
-    untimed = {_key(m): m for m in new.measurements if not m.timed}
-    found = []
-    for key in before:
-        if key in untimed:
-            lost = untimed[key]
-            found.append(Missing(*key, "lost", lost.status, lost.note))
-        elif key not in after:
-            found.append(Missing(*key, "only old"))
-    return found + [Missing(*key, "only new") for key in after if key not in before]
+def _slowest(
+    before: Iterable[Key], groups: dict[Part, Pairs], threshold: float
+) -> dict[Part, float]:
+    """Return for each group times the old median from which on a time is slower, controls or not.
+
+    What was dropped has a time or two, too few for a test: it is slower where it is so by more
+    than the threshold and than every control became.
+    """
+    found = {key[:2]: 1 + threshold for key in before}
+    for group, pairs in groups.items():
+        moved = [new.median / old.median for old, new in pairs if is_control(old)]
+        found[group] *= max([1.0, *moved])
+    return found
 
 
 def _differences(old: Results, new: Results) -> list[str]:
@@ -377,5 +350,10 @@ def _differences(old: Results, new: Results) -> list[str]:
     devices = [run.environment.get("device") for run in (old, new)]
     if devices[0] != devices[1]:
         changed.insert(0, f"device {_text(devices[0])} -> {_text(devices[1])}")
+    changed += [
+        f"the {name} run was interrupted: what it had not measured by then is not compared"
+        for name, run in (("old", old), ("new", new))
+        if run.interrupted
+    ]
     said = [f"{name}: {note}" for name, run in (("old", old), ("new", new)) for note in run.notes]
     return changed + said

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from blnet.bench.results import Check, Measurement
+from blnet.bench.results import LEASHED, Check, Measurement
 from blnet.limits import OutOfTime, UnavailableError, one_line, out_of_memory, time_limit
 
 Call = Callable[[], Any]
@@ -284,6 +284,7 @@ def _warm_up(
         seconds, best = min(times), fastest[measurement.family]
         if seconds > LEASH * best and seconds * group.rounds > group.leash_seconds:
             note = f"{seconds / best:.1f} times slower than the fastest after warming up"
+            measurement.facts[LEASHED] = seconds  # by which a comparison knows a slow-down
             _settle(measurement, "dropped", f"{note} ({seconds * 1e3:.1f} ms)")
         else:
             kept.append((implementation, measurement, call))

@@ -19,6 +19,7 @@ SCHEMA = 1
 # dropped: too slow to build or to run. skipped: cannot run on this machine.
 Status = Literal["pending", "ok", "wrong", "error", "dropped", "skipped"]
 FAILED: tuple[Status, ...] = ("wrong", "error")
+LEASHED = "leash"  # fact of what was dropped for its times: the best of them, seconds
 
 
 @dataclass

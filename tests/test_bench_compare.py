@@ -285,6 +285,48 @@ def test_what_lost_its_time_is_named(status: str, passed: bool) -> None:
     assert ("lost their time" in text) is not passed
 
 
+@pytest.mark.parametrize(
+    ("seconds", "moved", "passed"), [(4.0, 1.0, False), (1.04, 1.0, True), (1.5, 1.6, True)]
+)
+def test_what_was_dropped_for_its_times_fails_where_they_are_slower(
+    seconds: float, moved: float, passed: bool
+) -> None:
+    """It took 1 s; what its controls became as well is the machine's."""
+    new = steady(4, 24)
+    new[:2] *= moved
+    lost = lose(run_of([new]), "dropped", "4.1 times slower than the fastest")
+    lost.measurements[-1].facts["leash"] = seconds
+    comparison = compare(run_of([steady(4, 24)]), lost, 0.05)
+    assert comparison.passed is passed
+    text = "1 lost their time because they are far slower now"
+    assert (text in comparison_markdown(comparison)) is not passed
+
+
+def test_a_group_without_any_pair_fails_the_gate() -> None:
+    old, new = run_of([steady(3, 24), steady(3, 24)]), run_of([steady(3, 24)])
+    comparison = compare(old, new, 0.05)
+    assert comparison.lost_groups == [("suite", "group 1")]
+    assert not comparison.passed
+    assert "nothing is left to compare of suite, group 1" in comparison_markdown(comparison)
+    for m in old.measurements[3:]:
+        m.suite = "another"  # the new run was not asked for it
+    assert compare(old, new, 0.05).passed
+    new.settings["suites"] = ["suite", "another"]
+    assert not compare(old, new, 0.05).passed
+
+
+def test_a_run_that_was_interrupted_passes_no_gate() -> None:
+    run, stopped = run_of([steady(3, 24)]), run_of([steady(3, 24)])
+    stopped.interrupted = True
+    assert compare(stopped, run, 0.05).passed
+    assert any("the old run was interrupted" in n for n in compare(stopped, run).notes)
+    comparison = compare(run, stopped, 0.05)
+    assert not comparison.passed
+    assert "the new run was interrupted, so the rest cannot be told" in comparison_markdown(
+        comparison
+    )
+
+
 def test_what_only_one_run_has_is_listed() -> None:
     three, four = run_of([steady(3, 24)]), run_of([steady(4, 24)])
     assert compare(four, three).missing[0].kind == "only old"

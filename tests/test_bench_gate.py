@@ -37,6 +37,7 @@ def build(group, session):
         def call():
             time.sleep(0.006 if broken == "slow" else 0.003)
             return right * sign
+        call.seconds = 0.5 if broken == "far slower" else 0.003
         return call
 
     ways = [
@@ -88,6 +89,22 @@ def test_the_gate_catches_slow_and_wrong_code_and_nothing_else(
         words = ["bench", "compare", "old", name]
         assert main([*words, "--fail-if-slower", "30%"]) == status
         assert main(words) == 0
+
+
+def test_the_gate_catches_what_is_too_slow_to_be_timed(
+    tiny: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """Half a second a call: in 12 rounds more than the leash lets anything cost."""
+    monkeypatch.setattr("blnet.bench.measure.make_clock", lambda device: lambda call: call.seconds)
+    gate = ("--compare", "old", "--fail-if-slower", "30%")
+    assert tiny("old") == 0
+    assert tiny("same", *gate) == 0
+    capfd.readouterr()
+    assert tiny("far", *gate, broken="far slower") == 1
+    said = capfd.readouterr().out
+    assert "lost its time: tiny, g, f, blnet: dropped, 166.7 times slower" in said
+    assert "1 lost their time because they are far slower now" in said
+    assert tiny("noted", "--compare", "old", broken="far slower") == 0
 
 
 def test_what_cannot_be_compared_is_told_before_anything_is_measured(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from blnet.bench.compare import Comparison, Missing, Row, Shift
+from blnet.bench.compare import Comparison, Row, Shift
 from blnet.bench.intervals import Ratio
+from blnet.bench.missing import Missing
 from blnet.bench.report.cells import NOTHING, milliseconds
 from blnet.bench.report.markdown import table
 from blnet.bench.report.terminal import rich_table
@@ -93,10 +94,24 @@ def conclusion(comparison: Comparison) -> str:
         parts.append(
             f"{len(comparison.of('too few'))} cannot be told, as {rounds} rounds are too few"
         )
-    failed = sum(missing.failed for missing in comparison.missing)
+    return "; ".join([*parts, *_lost(comparison)]) + "."
+
+
+def _lost(comparison: Comparison) -> list[str]:
+    """Return what fails a gate although it has no row."""
+    parts = []
+    slow = sum(missing.slower for missing in comparison.missing)
+    failed = sum(missing.failed for missing in comparison.missing) - slow
+    if slow:
+        parts.append(f"{slow} lost their time because they are far slower now")
     if failed:
         parts.append(f"{failed} lost their time because they fail now")
-    return "; ".join(parts) + "."
+    if comparison.lost_groups:
+        names = " and ".join(", ".join(group) for group in comparison.lost_groups)
+        parts.append(f"nothing is left to compare of {names}")
+    if comparison.interrupted:
+        parts.append("the new run was interrupted, so the rest cannot be told")
+    return parts
 
 
 def _rounds(rows: list[Row]) -> str:

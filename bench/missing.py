@@ -1,0 +1,91 @@
+"""What a comparison of two runs cannot pair: times that one of them lacks, and whole groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from blnet.bench.results import LEASHED, Measurement, Results
+
+Key = tuple[str, str, str, str]
+Part = tuple[str, str]  # suite and group
+
+
+@dataclass(frozen=True)
+class Missing:
+    """An implementation that has a time in one run only.
+
+    Attributes:
+        suite: name of the suite.
+        group: name of the group.
+        family: what it computes.
+        implementation: its name.
+        kind: "lost" if the new run has it without a time, else the run that has it.
+        status: what the new run says of a lost one; "" for the others.
+        note: why it has no time.
+        slower: whether it was dropped for a time that is slower than the old one by more than the
+            threshold, and than its controls became.
+    """
+
+    suite: str
+    group: str
+    family: str
+    implementation: str
+    kind: Literal["lost", "only old", "only new"]
+    status: str = ""
+    note: str = ""
+    slower: bool = False
+
+    @property
+    def failed(self) -> bool:
+        """Whether it raised, its result is wrong, or it became too slow to be timed."""
+        return self.slower or self.status in ("wrong", "error")
+
+
+def key_of(measurement: Measurement) -> Key:
+    """Return what names a measurement in a run."""
+    return (
+        measurement.suite,
+        measurement.group,
+        measurement.family,
+        measurement.implementation,
+    )
+
+
+def missing(
+    before: Mapping[Key, Measurement],
+    after: Mapping[Key, Measurement],
+    new: Results,
+    slowest: Mapping[Part, float],
+) -> list[Missing]:
+    """Return what has a time in one run only.
+
+    Args:
+        before: what has a time in the old run.
+        after: what has one in the new run.
+        new: the new run.
+        slowest: group of the old run -> times the old median from which on a time is slower.
+    """
+    untimed = {key_of(m): m for m in new.measurements if not m.timed}
+    found = []
+    for key, measurement in before.items():
+        if key in untimed:
+            lost = untimed[key]
+            # Its best time while warming up: what is dropped for it has no other.
+            limit = measurement.median * slowest[key[:2]]
+            slower = lost.status == "dropped" and lost.facts.get(LEASHED, 0.0) > limit
+            found.append(Missing(*key, "lost", lost.status, lost.note, slower))
+        elif key not in after:
+            found.append(Missing(*key, "only old"))
+    return found + [Missing(*key, "only new") for key in after if key not in before]
+
+
+def lost_groups(
+    before: Mapping[Key, Measurement], after: Mapping[Key, Measurement], new: Results
+) -> list[Part]:
+    """Return the old run's groups of which no pair is left, of suites that the new run took."""
+    taken = {m.suite for m in new.measurements} | set(new.settings.get("suites") or ())
+    left = {key[:2] for key in before.keys() & after.keys()}
+    groups = dict.fromkeys(key[:2] for key in before if key[0] in taken)
+    return [group for group in groups if group not in left]
