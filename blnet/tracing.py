@@ -67,8 +67,25 @@ def run_on_meta(twin: nn.Module, input_size: Sequence[int]) -> Any:
         Exception: whatever the network raises for an input of that shape.
     """
     dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
-    with evaluating(twin), torch.no_grad():
+    with evaluating(twin), torch.no_grad(), _BatchNormOfShapes():
         return twin(torch.empty(tuple(input_size), dtype=dtype, device="meta"))
+
+
+class _BatchNormOfShapes(TorchFunctionMode):
+    """Gives a batch normalisation's shape at once: on the meta device PyTorch decomposes it.
+
+    That took most of the time of a network's run there.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is nn.functional.batch_norm and args and args[0].is_meta and args[0].ndim > 1:
+            x, *vectors = (*args, *(kwargs or {}).values())
+            sizes = {tuple(v.shape) for v in vectors if isinstance(v, torch.Tensor)}
+            if sizes <= {(x.shape[1],)}:  # what does not fit is PyTorch's to tell
+                return torch.empty_like(x)
+        return func(*args, **(kwargs or {}))
 
 
 def check_size(input_size: object) -> tuple[int, ...]:

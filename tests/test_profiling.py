@@ -11,6 +11,7 @@ import blnet
 import blnet.vision.models
 from blnet import registry
 from blnet.network import BigLittleConfig, BigLittleNet
+from blnet.tracing import meta_twin, run_on_meta
 
 
 def small_network(**options):
@@ -201,3 +202,12 @@ def test_a_shared_layer_is_left_as_it_is():
 def test_something_else_than_a_module_is_refused(wrong):
     with pytest.raises(ValueError, match="model must be a"):
         blnet.profile(wrong)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_on_meta_has_the_shape_that_pytorch_gives(affine: bool) -> None:
+    norm, x = nn.BatchNorm2d(6, affine=affine), torch.randn(2, 6, 3, 5)
+    out = run_on_meta(meta_twin(norm), x.shape)
+    assert (out.shape, out.dtype, out.device.type) == (x.shape, x.dtype, "meta")
+    with pytest.raises(RuntimeError):
+        run_on_meta(meta_twin(norm), (2, 7, 3, 5))
