@@ -277,6 +277,32 @@ def test_a_forked_child_works_in_one_thread():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environment)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_forked_children_have_maps_of_their_own():
+    code = (
+        "import os, torch; from blnet.kernels.native import Builder;"
+        "b = Builder((1, 16, 64, 64)); y = b.combine(b.input, relu=True);"
+        "p = b.build([b.combine(y, y)]); x = torch.rand(1, 16, 64, 64) + 1; p(x);"
+        "parent = os.fork() and os.fork(); x = x * os.getpid();"
+        "ok = all(torch.equal(p(x)[0], 2 * x) for _ in range(300));"
+        "ok &= not parent or all([os.wait()[1] == 0 for _ in range(2)]); os._exit(0 if ok else 3)"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environment)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_while_another_thread_calls_leaves_no_lock_held():
+    code = (
+        "import os, signal, torch; from blnet.kernels.native import Builder;"
+        "b = Builder((1, 16, 8, 8)); p = b.build([b.combine(b.input, relu=True)]);"
+        "x = torch.rand(1, 16, 8, 8); p._lock.acquire(); pid = os.fork();"
+        "pid or (signal.alarm(5), os._exit(0 if torch.equal(p(x)[0], x) else 3));"
+        "assert os.waitpid(pid, 0)[1] == 0"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 # Errors and the library ---------------------------------------------------------------------------
 
 

@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 
 HUGE_BYTES = 2 << 20
+# Private: a forked child gets maps of its own, and systems give huge pages to private memory only.
+# Windows knows neither the flags nor fork.
+_PRIVATE = (
+    {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+)
 
 
 def reserve(floats: int) -> Tensor:
@@ -21,7 +26,7 @@ def reserve(floats: int) -> Tensor:
     What is never touched takes no memory.
     """
     size = -(-4 * max(floats, 1) // HUGE_BYTES) * HUGE_BYTES
-    region = mmap.mmap(-1, size)
+    region = mmap.mmap(-1, size, **_PRIVATE)
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is not None:
         with contextlib.suppress(OSError):  # a kernel without them; ordinary pages are as right

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -25,11 +26,14 @@ from blnet.kernels.native.memory import gathered, reserve
 _ALIGNMENT = 16  # floats: a cache line
 
 _forked = False
+_programs: weakref.WeakSet[Program] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
     global _forked
     _forked = True  # OpenMP's threads stayed with the parent, and it waits for them for ever
+    for program in _programs:
+        program._lock = threading.Lock()  # so did the thread that may have held the old one
 
 
 if hasattr(os, "register_at_fork"):
@@ -95,6 +99,7 @@ class Program:
         passes += steps[count:]
         self._alone = rounds * count
         self._steps = (Step * len(passes))(*passes)
+        _programs.add(self)
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """Return the outputs, contiguous, for an input of the program's shape, any strides.
