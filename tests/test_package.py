@@ -118,7 +118,7 @@ def test_the_wheel_holds_every_module(wheel: Path) -> None:
              "speech": "blnet/speech", "blnet": "blnet"}  # fmt: skip
     for folder, home in homes.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in {".py", ".typed"}:
+            if path.suffix in {".py", ".typed", ".yaml"}:
                 assert f"{home}/{path.relative_to(ROOT / folder)}" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"blnet"}
 
