@@ -24,7 +24,7 @@ from blnet.speech.hypotheses import (
     best_path,
     check_log_probs,
 )
-from blnet.speech.ngrams import LanguageModel
+from blnet.speech.ngrams import LanguageModel, is_binary
 from blnet.speech.outside import pyctcdecode_beam, torchaudio_beam
 from blnet.speech.prefix_beam import beam
 from blnet.speech.text import Alphabet
@@ -97,12 +97,13 @@ def make_decoder(
     width: int | None = None,
     alpha: float = 0.5,
     beta: float = 1.0,
+    viterbi: bool = False,
 ) -> Decoder:
     """Return a decoder by its name.
 
     A beam search with a language model is pyctcdecode's where it and kenlm are installed, one
     without is torchaudio's where flashlight-text is; otherwise it is our own, which reads ARPA
-    files. `Decoder.title` says which.
+    files. `Decoder.title` says which. pyctcdecode adds up paths and so is not taken for `viterbi`.
 
     Args:
         name: greedy, beam, or auto: beam if a language model or a width is given, else greedy.
@@ -111,6 +112,8 @@ def make_decoder(
         width: of the beam; 16 if none is given.
         alpha: weight of the language model.
         beta: bonus of every word beside a language model.
+        viterbi: whether a beam search takes a text's likeliest path and not the sum over all, as
+            networks of frame labels need (see `beam`).
 
     Raises:
         ValueError: if the settings contradict each other, or the language model cannot be read.
@@ -128,27 +131,34 @@ def make_decoder(
         return Decoder(title, lambda x, n: greedy(x, n, alphabet), is_greedy=True)
     width = width or WIDTH
     if language_model is None:
-        return _plain_beam(alphabet, width)
-    return _beam_with_words(alphabet, language_model, width, alpha, beta)
+        return _plain_beam(alphabet, width, viterbi)
+    return _beam_with_words(alphabet, language_model, width, alpha, beta, viterbi)
 
 
-def _plain_beam(alphabet: Alphabet, width: int) -> Decoder:
-    outside = torchaudio_beam(alphabet, width)
+def _plain_beam(alphabet: Alphabet, width: int, viterbi: bool) -> Decoder:
+    outside = torchaudio_beam(alphabet, width, viterbi)
     if outside is not None:
         return Decoder(f"beam of {width} (torchaudio)", outside)
-    return Decoder(f"beam of {width} (our own)", lambda x, n: beam(x, n, alphabet, width))
+    return Decoder(
+        f"beam of {width} (our own)", lambda x, n: beam(x, n, alphabet, width, viterbi=viterbi)
+    )
 
 
 def _beam_with_words(
-    alphabet: Alphabet, path: StrPath, width: int, alpha: float, beta: float
+    alphabet: Alphabet, path: StrPath, width: int, alpha: float, beta: float, viterbi: bool
 ) -> Decoder:
-    outside = pyctcdecode_beam(alphabet, path, width, alpha, beta)
+    if viterbi and is_binary(path):
+        raise ValueError(
+            f"language model {path} is in KenLM's binary format, which is not read for a network "
+            "of frame labels; give the .arpa file"
+        )
+    outside = None if viterbi else pyctcdecode_beam(alphabet, path, width, alpha, beta)
     if outside is not None:
         return Decoder(f"beam of {width} with language model {path} (pyctcdecode)", outside)
     model = LanguageModel.load(path, lower=not alphabet.has_capitals)
     return Decoder(
         f"beam of {width} with language model {path} ({model.order}-grams, our own)",
-        lambda x, n: beam(x, n, alphabet, width, model, alpha, beta),
+        lambda x, n: beam(x, n, alphabet, width, model, alpha, beta, viterbi),
     )
 
 

@@ -71,12 +71,13 @@ def _is_in_capitals(model: Any, alphabet: Alphabet) -> bool:
     return any(c.upper() in model for c in letters) and not any(c in model for c in letters)
 
 
-def torchaudio_beam(alphabet: Alphabet, width: int) -> _Decode | None:
+def torchaudio_beam(alphabet: Alphabet, width: int, viterbi: bool = False) -> _Decode | None:
     """Return torchaudio's beam search (flashlight-text), without a language model.
 
     Args:
         alphabet: the classes' characters.
         width: of the beam.
+        viterbi: whether a text counts by its likeliest path, not by all.
 
     Returns:
         The search; None where flashlight-text is not installed.
@@ -90,7 +91,7 @@ def torchaudio_beam(alphabet: Alphabet, width: int) -> _Decode | None:
         tokens=[_BLANK_NAME, *alphabet.characters],
         beam_size=width,
         beam_threshold=1e3,  # as good as none: the width alone prunes
-        log_add=True,
+        log_add=not viterbi,
         blank_token=_BLANK_NAME,
         # It stands at both ends of every path; a space there, or a blank, is taken off again.
         sil_token=SPACE if SPACE in alphabet.classes else _BLANK_NAME,

@@ -2,7 +2,7 @@
 
 Graves, "Supervised Sequence Labelling with Recurrent Neural Networks" (2012), section 7.5, and
 Hannun et al., "First-Pass Large Vocabulary Continuous Speech Recognition using Bi-Directional
-Recurrent DNNs" (2014), algorithm 1. Probabilities are added up as natural logarithms in float64.
+Recurrent DNNs" (2014), algorithm 1. Probabilities are natural logarithms in float64.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def beam(
     language_model: LanguageModel | None = None,
     alpha: float = 0.5,
     beta: float = 1.0,
+    viterbi: bool = False,
 ) -> list[Hypothesis]:
     """Return the likeliest text of each recording, as far as the search goes.
 
@@ -52,6 +53,9 @@ def beam(
         alpha: weight of the language model.
         beta: bonus of every word, against the language model's liking for few; without such a model
             it plays no part.
+        viterbi: whether a text's probability is its likeliest path's instead. A network of frame
+            labels says a letter on many frames; in a sum the many places at which such a run could
+            be cut in two would make every letter likelier twice than once.
 
     Returns:
         For each recording its text; `score` is what counts.
@@ -71,11 +75,12 @@ def beam(
                 f"{alphabet.characters!r} has none; decode without one"
             )
         words = _Words(alphabet, language_model, alpha, beta)
+    combine = np.maximum if viterbi else np.logaddexp
     outputs = log_probs.detach().cpu()
     found = []
     for place, length in enumerate(lengths.tolist()):
         output = outputs[place, :length]
-        labels, score = _search(output.double().numpy(), width, words)
+        labels, score = _search(output.double().numpy(), width, words, combine)
         found.append(write(torch.tensor(labels, dtype=torch.int64), score, output, alphabet))
     return found
 
@@ -162,20 +167,25 @@ class _Beam:
         prefixes: which.
         blank: log probability of each one's paths that end with a blank.
         label: likewise, of those that end with its last label.
+        combine: makes one log probability of those of two sets of paths.
     """
 
     prefixes: list[_Prefix]
     blank: Floats
     label: Floats
+    combine: np.ufunc
 
     @property
     def total(self) -> Floats:
-        return np.logaddexp(self.blank, self.label)
+        found: Floats = self.combine(self.blank, self.label)
+        return found
 
 
-def _search(frames: Floats, width: int, words: _Words | None) -> tuple[list[int], float]:
+def _search(
+    frames: Floats, width: int, words: _Words | None, combine: np.ufunc
+) -> tuple[list[int], float]:
     """Return the labels of the best text of a recording (T, classes), and its score."""
-    kept = _Beam([_Prefix()], np.zeros(1), np.full(1, -np.inf))
+    kept = _Beam([_Prefix()], np.zeros(1), np.full(1, -np.inf), combine)
     for frame in frames:
         kept = _advance(kept, frame, width, words)
     scores = kept.total
@@ -196,8 +206,8 @@ def _advance(kept: _Beam, frame: Floats, width: int, words: _Words | None) -> _B
     # The last label once more is a character of its own only after a blank.
     grown[rows, last] = kept.blank + frame[last]
     grown[:, BLANK] = -np.inf
-    _meet(kept.prefixes, last, label, grown)
-    ranks = np.concatenate([np.logaddexp(blank, label), grown.ravel()])
+    _meet(kept, last, label, grown)
+    ranks = np.concatenate([kept.combine(blank, label), grown.ravel()])
     if words is not None:
         ranks += _bonuses(kept.prefixes, grown.shape[1], words)
     best = _largest(ranks, width)
@@ -212,16 +222,17 @@ def _advance(kept: _Beam, frame: Floats, width: int, words: _Words | None) -> _B
         prefixes,
         np.concatenate([blank[stay], np.full(len(grow), -np.inf)]),
         np.concatenate([label[stay], grown.ravel()[grow]]),
+        kept.combine,
     )
 
 
-def _meet(prefixes: list[_Prefix], last: NDArray[np.int64], label: Floats, grown: Floats) -> None:
+def _meet(kept: _Beam, last: NDArray[np.int64], label: Floats, grown: Floats) -> None:
     """Give what grows into a prefix that is in the beam already to that one."""
-    places = {id(prefix): place for place, prefix in enumerate(prefixes)}
-    for place, prefix in enumerate(prefixes):
+    places = {id(prefix): place for place, prefix in enumerate(kept.prefixes)}
+    for place, prefix in enumerate(kept.prefixes):
         parent = places.get(id(prefix.parent))
         if parent is not None:
-            label[place] = np.logaddexp(label[place], grown[parent, last[place]])
+            label[place] = kept.combine(label[place], grown[parent, last[place]])
             grown[parent, last[place]] = -np.inf
 
 

@@ -124,7 +124,7 @@ def decoder_of(args: argparse.Namespace, trained: Trained) -> Decoder:
         OSError: if the language model is not there.
     """
     return make_decoder(args.decoder, trained.alphabet, args.language_model, args.beam_width,
-                        args.lm_weight, args.word_bonus)  # fmt: skip
+                        args.lm_weight, args.word_bonus, viterbi=trained.head == "frame")  # fmt: skip # noqa: E501
 
 
 def _seconds(text: str) -> float:

@@ -271,6 +271,18 @@ def test_the_decoder_is_said_aloud(net, talk, capsys):
         assert found.out == f"{TEXT}\n"
 
 
+def test_a_network_of_frame_labels_is_searched_by_its_best_path(tmp_path, capsys):
+    """It holds each letter for many frames, at any of which a sum over paths would cut it."""
+    model = tones.untrained("frame")
+    model.load_state_dict(tones.trained("frame").state_dict())
+    for parameter in model.fc.parameters():
+        parameter.data *= 0.4  # larger networks on real speech are not as sure as this one
+    frame = tones.save(tmp_path / "frame.safetensors", "frame", model)
+    file = tones.write(tmp_path / "some.wav", tones.spoken("ab abc ab"))
+    assert run(frame, file, "--beam-width", 4) == 0
+    assert capsys.readouterr().out == "ab abc ab\n"
+
+
 ARPA = r"""\data\
 ngram 1=5
 
