@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -95,6 +96,9 @@ class Recordings(Dataset[tuple[Tensor, Tensor]]):
             # First, as it costs nothing.
             target = self._target(one)
             samples = read_audio(one.file, self._sample_rate, one.start, self._end(one))
+            heard = len(samples) / self._sample_rate
+            if heard < one.seconds or not one.seconds:  # a manifest may say anything
+                target = self._target(dataclasses.replace(one, seconds=heard))
         except AudioError as error:
             raise CorruptSample(one.name, error.reason) from error
         except ValueError as error:

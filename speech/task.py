@@ -280,11 +280,22 @@ def describe(config: ModelConfig) -> str:
 
 
 def _spread(data: Recordings, most: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (samples (1, L), length (1,)) of recordings spread over a data set, but bad ones."""
-    count = len(data)
-    for place in range(min(count, most)):
+    """Yield (samples (1, L), length (1,)) of recordings spread over a data set, but bad ones.
+
+    Raises:
+        ValueError: if all are bad; it names the first.
+    """
+    count, chosen = len(data), min(len(data), most)
+    bad: list[CorruptSample] = []
+    for place in range(chosen):
         try:
-            samples, _ = data[place * count // min(count, most)]
-        except CorruptSample:
-            continue  # the training counts and tells it
-        yield samples[None], torch.tensor([len(samples)])
+            samples, _ = data[place * count // chosen]
+        except CorruptSample as error:
+            bad.append(error)  # the training counts and tells it
+        else:
+            yield samples[None], torch.tensor([len(samples)])
+    if bad and len(bad) == chosen:
+        raise ValueError(
+            f"not one of {chosen:,} training recordings can be used, {bad[0].name} among them "
+            f"({bad[0].reason}); mend or remove them"
+        )

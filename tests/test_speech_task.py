@@ -256,6 +256,19 @@ def path(text: str, frames: int) -> list[int]:
     return marks + [0] * (frames - len(marks))
 
 
+def test_recordings_that_are_all_bad_are_named_before_their_mean_is_taken(
+    corpus: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.wav").write_text("no recording")
+    row = json.dumps({"audio": str(tmp_path / "bad.wav"), "text": "a"}) + "\n"
+    (tmp_path / "bad.jsonl").write_text(row * 3)
+    bad = config(corpus, "ctc", features=dataclasses.replace(FEATURES, normalize="global"))
+    data = dataclasses.replace(bad.data, path=str(tmp_path / "bad.jsonl"))
+    said = r"not one of 3 training recordings can be used, .*bad\.wav among them \(it cannot be dec"
+    with pytest.raises(ValueError, match=said):
+        make_task(dataclasses.replace(bad, data=data))
+
+
 @pytest.mark.parametrize("name", ["ctc", "frame"])
 def test_error_rates_by_hand(name: TaskName, corpus: Path) -> None:
     task = make_task(config(corpus, name, model=dataclasses.replace(MODEL, time_reduction=1)))
@@ -352,6 +365,23 @@ def test_a_transcript_that_does_not_fit_names_its_file(
     with pytest.raises(CorruptSample, match=said) as caught:
         make_task(odd).train_data[0]
     assert caught.value.args[0] == str(corpus / "train-0.wav")
+
+
+@pytest.mark.parametrize("seconds", [0, 9])
+def test_a_transcript_is_held_against_what_is_heard(
+    seconds: int, corpus: Path, tmp_path: Path
+) -> None:
+    """A manifest may say anything of a recording's length, and CTC's loss would be infinite."""
+    row = {"audio": str(corpus / "train-0.wav"), "text": "aaaaaab", "seconds": seconds}
+    (tmp_path / "long.jsonl").write_text(json.dumps(row))
+    odd = config(corpus, "ctc")
+    place = str(tmp_path / "long.jsonl")
+    task = make_task(
+        dataclasses.replace(odd, data=dataclasses.replace(odd.data, path=place, eval_path=place))
+    )
+    for part in (task.train_data, task.eval_data):
+        with pytest.raises(CorruptSample, match=r"needs 12 frames and its 0\.20 s give 9"):
+            part[0]
 
 
 @settings(max_examples=60, deadline=None)
