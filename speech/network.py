@@ -3,8 +3,8 @@
 A map is (N, channels, mel bands, frames). The plan is that of Big-Little Net's acoustic models
 (Chen et al., ICLR 2019) as far as it is known: 22 layers, that is a first convolution, ten basic
 blocks of two convolutions and one linear layer, over 64 bands. Their widths were not to be had;
-ours (`PLAN`) come within 5 % of the 3.02 M parameters reported for the plain network, and are such
-that beta 1, 2 and 3 all differ, which takes a stage of six blocks.
+ours (`DEPTHS` and `WIDTHS` of `models.py`) come within 5 % of the 3.02 M parameters reported for the
+plain network, and are such that beta 1, 2 and 3 all differ, which takes a stage of six blocks.
 
 | layer | channels | blocks | bands | frames (time reduction 1, 2, 4) |
 |---|---|---|---|---|
