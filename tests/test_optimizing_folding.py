@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,15 @@ def test_timms_deep_stem_and_average_shortcuts_are_folded() -> None:
     assert error(model, own, (2, 3, 64, 64)) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["efficientnet_b0", "resnetv2_50"])
+def test_timms_norms_with_activations_keep_them(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    model = lived_in(timm.create_model(name, num_classes=10))
+    own, changes = folded(model)
+    assert sum(bool(change.now) for change in changes) > 0.6 * len(changes)
+    assert error(model, own, (1, 3, 64, 64)) < 1e-12
+
+
 def test_a_change_names_both_layers() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
     (change,) = fold_batch_norms(model)
@@ -113,6 +123,53 @@ class Gated(Twice):
         return self.norm(torch.relu(self.conv(x)))
 
 
+class Activated(nn.BatchNorm2d):
+    """A user's normalisation, which does more."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).abs()
+
+
+class Renamed(nn.BatchNorm2d):
+    """A user's normalisation, which does no more."""
+
+
+class Taps(nn.Module):
+    """Calls the layers of a Sequential one by one and keeps what is between, as losses do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = []
+        for layer in self.features[0]:
+            x = layer(x)
+            kept.append(x)
+        return torch.cat(kept, 1)
+
+
+class Untraceable(Taps):
+    """Calls the whole, by code that asks for values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.features(x) if x.sum() > -1e9 else x
+
+
+class Listed(nn.Module):
+    """Calls Sequentials within a Sequential and in a list, whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nested = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+        self.list = nn.ModuleList([nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in (*self.nested, *self.list):
+            x = part(x)
+        return x
+
+
 def shared() -> nn.Module:
     conv = nn.Conv2d(3, 3, 1)
     return nn.Sequential(conv, nn.BatchNorm2d(3), conv)
@@ -136,6 +193,12 @@ LEFT = {
     "first of all": (lambda: nn.Sequential(nn.BatchNorm2d(3)), "no convolution alone"),
     "shared": (shared, "several places"),
     "hooks": (watched, "hooks"),
+    "layers of a Sequential used apart": (Taps, "called one by one"),
+    "no trace": (Untraceable, "Untraceable, which calls it, could not be traced"),
+    "a forward of its own": (
+        lambda: nn.Sequential(nn.Conv2d(3, 3, 1), Activated(3)),
+        "a forward of its own",
+    ),
     "computed weight": (normalised, "no convolution alone|computed anew"),
     "batch statistics": (
         lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)),
@@ -160,3 +223,17 @@ def test_a_hook_before_the_convolution_stays() -> None:
     own, (change,) = folded(model)
     assert change.now
     assert error(model, own, (2, 3, 8, 8)) < 1e-14
+
+
+@pytest.mark.parametrize("make", [Listed, lambda: nn.Sequential(nn.Conv2d(3, 3, 1), Renamed(3))])
+def test_what_does_no_more_is_folded(make: Any) -> None:
+    model = lived_in(make())
+    own, changes = folded(model)
+    assert all(change.now for change in changes)
+    assert error(model, own, (2, 3, 5, 5)) < 1e-14
+
+
+def test_an_example_bears_out_what_cannot_be_traced() -> None:
+    model = lived_in(Untraceable())
+    (change,) = fold_batch_norms(model, checked=True)
+    assert change.now

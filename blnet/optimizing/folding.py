@@ -8,7 +8,7 @@ goes on as it is.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -22,13 +22,18 @@ from blnet.tracing import called_alone, trace_in_evaluation
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# What computes the equation above and nothing else; a class derived from those may do more.
+_FORWARDS = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
-def fold_batch_norms(model: nn.Module) -> list[Change]:
+def fold_batch_norms(model: nn.Module, checked: bool = False) -> list[Change]:
     """Fold every BatchNorm that can be into the convolution before it, in place.
 
     Args:
         model: a network in evaluation mode.
+        checked: whether the result is compared with the original's afterwards. Then the layers of
+            a Sequential are also folded where the code that calls it cannot be traced.
 
     Returns:
         One change for each BatchNorm, in the order of the network's modules: what it was folded
@@ -37,17 +42,21 @@ def fold_batch_norms(model: nn.Module) -> list[Change]:
     places = Counter(id(part) for _, part in model.named_modules(remove_duplicate=False))
     names = {id(part): name for name, part in model.named_modules()}
     partners: dict[int, nn.Module] = {}
-    for module in model.modules():
-        partners |= {id(norm): conv for conv, norm in _pairs(module)}
+    apart: dict[int, str] = {}
+    for name, module in model.named_modules():
+        pairs = {id(norm): conv for conv, norm in _pairs(module) if _is_norm(norm)}
+        if pairs and _runs_in_turn(module):
+            apart |= dict.fromkeys(pairs, _why_not_whole(model, name, checked))
+        partners |= pairs
     changes = []
     for name, norm in list(model.named_modules()):
         if not _is_norm(norm):
             continue
         conv = partners.get(id(norm))
-        reason = _why_not(conv, norm, places)
+        reason = _why_not(conv, norm, places) or apart.get(id(norm), "")
         if conv is not None and not reason:
             _fold(conv, norm)
-            _exchange(model, name, nn.Identity().eval())
+            _exchange(model, name, _rest(norm))
             changes.append(Change(name, type(norm).__name__, f"folded into {names[id(conv)]}"))
         else:
             changes.append(Change(name, type(norm).__name__, reason=reason))
@@ -58,9 +67,55 @@ def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, _NORMS) or type(module).__name__ == "FrozenBatchNorm2d"
 
 
+def _is_timms(norm: nn.Module) -> bool:
+    """Return whether a layer is timm's BatchNorm that goes on with its own dropout and ReLU."""
+    kind = type(norm)
+    return (kind.__module__, kind.__name__) == ("timm.layers.norm_act", "BatchNormAct2d")
+
+
+def _rest(norm: nn.Module) -> nn.Module:
+    """Return what is left to do of a normalisation that was folded."""
+    if not _is_timms(norm):
+        return nn.Identity().eval()
+    parts = OrderedDict(drop=norm.get_submodule("drop"), act=norm.get_submodule("act"))
+    rest = nn.Sequential(parts)
+    rest.training = False  # its layers keep the mode they are in
+    return rest
+
+
+def _runs_in_turn(module: nn.Module) -> bool:
+    return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
+
+
+def _why_not_whole(model: nn.Module, name: str, checked: bool) -> str:
+    """Say why a Sequential's layers may be called one by one; an empty text where they are not.
+
+    What is between two of its layers is nobody's where the code of the module that holds it, within
+    other Sequentials or in a list, calls the whole.
+    """
+    parts = name.split(".") if name else []
+    for depth in range(len(parts) - 1, -1, -1):
+        holder = model.get_submodule(".".join(parts[:depth]))
+        if not _runs_in_turn(holder) and type(holder) not in _CONTAINERS:
+            break
+    else:
+        return ""  # the network is called itself
+    graph = trace_in_evaluation(holder)
+    if graph is None:
+        told = f"the code of {type(holder).__name__}, which calls it, could not be traced"
+        return "" if checked else f"{told}; with example_input it is folded and checked"
+    reads = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
+    place = parts[depth:]
+    if any(target.startswith(".".join(place) + ".") for target in reads):
+        return "the layers of its Sequential are called one by one"
+    if not any(".".join(place[:end]) in reads for end in range(1, len(place) + 1)):
+        return "nothing was seen to call its Sequential"
+    return ""
+
+
 def _pairs(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Yield the layers of a module's own code of which one's result goes to the other alone."""
-    if type(module).forward is nn.Sequential.forward:
+    if _runs_in_turn(module):
         layers = list(module.children())
         yield from pairwise(layers)
     elif any(_is_norm(child) for child in module.children()):
@@ -71,6 +126,9 @@ def _pairs(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 def _why_not(conv: nn.Module | None, norm: nn.Module, places: Counter[int]) -> str:
     """Say why a normalisation cannot be folded; an empty text where it can."""
+    plain = type(norm).forward in _FORWARDS or type(norm).__name__ == "FrozenBatchNorm2d"
+    if not plain and not _is_timms(norm):
+        return "its class has a forward of its own"
     if conv is None or type(conv) not in _CONVOLUTIONS:
         return "no convolution alone was seen to feed it"
     if not isinstance(conv._parameters.get("weight"), nn.Parameter):
