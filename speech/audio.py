@@ -19,10 +19,13 @@ from blnet.speech.files import open_file
 
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
 _BLOCK = 1 << 16  # frames that are decoded at once while streaming
+_BLOCK_SECONDS = 30  # and how long these may be: at a low rate, resampling makes many of few
 _MP3_LEAST = 0.95  # share of the samples
 _TOLERANCE = 0.01  # seconds; times in manifests are rounded
 # Programs that write WAV into a pipe do not know its length and put one of these in its place.
 _UNKNOWN_LENGTH = 0x7FFF0000
+_UNKNOWN_FRAMES = 1 << 60  # likewise of FLAC, where libsndfile says the largest number there is
+_LOUDEST = 1e15  # of full scale; what is louder by far has no power spectrum in float32
 
 
 class AudioError(ValueError):
@@ -59,7 +62,8 @@ def read_audio(
 
     Raises:
         AudioError: if it is missing, empty, cut off, of another format, holds no samples or some
-            that are no finite numbers, or start and end lie outside.
+            that are no finite numbers or huge, does not say how long it is, or start and end lie
+            outside.
     """
     with _opened(file) as sound:
         first, last = _range(file, sound, start, end)
@@ -74,7 +78,8 @@ def audio_seconds(file: StrPath) -> float:
     """Return the duration of a recording, seconds, from its header.
 
     Raises:
-        AudioError: if it is missing, empty, cut off (WAV), of another format or has no samples.
+        AudioError: if it is missing, empty, cut off (WAV), of another format, has no samples or
+            does not say how many.
     """
     with _opened(file) as sound:
         return float(sound.frames / sound.samplerate)
@@ -124,6 +129,9 @@ def _opened(file: StrPath) -> Iterator[soundfile.SoundFile]:
             with soundfile.SoundFile(data) as sound:
                 if not sound.frames:
                     raise AudioError(file, "it holds no samples")
+                if sound.frames >= _UNKNOWN_FRAMES:
+                    raise AudioError(file, "its header does not say how long it is; write it anew, "
+                                     "to a file and not to a pipe")  # fmt: skip
                 yield sound
     except AudioError:
         raise
@@ -150,8 +158,12 @@ def _range(
 
 def _mono(file: StrPath, frames: NDArray[np.float32]) -> NDArray[np.float32]:
     samples = frames[:, 0] if frames.shape[1] == 1 else frames.mean(axis=1)
-    if not np.isfinite(samples).all():
+    peak = np.abs(samples).max(initial=0)
+    if not np.isfinite(peak):
         raise AudioError(file, "it holds samples that are no finite numbers")
+    if peak > _LOUDEST:
+        raise AudioError(file, f"it holds samples as large as {peak:.3g}, and full scale is 1; "
+                         "scale it down")  # fmt: skip
     return np.ascontiguousarray(samples, dtype=np.float32)
 
 
@@ -184,8 +196,9 @@ def _pieces(file: StrPath, sample_rate: int) -> Iterator[NDArray[np.float32]]:
         rate, frames = int(sound.samplerate), int(sound.frames)
         stream = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32")
         read, given = 0, 0
+        size = min(_BLOCK, _BLOCK_SECONDS * rate)
         while True:
-            block = _mono(file, sound.read(_BLOCK, dtype="float32", always_2d=True))
+            block = _mono(file, sound.read(size, dtype="float32", always_2d=True))
             read += len(block)
             done = not len(block)
             piece = block if rate == sample_rate else stream.resample_chunk(block, last=done)

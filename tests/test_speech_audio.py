@@ -237,6 +237,31 @@ def test_what_is_no_recording_is_refused(tmp_path):
         refused(path, "no finite numbers")
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_samples_that_have_no_power_in_float32_are_refused(tmp_path, channels):
+    path = tmp_path / "a.wav"
+    for value in (-3.4e38 / channels, 1e16):
+        path.write_bytes(encoded(np.full((9, channels), value), subtype="FLOAT"))
+        refused(path, "and full scale is 1; scale it down")
+        with pytest.raises(AudioError, match="full scale"):
+            list(stream_audio(path, 8000, 1))
+    path.write_bytes(encoded(np.full((9, channels), 1e9), subtype="FLOAT"))
+    assert len(read_audio(path, 16000)) == 9
+
+
+def test_a_flac_file_of_unknown_length_is_refused(tmp_path):
+    path = tmp_path / "a.flac"
+    whole = bytearray(encoded(tone(), kind="FLAC"))
+    # STREAMINFO begins at byte 8; its last 36 bits before the checksum are the samples in all.
+    whole[21] &= 0xF0
+    whole[22:26] = bytes(4)
+    path.write_bytes(whole)
+    refused(path, "its header does not say how long it is; write it anew")
+    for reads in (audio_seconds, lambda file: next(stream_audio(file, 16000, 1))):
+        with pytest.raises(AudioError, match="does not say how long"):
+            reads(path)
+
+
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "MP3"])
 def test_a_recording_that_is_cut_off_is_refused(tmp_path, kind):
     path = tmp_path / "a"
@@ -307,6 +332,19 @@ def test_blocks_are_made_as_they_are_asked_for(tmp_path):
     tracemalloc.stop()
     assert count == 8000 * 600
     assert peak < 5e6  # all of it would be 38 MB
+
+
+def test_blocks_of_a_low_rate_are_no_longer_than_others(tmp_path):
+    import tracemalloc
+
+    path = tmp_path / "slow.wav"
+    soundfile.write(path, np.zeros(12_000, np.int16), 10)
+    tracemalloc.start()
+    count = sum(len(block) for block in stream_audio(path, 16000, 10))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 16000 * 1200
+    assert peak < 25e6  # all of it would be 77 MB
 
 
 def test_blocks_without_samples_are_refused(tmp_path):
