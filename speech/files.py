@@ -127,12 +127,16 @@ class Tree:
 def read_lines(file: StrPath) -> list[str]:
     """Return the lines of a text file, UTF-8 with or without byte order mark.
 
+    Lines end at line feeds, with or without a carriage return: what else Unicode takes for an end
+    of a line may stand in a transcript.
+
     Raises:
         ValueError: of one sentence that names the file, if it cannot be read or is no such text.
     """
     try:
         with open_file(file) as opened:
-            return opened.read().decode("utf-8-sig").splitlines()
+            text = opened.read().decode("utf-8-sig")
+        return [line.removesuffix("\r") for line in text.split("\n")]
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text; write it as such") from error
     except (OSError, ValueError) as error:

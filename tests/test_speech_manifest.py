@@ -42,6 +42,18 @@ def refused(path, *words):
         assert word in text, text
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", "\u2028\u0085\v\f\x1e")
+def test_lines_end_at_line_feeds_alone(folder, end, mark):
+    path = folder / "train.tsv"
+    path.write_bytes(f"audio\ttext{end}one.wav\ta{mark}b{end}one.wav\tc{end}".encode())
+    assert [one.text for one in read_manifest(path)] == [f"a{mark}b", "c"]
+    path = folder / "train.jsonl"
+    row = json.dumps({"audio": "one.wav", "text": "a\u2028b"}, ensure_ascii=False)
+    path.write_bytes(f"{row}{end}{row}".encode())
+    assert [one.text for one in read_manifest(path)] == ["a\u2028b"] * 2
+
+
 def test_json_lines_say_all_that_an_utterance_holds(folder):
     path = jsonl(
         folder,
