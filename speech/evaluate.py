@@ -25,6 +25,7 @@ from blnet.speech.inference import Trained, configuration, load_trained
 from blnet.speech.measurement import Line, Measurement, measure
 from blnet.speech.tasks import make_target, make_task
 from blnet.speech.transcribe import add_decoder_flags, decoder_of
+from blnet.training.answers import shown
 from blnet.training.config import TrainingConfig
 from blnet.training.confusion import (
     CONFUSION,
@@ -213,7 +214,7 @@ def write_transcripts(path: Path, lines: Sequence[Line]) -> None:
     with written_aside(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["recording", "reference", "hypothesis"])
-        writer.writerows([line.name, line.reference, line.hypothesis] for line in lines)
+        writer.writerows([shown(line.name), line.reference, line.hypothesis] for line in lines)
 
 
 def _facts(one: Evaluation, place: str) -> dict[str, Any]:
@@ -233,5 +234,5 @@ def _facts(one: Evaluation, place: str) -> dict[str, Any]:
         "recordings": measured.recordings,
         "audio_seconds": measured.audio_seconds,
         "seconds": measured.seconds,
-        "corrupt": [{"name": name, "reason": why} for name, why in measured.corrupt],
+        "corrupt": [{"name": shown(name), "reason": why} for name, why in measured.corrupt],
     }

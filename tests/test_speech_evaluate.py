@@ -4,6 +4,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import os
 import random
 
 import numpy as np
@@ -268,6 +269,17 @@ def test_recordings_of_every_kind_say_the_same(nets, tmp_path):
     assert [said[str(file)] for file in files] == ["abc ba"] * len(files)
     assert said[str(little[1])] == ""
     assert found.measured.recordings == len(files) + 2
+
+
+def test_names_that_are_not_utf_8_are_written_as_far_as_they_go(nets, tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    tones.write(tmp_path / "a.wav", tones.spoken("ab")).rename(folder / "a.wav")
+    data = manifest(folder, ["a.wav"], "ab")
+    assert run(nets["ctc"], *on(data), "--output", tmp_path / "out") == 0
+    (row,) = csv.DictReader((tmp_path / "out" / "transcripts.csv").open(encoding="utf-8"))
+    assert row["recording"] == f"{tmp_path}/caf\ufffd/a.wav"
+    assert row["hypothesis"] == "ab"
 
 
 @pytest.mark.parametrize("place", range(6))
