@@ -72,6 +72,13 @@ class Trained:
         """Samples to one frame of the answer."""
         return self.features.hop_samples * self.model.config.time_reduction
 
+    @property
+    def lacking(self) -> int:
+        """Frames by which the answer to so many whole steps is shorter than they are."""
+        steps = self.features.window_samples  # more of them than a window of sound has
+        frames = self.features.frames(torch.tensor(steps * self.step))
+        return steps - int(self.model.output_lengths(frames))
+
     def to(self, device: torch.device) -> Trained:
         """Move the network and its features to a device, and return this."""
         self.model.to(device)

@@ -140,7 +140,7 @@ def _seconds(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     """Transcribe every recording, print or write it; return 0, or 1 if one could not be read."""
     trained = load_trained(args.checkpoint, ("ctc", "frame"))
-    plan(args.window, args.overlap, trained.features.sample_rate, trained.step)
+    plan(args.window, args.overlap, trained.features.sample_rate, trained.step, trained.lacking)
     decoder = decoder_of(args, trained)
     trained.to(make_accelerator(TrainingConfig(device=args.device)).device)
     files, empty = RECORDINGS.expand(args.files)
@@ -216,7 +216,7 @@ def transcribe(
         file: the recording.
         decoder: what decodes, from pause to pause if it searches; None takes the likeliest path.
         window: seconds that go through the network at once.
-        overlap: seconds that a window shares with the next.
+        overlap: seconds that a window shares with the next; raised where the network needs more.
         told: is called with the seconds that are done.
 
     Yields:
@@ -227,7 +227,7 @@ def transcribe(
         ValueError: if the windows do not get on, or memory runs out.
     """
     rate = trained.features.sample_rate
-    size, shared = plan(window, overlap, rate, trained.step)
+    size, shared = plan(window, overlap, rate, trained.step, trained.lacking)
     stream: WordStream | SearchStream = (
         WordStream(trained.alphabet)
         if decoder is None or decoder.is_greedy

@@ -57,14 +57,19 @@ class Window:
         return frames[self.keep_from : self.keep_to]
 
 
-def plan(window: float, overlap: float, sample_rate: int, step: int) -> tuple[int, int]:
+def plan(
+    window: float, overlap: float, sample_rate: int, step: int, lacking: int = 0
+) -> tuple[int, int]:
     """Return length and overlap of windows in samples, both whole steps.
+
+    A smaller overlap than makes up for what answers lack is raised to that.
 
     Args:
         window: length, seconds.
         overlap: what each window shares with the one before it, seconds, and with the one after it.
         sample_rate: samples a second.
         step: samples from one frame of the network's answer to the next.
+        lacking: frames by which the answer to so many whole steps is shorter than they are.
 
     Raises:
         ValueError: if windows would not get on.
@@ -74,7 +79,8 @@ def plan(window: float, overlap: float, sample_rate: int, step: int) -> tuple[in
             f"windows of {window:g} s cannot overlap by {overlap:g} s; take an overlap of 0 s or "
             "more and less than the window"
         )
-    shared = -(-round(overlap * sample_rate) // step)
+    # An answer counts but for the later half of the overlap, rounded up: so much it may lack.
+    shared = max(-(-round(overlap * sample_rate) // step), 2 * lacking - 1)
     size = max(round(window * sample_rate / step), shared + 1)
     return size * step, shared * step
 

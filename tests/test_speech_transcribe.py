@@ -196,6 +196,18 @@ def test_no_time_is_beyond_the_end(tmp_path, count, reduction):
         assert word.end > count / tones.RATE - 0.05
 
 
+@pytest.mark.parametrize("reduction", [1, 2, 4])
+def test_windows_that_hardly_overlap_overlap_as_far_as_the_network_needs(tmp_path, reduction):
+    model = tones.untrained("ctc", time_reduction=reduction)
+    found = load_trained(tones.save(tmp_path / "net.safetensors", "ctc", model))
+    file = tones.write(tmp_path / "some.wav", tones.spoken("ab" * 10))
+    for window, overlap in ((1, 0), (0.5, 0.01)):
+        told = []
+        list(transcribe(found, str(file), None, window, overlap, told.append))
+        assert len(told) >= 4 / window
+        assert told[-1] == 4.0
+
+
 # Output ----------------------------------------------------------------------------------------
 
 

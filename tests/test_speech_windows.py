@@ -116,6 +116,25 @@ def test_plans_are_whole_steps(window, overlap, wanted):
     assert plan(window, overlap, 16_000, 320) == wanted
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    length=st.integers(1, 400),
+    window=st.floats(0.5, 20),
+    overlap=st.floats(0, 19),
+    lacking=st.integers(0, 5),
+)
+def test_a_small_overlap_makes_up_for_what_answers_lack(length, window, overlap, lacking):
+    overlap = min(overlap, 0.9 * window)
+    size, shared = plan(window, overlap, 1, 1, lacking)
+    assert shared == max(round(overlap), 2 * lacking - 1)
+    samples = torch.arange(length)
+    joined = [
+        part.kept(part.samples[: max(0, len(part.samples) - lacking)])
+        for part in windows([samples], size, shared, 1)
+    ]
+    assert torch.cat(joined).equal(samples[: max(0, length - lacking)])
+
+
 @pytest.mark.parametrize(
     ("window", "overlap"), [(1, 1), (1, 2), (0, 0), (1, -1), (float("nan"), 0)]
 )
