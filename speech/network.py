@@ -3,8 +3,8 @@
 A map is (N, channels, mel bands, frames). The plan is that of Big-Little Net's acoustic models
 (Chen et al., ICLR 2019) as far as it is known: 22 layers, that is a first convolution, ten basic
 blocks of two convolutions and one linear layer, over 64 bands. Their widths were not to be had;
-ours (`DEPTHS` and `WIDTHS` of `models.py`) come within 5 % of the 3.02 M parameters reported for the
-plain network, and are such that beta 1, 2 and 3 all differ, which takes a stage of six blocks.
+ours (`DEPTHS` and `WIDTHS` of `models.py`) come within 5 % of the 3.02 M parameters reported for
+the plain network, and are such that beta 1, 2 and 3 all differ, which takes a stage of six blocks.
 
 | layer | channels | blocks | bands | frames (time reduction 1, 2, 4) |
 |---|---|---|---|---|
@@ -199,9 +199,16 @@ class SpeechNet(nn.Module):
                 x = stage(x)
                 maps.append(x)
         if self.pyramid is not None:
-            coarse = F.adaptive_avg_pool2d(self.pyramid(maps), (self.config.bands, None))
-            x = torch.cat([x, coarse], 1)
+            x = torch.cat([x, self._at_last_bands(self.pyramid(maps))], 1)
         return x.flatten(1, 2)
+
+    def _at_last_bands(self, fine: Tensor) -> Tensor:
+        """Return means of the first stage's bands (N, channels, bands, frames), as the last's."""
+        finest, bands = math.ceil(self.config.bins / 2), self.config.bands
+        if finest % bands:
+            return F.adaptive_avg_pool2d(fine, (bands, None))
+        # The same means; the gradient of adaptive pools is not deterministic on a GPU.
+        return F.avg_pool2d(fine, (finest // bands, 1))
 
     def forward_head(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Return the logits of features; lengths are those of the answers."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from blnet.speech.config import SpeechConfig
+from blnet.speech.data import SpeechData
 from blnet.speech.features import LogMel
 from blnet.speech.masking import reduced
 from blnet.speech.recordings import Utterance
@@ -26,6 +27,14 @@ class CtcTask(SpellingTask):
 
     Targets are the transcripts' classes (N, S), padded with blanks, and "target_lengths" (N,).
     """
+
+    def __init__(self, config: SpeechConfig, data: SpeechData | None = None) -> None:
+        if config.deterministic and config.device != "cpu" and torch.cuda.is_available():
+            raise ValueError(
+                "--deterministic: PyTorch has no deterministic gradient of CTC's loss on a GPU; "
+                "leave it out, or train with --device cpu"
+            )
+        super().__init__(config, data)
 
     @classmethod
     def target_of(cls, config: SpeechConfig) -> Callable[[Utterance], Tensor]:

@@ -77,6 +77,31 @@ def test_big_little_saves_more_than_a_third_of_the_macs() -> None:
         assert blnet.profile(bl_resnet22(alpha, beta), (1, 1, 64, 100)).macs < 0.6 * plain
 
 
+@pytest.mark.parametrize("bins", [8, 63, 64, 80, 20])
+def test_a_pyramid_is_brought_to_the_last_bands_by_their_means(bins: int) -> None:
+    model = tiny(pyramid=True, bins=bins)
+    x = torch.randn(2, 1, bins, 9, dtype=torch.float64)
+    fine: list[torch.Tensor] = []
+    assert model.pyramid is not None
+    model.pyramid.register_forward_hook(lambda _, __, out: fine.append(out))
+    found = model.forward_features(x).unflatten(1, (-1, model.config.bands))
+    expected = nn.functional.adaptive_avg_pool2d(fine[0], (model.config.bands, None))
+    torch.testing.assert_close(found[:, -expected.shape[1] :], expected, rtol=1e-12, atol=1e-14)
+    # On a GPU the gradient of an adaptive pool is refused where all is to be deterministic.
+    assert ("AdaptiveAvgPool2DBackward0" in gradient_steps(found)) == (bins == 20)
+
+
+def gradient_steps(out: torch.Tensor) -> set[str]:
+    seen: set[Any] = set()
+    new = [out.grad_fn]
+    while new:
+        step = new.pop()
+        if step is not None and step not in seen:
+            seen.add(step)
+            new += [before for before, _ in step.next_functions]
+    return {step.name() for step in seen}
+
+
 def test_settings_make_different_networks() -> None:
     counts = {
         blnet.profile(bl_resnet22(alpha, beta, pyramid=pyramid), (1, 1, 64, 40)).parameters

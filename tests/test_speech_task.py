@@ -343,6 +343,21 @@ def test_the_mean_is_over_frames_and_then_over_samples() -> None:
     assert mean_inside(values, torch.tensor([2, 3])) == (2 + 7) / 2
 
 
+@pytest.mark.parametrize("device", ["auto", "cuda", "cpu"])
+def test_ctc_is_deterministic_on_a_cpu_alone(
+    device: Any, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    wanted = {"device": device, "deterministic": True}
+    make_task(config(corpus, "frame", **wanted))
+    make_task(config(corpus, "ctc", device=device))
+    if device == "cpu":
+        make_task(config(corpus, "ctc", **wanted))
+        return
+    with pytest.raises(ValueError, match=r"--deterministic: .* CTC's loss on a GPU; leave it out"):
+        make_task(config(corpus, "ctc", **wanted))
+
+
 # Transcripts that do not fit ----------------------------------------------------------------------
 
 
