@@ -224,7 +224,7 @@ def test_weights_that_do_not_fit_are_told_on_one_line(
 
 @pytest.mark.parametrize(
     ("words", "status", "lines"),
-    [("table >&-", 0, 0), ("nothing 2>&-", 2, 0), ("table 1</dev/null", 2, 1)],
+    [("kernels list >&-", 0, 0), ("nothing 2>&-", 2, 0), ("kernels list 1</dev/null", 2, 1)],
 )
 def test_an_output_that_cannot_be_written_to(words: str, status: int, lines: int) -> None:
     command = f'"{sys.executable}" -m blnet.cli {words}'
