@@ -50,12 +50,13 @@ from blnet.bench.changes import Array, Change, change, corrected
 from blnet.bench.intervals import RESAMPLES, Ratio
 from blnet.bench.missing import Key, Missing, Part, key_of, lost_groups, missing
 from blnet.bench.results import Measurement, Results
+from blnet.bench.settings import Settings
 
 Verdict = Literal["slower", "faster", "same", "unclear", "too few"]
 Pairs = list[tuple[Measurement, Measurement]]
 ALPHA = 0.01  # of a comparison as a whole
 DEVICE = ("device", "gpus", "cpu", "cpu_features")
-SETTINGS = ("dtype", "batch", "size", "input")
+SETTINGS = ("dtype", "batch", "size", "input", "graphs")
 SOFTWARE = ("python", "driver", "cuda", "system", "commit")
 
 
@@ -216,10 +217,13 @@ def check_comparable(old: Results, new: Results, across_devices: bool = False) -
                 f"the runs are of different devices ({fact}: {_text(ours)} and {_text(theirs)}), "
                 "whose times say nothing on the code; add --across-devices to compare all the same"
             )
+    # What a run of an earlier version does not have is the default.
+    settings = [Settings.from_dict(run.settings) for run in (old, new)]
+    set_to = {name: [_text(getattr(of, name)) for of in settings] for name in SETTINGS}
     different = [
-        f"{name} ({_text(old.settings.get(name))} and {_text(new.settings.get(name))})"
-        for name in SETTINGS
-        if _text(old.settings.get(name)) != _text(new.settings.get(name))
+        f"{name} ({' and '.join(values)})"
+        for name, values in set_to.items()
+        if values[0] != values[1]
     ]
     threads = [run.environment.get("threads") for run in (old, new)]
     if not across_devices and old.settings.get("device") == "cpu" and threads[0] != threads[1]:

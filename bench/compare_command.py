@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 from dataclasses import replace
@@ -86,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from blnet.bench.compare import compare
 
-    old, new = read_results(arguments.old), read_results(arguments.new)
+    old, new = read_json(Path(arguments.old)), read_json(Path(arguments.new))
     gate = arguments.fail_if_slower
     comparison = compare(old, new, gate or 0.0, arguments.across_devices)
     if arguments.json is not None:
@@ -117,7 +116,7 @@ def planned(arguments: argparse.Namespace, settings: Settings) -> Results | None
     from blnet.bench.compare import check_comparable, timed
     from blnet.environment import collect
 
-    old = read_results(arguments.compare)
+    old = read_json(Path(arguments.compare))
     environment = collect(settings.device)
     environment = replace(environment, threads=settings.threads or environment.threads)
     to_come = Results(environment.as_dict(), settings.as_dict(), command="")
@@ -168,38 +167,6 @@ def _judge(comparison: Comparison, gate: float | None, everything: bool) -> int:
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     print_comparison(comparison, console, everything)
     return 0 if gate is None or comparison.passed else 1
-
-
-def read_results(name: str) -> Results:
-    """Return the results in a file, or in a folder's results.json.
-
-    Raises:
-        ValueError: if there is no such file, it cannot be read, or it holds no results.
-    """
-    path = Path(name)
-    if path.is_dir():
-        path = path / RESULTS
-    try:
-        results = read_json(path)
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror}); give a {RESULTS} or its folder"
-        ) from None
-    except ValueError as error:
-        text = str(error)
-        raise ValueError(text if text.startswith(str(path)) else f"{path}: {text}") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a {RESULTS} as 'blnet bench' writes it ({type(error).__name__}: "
-            f"{error}); measure again"
-        ) from None
-    for m in results.measurements:
-        if not all(isinstance(s, int | float) and 0 < s < math.inf for s in m.samples):
-            raise ValueError(
-                f"{path} holds a time of {m.suite}, {m.group}, {m.family}, {m.implementation} that "
-                "is no positive number; measure again"
-            )
-    return results
 
 
 def _write(comparison: Comparison, path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from blnet.bench.catalogue import SUITES
 from blnet.bench.results import Results, read_json
-from blnet.bench.settings import RESULTS
+from blnet.bench.settings import RESULTS, Settings
 
 # What must be as it was, or the two halves of the run could not be compared.
 SAME = (
@@ -27,9 +28,8 @@ def read_unfinished(folder: Path) -> Results:
     """Return the results of a run that was interrupted.
 
     Raises:
-        ValueError: if the folder holds no results, those of another version of blnet, or those of
-            a run that was finished.
-        OSError: if they cannot be read.
+        ValueError: if the folder holds no results that can be read, those of a run that was
+            finished, or of suites that this version of blnet does not have.
     """
     path = folder / RESULTS
     if not path.is_file():
@@ -40,6 +40,12 @@ def read_unfinished(folder: Path) -> Results:
     before = read_json(path)
     if not before.interrupted:
         raise ValueError(f"--continue {folder}: that run is finished; start another one")
+    unknown = [name for name in Settings.from_dict(before.settings).suites if name not in SUITES]
+    if unknown:
+        raise ValueError(
+            f"--continue {folder}: that run has the suite {unknown[0]!r}, which this blnet lacks; "
+            "go on with the blnet that began it"
+        )
     return before
 
 

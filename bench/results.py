@@ -5,20 +5,38 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from blnet.bench.catalogue import STUDIES
 from blnet.bench.intervals import percentile
+from blnet.bench.reading import fits, read_as
+from blnet.bench.settings import RESULTS, Settings
 from blnet.files import written_aside
 
 SCHEMA = 1
+# What reports, comparisons and --continue need of a run's own.
+ENVIRONMENT = ("date", "device", "cpu", "threads")
+SETTINGS = ("device", "dtype", "batch", "size")
 
 # ok: measured and right; the only one that has a time to report.
 # wrong: its result differed from the reference. error: it raised. Both fail the run.
 # dropped: too slow to build or to run. skipped: cannot run on this machine.
 Status = Literal["pending", "ok", "wrong", "error", "dropped", "skipped"]
 FAILED: tuple[Status, ...] = ("wrong", "error")
+# Facts that tables, plots and comparisons count with -> what they are.
+FACTS: dict[str, Any] = {
+    **dict.fromkeys(("batch", "bytes", "flops", "seed", "macs", "parameters", "epochs"), int),
+    **dict.fromkeys(("steps", "evaluation_images"), int),
+    **dict.fromkeys(("alpha", "beta"), int | None),
+    **dict.fromkeys(("accuracy", "wer", "cer", "cost", "real_time_factor", "leash"), float),
+    "baseline": str | bool | None,
+    "ours": bool,
+    "kept_bytes_an_image": dict[str, int],
+}
+# What every trained network has of them.
+STUDY_FACTS = ("network", "alpha", "beta", "baseline", "parameters", "macs", "epochs", "seed")
 LEASHED = "leash"  # fact of what was dropped for its times: the best of them, seconds
 
 
@@ -108,11 +126,32 @@ class Measurement:
         return values
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Measurement:
-        """Return the measurement that `as_dict` gave."""
-        known = {key: value for key, value in values.items() if key != "quantiles"}
-        check = known.pop("check")
-        return cls(**known, check=Check(**check) if check else None)
+    def from_dict(cls, values: dict[str, Any], what: str = "a measurement") -> Measurement:
+        """Return the measurement that `as_dict` gave; what it does not know is left out.
+
+        Args:
+            values: as read from JSON.
+            what: names it in messages.
+
+        Raises:
+            ValueError: if a value is missing or can be none of its field.
+        """
+        found = read_as(cls, values, what)
+        what = ", ".join((found.suite, found.group, found.family, found.implementation))
+        if found.check is not None:
+            check = {"error": None, **values["check"]}
+            if check["error"] is None:  # JSON has no NaN
+                check["error"] = math.nan
+            found.check = read_as(Check, check, f"the check of {what}")
+        if not all(0 < sample < math.inf for sample in found.samples):
+            raise ValueError(f"a time of {what} is no positive number")
+        for name, kind in FACTS.items():
+            if name in found.facts and not fits(found.facts[name], kind):
+                raise ValueError(f"{what} has {found.facts[name]!r} as its {name!r}")
+        lacking = set(STUDY_FACTS) - set(found.facts) if found.suite in STUDIES else set()
+        if found.timed and lacking:
+            raise ValueError(f"{what} lacks {', '.join(sorted(lacking))}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -215,29 +254,38 @@ class Results:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Results:
-        """Return the results that `as_dict` gave.
+        """Return the results that `as_dict` gave; what it does not know is left out.
 
         Raises:
-            ValueError: if they are of another version of the format.
+            ValueError: if they are of another version of the format, or no results at all.
         """
         schema = values.get("schema") if isinstance(values, dict) else None
-        if schema != SCHEMA:
+        if schema is not None and schema != SCHEMA:
             raise ValueError(
                 f"these results have format version {schema}, this blnet reads {SCHEMA}; "
                 "measure again, or use the blnet that wrote them"
             )
-        # What a later version of blnet added is missing in earlier files, and has a default.
-        known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
-        known["networks"] = [Network(**network) for network in values["networks"]]
-        known["measurements"] = [Measurement.from_dict(m) for m in values["measurements"]]
-        known["layers"] = {
-            group: {
-                label: [Layer(**{**layer, "shape": tuple(layer["shape"])}) for layer in found]
-                for label, found in networks.items()
-            }
-            for group, networks in known.get("layers", {}).items()
-        }
-        return cls(**known)
+        found = read_as(cls, values, "it")
+        for needed, names in (("environment", ENVIRONMENT), ("settings", SETTINGS)):
+            lacking = [name for name in names if name not in getattr(found, needed)]
+            if lacking:
+                raise ValueError(f"it lacks {', '.join(lacking)} of its {needed}")
+        for name in ("schema", "networks", "measurements"):
+            if name not in values:
+                raise ValueError(f"it lacks {name!r}")
+        Settings.from_dict(found.settings)
+        found.networks = [read_as(Network, network, "a network") for network in values["networks"]]
+        found.measurements = [
+            Measurement.from_dict(m, f"measurement {number}")
+            for number, m in enumerate(values["measurements"], 1)
+        ]
+        for networks in found.layers.values():
+            for label, layers in networks.items():
+                read = [read_as(Layer, layer, f"a layer of {label}") for layer in layers]
+                networks[label] = [replace(layer, shape=tuple(layer.shape)) for layer in read]
+        if not all(0 < rate < math.inf for rate in found.ceilings.values()):
+            raise ValueError("one of its ceilings is no positive number")
+        return found
 
 
 def write_text(path: Path, text: str) -> None:
@@ -253,21 +301,28 @@ def write_json(path: Path, results: Results) -> None:
 
 
 def read_json(path: Path) -> Results:
-    """Return the results in a file that `write_json` wrote.
+    """Return the results in a file that `write_json` wrote, or in a folder's results.json.
 
     Raises:
-        ValueError: if it is no such file, or of another version.
-        OSError: if it cannot be read.
+        ValueError: if it cannot be read, is no such file, or of another version; one sentence that
+            names the file.
     """
+    path = path / RESULTS if path.is_dir() else path
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); give a {RESULTS} or its folder"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a {RESULTS}: {error}") from None
+    try:
+        return Results.from_dict(values)
     except ValueError as error:
-        raise ValueError(f"{path} is not a results.json: {error}") from None
-    for measurement in values.get("measurements", []) if isinstance(values, dict) else []:
-        check = measurement.get("check")
-        if check and check["error"] is None:
-            check["error"] = float("nan")
-    return Results.from_dict(values)
+        do = "" if "measure again" in str(error) else "; measure again"
+        raise ValueError(
+            f"{path} is not a {RESULTS} that this 'blnet bench' reads: {error}{do}"
+        ) from None
 
 
 def _finite(value: Any) -> Any:

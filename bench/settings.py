@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blnet.bench.reading import read_as
+
 if TYPE_CHECKING:
     import torch
 
@@ -144,12 +146,18 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
-        """Return the settings that `as_dict` gave, from JSON as well, which knows no tuples."""
+        """Return the settings that `as_dict` gave, from JSON as well, which knows no tuples.
+
+        A setting that only a later version of blnet has is left out.
+
+        Raises:
+            ValueError: if one is of another type.
+        """
 
         def frozen(value: Any) -> Any:
             return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
 
-        return cls(**{key: frozen(value) for key, value in values.items()})
+        return read_as(cls, {key: frozen(item) for key, item in values.items()}, "the settings")
 
 
 def resolve(settings: Settings) -> Settings:

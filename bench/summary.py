@@ -121,20 +121,28 @@ def model_rows(results: Results, suite: str = "models") -> list[ModelRow]:
     rows = []
     for network in networks:
         plain_macs = macs.get(network.baseline)
-        ratio = plain_macs / network.macs if plain_macs else None
+        ratio = plain_macs / network.macs if plain_macs and network.macs else None
         row = ModelRow(network, ratio)
         for batch in batches:
-            found = _batch_row(measurements, network, batch, ratio)
+            found = _batch_row(at_batch(results, suite, batch), network, batch, ratio)
             if found is not None:
                 row.batches[batch] = found
         rows.append(row)
     return rows
 
 
+def at_batch(results: Results, suite: str, batch: int) -> list[Measurement]:
+    """Return what of a suite of networks has a time at a batch, in one group.
+
+    A batch that was halved may end where another group is, and the two did not take turns.
+    """
+    found = [m for m in results.of(suite) if m.timed and m.facts.get("batch") == batch]
+    return [m for m in found if m.group == found[0].group]
+
+
 def _batch_row(
-    measurements: list[Measurement], network: Network, batch: int, mac_ratio: float | None
+    here: list[Measurement], network: Network, batch: int, mac_ratio: float | None
 ) -> BatchRow | None:
-    here = [m for m in measurements if m.facts["batch"] == batch]
     own = [m for m in here if m.family == network.label]
     best, others = fastest(own), fastest(list(filter(is_baseline, own)))
     if best is None:
@@ -179,13 +187,14 @@ def op_rows(results: Results, suite: str) -> list[OpRow]:
     rows = []
     for measurement in measurements:
         same = [m for m in measurements if m.group == measurement.group]
-        plain = fastest([m for m in same if m.facts["baseline"]])
+        plain = fastest([m for m in same if m.facts.get("baseline")])
         bandwidth = rate = share = speedup = None
-        if measurement.timed:
+        if measurement.timed and "bytes" in measurement.facts:
             bandwidth = measurement.facts["bytes"] / measurement.median
             rate = measurement.facts.get("flops", 0) / measurement.median or None
             share = _share(measurement, results.ceilings)
-            speedup = median_ratio(plain.samples, measurement.samples) if plain else None
+        if measurement.timed and plain:
+            speedup = median_ratio(plain.samples, measurement.samples)
         row = OpRow(measurement, bandwidth, rate, share, speedup, measurement is plain)
         rows.append(row)
     return rows

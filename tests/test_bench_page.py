@@ -19,8 +19,8 @@ import pytest
 from plotly.graph_objects import Figure
 
 from blnet.bench import report
+from blnet.bench.report import figures, plots, series
 from blnet.bench.report import page as page_module
-from blnet.bench.report import series
 from blnet.bench.report.elements import script_json
 from blnet.bench.report.page import LIMIT, html_page
 from blnet.bench.results import Check, Layer, Measurement, Network, Results, read_json, write_json
@@ -206,6 +206,26 @@ def test_a_slower_network_is_called_slower(results: Results) -> None:
     assert "at batch 8, which is slower, (" in html_page([results])
 
 
+def test_large_figures_say_what_they_are_over(results: Results) -> None:
+    eight = model_rows(results)[1].batches[8].speedup
+    shown = f"<b>{eight.value:.2f}x</b> <span>resnet50, batch 8</span>"
+    assert shown in html_page([results])
+
+
+def test_points_are_named_in_every_plot_of_speed_ups(results: Results, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(plots, "_write", lambda figure, axes, path: drawn.append(axes))
+    plots.plot_networks(results, "models", Path("models.png"))
+    assert [text.get_text() for text in drawn[0].texts] == [BL, BL]
+    points = series.points(results, "models")
+    few = figures.speedups([("models", points)])
+    assert few.data[1]["text"] == [BL, BL]
+    many = figures.speedups([(f"run {number}", points) for number in range(7)])
+    names = [text for trace in many.data[1:] for text in trace["text"] if text]
+    assert names == [BL], "a name for its highest point"
+    assert many.height > few.height, "lines of a legend take nothing of the plot"
+
+
 def test_steps_multiply_to_the_whole(results: Results) -> None:
     plain, ours = series.ladders(results, "models", 1)
     assert [name for name, _ in plain.steps] == ["folding", "CUDA graph"]
@@ -371,6 +391,14 @@ def test_the_command_rewrites_a_run_s_report(folder: Path, capsys) -> None:
     assert (folder.parent / "deep" / "out" / "report.html").read_text() == html
 
 
+def test_a_report_elsewhere_links_the_plots_where_they_lie(tmp_path: Path) -> None:
+    study = next(KEPT.glob("*accuracy-digits*"))
+    assert bench_report(study, "--output", tmp_path / "out") == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    (link,) = re.findall(r"!\[accuracy\]\(<(.*)>\)", text)
+    assert (tmp_path / "out" / link).samefile(study / "accuracy.png")
+
+
 def test_the_command_puts_runs_together(folder: Path, results: Results, monkeypatch) -> None:
     study = next(KEPT.glob("*accuracy-digits*"))
     monkeypatch.chdir(folder.parent)
@@ -401,8 +429,11 @@ def broken(folder: Path, change: Callable[[dict], object]) -> Path:
         (lambda f: [f, f], "is the same run as"),
         (lambda f: [f, f / "results.json"], "is the same run as"),
         (lambda f: [broken(f, lambda v: v.update(schema=99))], "have format version 99"),
-        (lambda f: [broken(f, lambda v: v.pop("networks"))], "is not a results.json of"),
-        (lambda f: [broken(f, lambda v: v["measurements"][0].pop("suite"))], "is not a results"),
+        (lambda f: [broken(f, lambda v: v.pop("networks"))], "it lacks 'networks'; measure again"),
+        (
+            lambda f: [broken(f, lambda v: v["measurements"][0].pop("suite"))],
+            "measurement 1 lacks 'suite'",
+        ),
         (lambda f: [broken(f, lambda v: v["environment"].pop("device"))], "lacks device"),
         (lambda f: [f, "--output", f / "results.json" / "out"], "is not a folder"),
     ],

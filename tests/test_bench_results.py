@@ -6,14 +6,16 @@ import csv
 import io
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from blnet.bench import report
 from blnet.bench.accuracy import STUDIES
-from blnet.bench.report import cells
+from blnet.bench.report import cells, plots, series
 from blnet.bench.results import (
     Check,
     Measurement,
@@ -25,6 +27,7 @@ from blnet.bench.results import (
 )
 from blnet.bench.settings import Settings, resolve
 from blnet.bench.summary import model_rows, op_rows, op_suites
+from blnet.cli import main
 from blnet.environment import collect
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,9 +158,78 @@ def test_other_versions_and_other_files_are_refused(results, tmp_path) -> None:
     path.write_text("{")
     with pytest.raises(ValueError, match=r"is not a results\.json"):
         read_json(path)
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="version None"):
-        read_json(path)
+
+
+def of_measurement(**changes) -> Callable[[dict], None]:
+    return lambda values: values["measurements"][0].update(changes)
+
+
+def of_facts(**changes) -> Callable[[dict], None]:
+    return lambda values: values["measurements"][0]["facts"].update(changes)
+
+
+ODD: list[tuple[object, str]] = [
+    ([], "it is [], not an object"),
+    (None, "it is None, not an object"),
+    (lambda v: v.pop("schema"), "it lacks 'schema'"),
+    (lambda v: v.update(settings={}), "it lacks device, dtype, batch, size of its settings"),
+    (lambda v: v.update(settings=[]), "it has [] as its 'settings'"),
+    (lambda v: v["settings"].update(batch="8"), "the settings has '8' as its 'batch'"),
+    (lambda v: v["settings"].update(suites="merge"), "has 'merge' as its 'suites'"),
+    (lambda v: v["environment"].pop("date"), "it lacks date of its environment"),
+    (lambda v: v.update(measurements={}), "it has {} as its 'measurements'"),
+    (lambda v: v["measurements"].append("x"), "has ["),
+    (lambda v: v["networks"][0].pop("macs"), "a network lacks 'macs'"),
+    (lambda v: v["networks"][0].update(macs="many"), "a network has 'many' as its 'macs'"),
+    (lambda v: v.update(ceilings={"copy_bandwidth": 0.0}), "is no positive number"),
+    (lambda v: v.update(layers={"models, batch 8": {"a": [{}]}}), "a layer of a lacks 'name'"),
+    (of_measurement(samples=["x"]), "measurement 1 has ['x'] as its 'samples'"),
+    (of_measurement(samples=[-0.5]), "a time of models, batch 1, resnet50, eager is no positive"),
+    (of_measurement(status="great"), "has 'great' as its 'status'"),
+    (of_measurement(facts=None), "has None as its 'facts'"),
+    (of_measurement(check={}), "the check of models, batch 1, resnet50, eager lacks 'tolerance'"),
+    (of_measurement(suite="accuracy"), "lacks baseline, beta, epochs, macs, parameters, seed"),
+    (of_facts(batch="8"), "has '8' as its 'batch'"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), ODD, ids=[said for _, said in ODD])
+def test_odd_files_are_refused_in_a_sentence_by_every_command(
+    results, change: Any, said: str, tmp_path, capsys: Any
+) -> None:
+    results.interrupted = True
+    values = json.loads(json.dumps(results.as_dict()).replace("NaN", "null"))
+    (tmp_path / "good.json").write_text(json.dumps(values))
+    values = change if not callable(change) else (change(values), values)[1]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(values))
+    for words in (
+        ["bench", "report", str(tmp_path)],
+        ["bench", "compare", str(tmp_path), str(tmp_path / "good.json")],
+        ["bench", "compare", str(tmp_path / "good.json"), str(path)],
+        ["bench", "--continue", str(tmp_path)],
+    ):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert f"{path} is not a results.json that this 'blnet bench' reads" in error
+        assert said in error
+        assert error.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["good.json", "results.json"]
+
+
+def test_what_a_later_version_added_is_left_out(results, tmp_path) -> None:
+    values = json.loads(json.dumps(results.as_dict()).replace("NaN", "null"))
+    values["settings"]["nosuch"] = values["nosuch"] = {"a": 1}
+    for item in (*values["networks"], *values["measurements"]):
+        item["nosuch"] = 1
+    values["measurements"][0]["check"]["nosuch"] = 1
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(values))
+    again = read_json(path)
+    assert model_rows(again) == model_rows(results)
+    assert Settings.from_dict(again.settings) == resolve(Settings(device="cpu"))
+    assert main(["bench", "compare", str(tmp_path), str(tmp_path)]) == 0
+    assert main(["bench", "report", str(tmp_path)]) == 0
 
 
 def test_writing_is_all_or_nothing(tmp_path) -> None:
@@ -245,6 +317,62 @@ def test_markdown_has_every_rung(results) -> None:
     assert f"- python: {results.environment['python']}" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in tables} == {15, 12, 9}
+
+
+def fail_of(results: Results, suite: str, group: str) -> None:
+    """Add what a session keeps of a group that could not be built: measurements without facts."""
+    own = {(m.family, m.implementation) for m in results.of(suite)}
+    results.measurements += [
+        Measurement(suite, group, *names, status="error", note="no such thing")
+        for names in sorted(own)
+    ]
+
+
+@pytest.mark.parametrize("suite", ["models", "merge"])
+def test_a_group_that_could_not_be_built_is_reported(results, suite: str, tmp_path: Path) -> None:
+    fail_of(results, suite, "batch 16")
+    fail_of(results, suite, "batch 32")
+    written = report.write_all(results, tmp_path)
+    assert not written.notes
+    assert {"report.md", "report.html", "models.png", "merge.png"} <= set(written.files)
+    console = Console(width=200, record=True, file=io.StringIO())
+    report.print_tables(results, console)
+    family, count = {"models": (BL, 2), "merge": ("s", 3)}[suite]
+    line = f"{suite}, batch 16 and batch 32, {family}, {count} implementations: no such thing"
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("no such thing") >= 1
+    assert text.count(f"- **Failed**: {line}\n") == 1
+    assert console.export_text().count(f"FAILED {line}") == 1
+    page = (tmp_path / "report.html").read_text()
+    failures = 1 + 2 * {"models": 4, "merge": 3}[suite]
+    reasons = {"models": 3, "merge": 2}[suite]
+    assert f"{failures} measurements failed, for {reasons} reasons, and got no time" in page
+    assert f"<li>{line}</li>" in page
+
+
+def test_a_batch_that_was_halved_is_not_mixed_with_another_group(results) -> None:
+    halved = [model(BL, 1, "eager", [0.001] * 3), model("resnet50", 1, "eager", [0.002] * 3)]
+    for m in halved:
+        m.group = "batch 2"
+    results.measurements += halved
+    assert model_rows(results)[1].batches[1].seconds == 0.04
+    assert series.ladders(results, "models", 1)[0].start == 0.06
+
+
+def test_the_size_is_that_of_the_input(results, tmp_path: Path) -> None:
+    results.settings["input"] = [3, 96, 64]
+    assert cells.measured_on(results).endswith("float32, 96x64 pixels")
+    assert "96x64 pixels; " in report.markdown(results)
+    results.measurements = list(results.of("merge"))  # sites have sizes of their own
+    assert "pixels" not in report.markdown(results).partition("## Merge")[0].splitlines()[2]
+
+
+def test_the_plot_of_an_op_names_no_size(results, monkeypatch, tmp_path: Path) -> None:
+    titles = []
+    monkeypatch.setattr(plots, "_write", lambda figure, axes, path: titles.append(axes.get_title()))
+    plots.plot_op(results, "merge", tmp_path / "merge.png")
+    assert titles[0].startswith("merge: ")
+    assert "pixels" not in titles[0]
 
 
 def test_csv_has_a_line_for_each_measurement(results) -> None:

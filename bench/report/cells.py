@@ -7,7 +7,7 @@ from typing import Any
 
 from blnet.bench import accuracy
 from blnet.bench.intervals import Ratio
-from blnet.bench.results import Results
+from blnet.bench.results import Measurement, Results
 from blnet.bench.summary import BatchRow, ModelRow, OpRow
 
 NOTHING = "-"
@@ -26,9 +26,9 @@ Realised speed-up divides that by the ratio of MACs: 1 means that all the arithm
 time saved. Peak memory is weights
 + input + the most that was allocated at once during one call of the fastest rung (on a CPU as
 PyTorch's profiler sees its allocator; scratch space inside oneDNN or cuDNN is not in it).
-A rung more than four times slower than the fastest of its network, or one that takes too long to
-build, is dropped with a note. Input: real pictures, cropped and normalised; weights: random, BN
-statistics of the pictures themselves."""
+A rung more than four times slower than the fastest of its network is dropped with a note if all its
+rounds would also take more than four seconds, and so is one that takes too long to build. Input:
+real pictures, cropped and normalised; weights: random, BN statistics of the pictures themselves."""
 
 
 # ---------------------------------------------------------------------------- numbers as text
@@ -120,15 +120,30 @@ def _realised(row: BatchRow | None) -> str:
 
 
 def measured_on(results: Results, unit: str = "images") -> str:
-    """Return the device, precision and size of a run."""
+    """Return the device, precision and, where images of it are what was timed, size of a run."""
     settings, where = results.settings, results.environment
     on = where["device"] if settings["device"] == "cuda" else f"{where['cpu']}, "
     if settings["device"] != "cuda":
         on += f"{where['threads']} threads"
     if not is_timed(results):
         return on
-    pixels = f", {settings['size']}x{settings['size']} pixels" if unit == "images" else ""
+    _, height, width = settings.get("input") or (3, settings["size"], settings["size"])
+    pixels = f", {height}x{width} pixels" if unit == "images" else ""
     return f"{on}, {settings['dtype']}{pixels}"
+
+
+def failure_texts(results: Results) -> list[str]:
+    """Return a line for each reason for which anything of a family failed."""
+    found: dict[tuple[str, str, str], list[Measurement]] = {}
+    for m in results.failures:
+        found.setdefault((m.suite, m.family, m.note), []).append(m)
+    lines = []
+    for (suite, family, note), failed in found.items():
+        groups = " and ".join(dict.fromkeys(m.group for m in failed))
+        names = list(dict.fromkeys(m.implementation for m in failed))
+        which = names[0] if len(names) == 1 else f"{len(names)} implementations"
+        lines.append(f"{suite}, {groups}, {family}, {which}: {note}")
+    return lines
 
 
 def is_timed(results: Results) -> bool:
@@ -200,7 +215,7 @@ def op_cells(results: Results, row: OpRow) -> list[str]:
     share = [NOTHING if row.share is None else f"{row.share:.0%}"]
     return [
         m.family,
-        m.facts["pass"],
+        m.facts.get("pass", NOTHING),
         m.implementation,
         milliseconds(m.median) if m.timed else m.status,
         number_text(row.bandwidth / 1e9 if row.bandwidth else None, 1),

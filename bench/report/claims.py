@@ -29,7 +29,7 @@ class Claim:
         subject: what it is about.
         suite: that it comes from.
         text: the sentence.
-        figures: (number, what it is of), such as ("1.52x", "batch 8").
+        figures: (number, what it is of), such as ("1.52x", "resnet50, batch 8").
     """
 
     subject: str
@@ -74,7 +74,8 @@ def _network(row: ModelRow, suite: str, where: str) -> Claim | None:
             macs = f" It has {1 / row.mac_ratio:.2f} times the multiply-adds."
     text = f"{network.label} {_DOES[suite]} {parts}, on {where}.{macs}"
     figures = tuple(
-        (ratio_text(gain, interval=False), f"at batch {batch}") for batch, _, gain in compared
+        (ratio_text(gain, interval=False), f"{network.baseline}, batch {batch}")
+        for batch, _, gain in compared
     )
     return Claim(network.label, suite, text, figures)
 
@@ -93,7 +94,7 @@ def _clear(gain: Ratio) -> str:
 
 def _op(results: Results, suite: str) -> Claim | None:
     rows = op_rows(results, suite)
-    own = [row for row in rows if row.speedup and not row.measurement.facts["baseline"]]
+    own = [row for row in rows if row.speedup and not row.measurement.facts.get("baseline")]
     if not own:
         return None
     ratios = [row.speedup for row in own if row.speedup]

@@ -36,12 +36,14 @@ def run(arguments: argparse.Namespace) -> int:
         ModuleNotFoundError: if plotly is not installed.
     """
     paths = [_file(name) for name in arguments.runs]
-    found = [_read(path) for path in paths]
+    found = [read_json(path) for path in paths]
     _check_different(paths, found)
     folder = Path(arguments.output or _default_folder(paths))
     check_writable(folder, goes_on=True)
     html = html_page(found)
-    text = markdown(found[0]) if len(found) == 1 else _together(paths, found, folder)
+    text = _linked(paths[0], found[0], folder)
+    if len(found) > 1:
+        text = _together(paths, found, folder)
     write_text(folder / "report.html", html)
     write_text(folder / "report.md", text)
     print(f"written: {folder}/report.html, report.md")
@@ -55,22 +57,6 @@ def _file(name: str) -> Path:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the folder that 'blnet bench' wrote")
     return path
-
-
-def _read(path: Path) -> Results:
-    try:
-        found = read_json(path)
-        lacking = sorted({"date", "device", "cpu", "threads"} - set(found.environment))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a {RESULTS} of 'blnet bench': {type(error).__name__} {error}"
-        ) from None
-    except ValueError as error:
-        text = str(error)
-        raise ValueError(text if str(path) in text else f"{path}: {text}") from None
-    if lacking:
-        raise ValueError(f"{path} lacks {', '.join(lacking)} of its environment; measure again")
-    return found
 
 
 def _check_different(paths: Sequence[Path], found: Sequence[Results]) -> None:
@@ -89,10 +75,15 @@ def _default_folder(paths: Sequence[Path]) -> Path:
 
 
 def _together(paths: Sequence[Path], found: Sequence[Results], folder: Path) -> str:
-    """Return the reports one after the other, their plots linked where they lie."""
-    parts = []
-    for path, results, name in zip(paths, found, run_names(found), strict=True):
-        home = os.path.relpath(path.parent.resolve(), folder.resolve()).replace(os.sep, "/")
-        text = _IMAGE.sub(rf"![\1](<{home}/\2>)", markdown(results))
-        parts.append(f"# {name}\n\n{text}")
-    return "\n".join(parts)
+    """Return the reports one after the other."""
+    return "\n".join(
+        f"# {name}\n\n{_linked(path, results, folder)}"
+        for path, results, name in zip(paths, found, run_names(found), strict=True)
+    )
+
+
+def _linked(path: Path, results: Results, folder: Path) -> str:
+    """Return the report of a run, its plots linked where they lie."""
+    home = os.path.relpath(path.parent.resolve(), folder.resolve()).replace(os.sep, "/")
+    text = markdown(results)
+    return text if home == "." else _IMAGE.sub(rf"![\1](<{home}/\2>)", text)

@@ -14,6 +14,7 @@ from blnet.bench import accuracy
 from blnet.bench.report import series
 from blnet.bench.report.cells import milliseconds, ratio_text
 from blnet.bench.results import Layer, Results
+from blnet.bench.summary import at_batch
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "x", "hexagon")
 TONES = 8  # as many as page.css has
@@ -84,10 +85,11 @@ def speedups(groups: Sequence[tuple[str, Sequence[series.Point]]], title: str = 
             "meta": {"tone": TONES - 1},
         },
     ]
+    named = _named(every)
     for index, (name, points) in enumerate(groups):
-        trace = _points(index, points, top)
-        mode = "markers+text" if len(every) <= LABELLED else "markers"
-        data.append({**trace, "name": _text(name), "mode": mode})
+        trace = {**_points(index, points, top), "name": _text(name), "mode": "markers+text"}
+        trace["text"] = [_text(p.label) if p in named else "" for p in points]
+        data.append(trace)
     described = "; ".join(
         f"{p.label} at batch {p.batch}{f' ({name})' if len(groups) > 1 else ''}: MAC ratio "
         f"{p.mac_ratio:.2f}, speed-up {ratio_text(p.speedup)}"
@@ -100,7 +102,16 @@ def speedups(groups: Sequence[tuple[str, Sequence[series.Point]]], title: str = 
     }
     caption = f"{title}Speed-up against the ratio of multiply-adds, with 95 % intervals. On the "
     caption += "dashed line all arithmetic saved became time saved; above it, more than that."
-    return Figure(caption, f"Speed-up against MAC ratio. {described}.", 430, data, layout)
+    height = 430 + _LINE * max(0, len(groups) - 3)  # the legend takes a line for each, on a phone
+    return Figure(caption, f"Speed-up against MAC ratio. {described}.", height, data, layout)
+
+
+def _named(points: Sequence[series.Point]) -> list[series.Point]:
+    """Return the points that get a name: all, or each network's highest where they are many."""
+    if len(points) <= LABELLED:
+        return list(points)
+    highest = {p.label: p for p in sorted(points, key=lambda p: p.speedup.value)}
+    return list(highest.values()) if len(highest) <= LABELLED else []
 
 
 def _points(index: int, points: Sequence[series.Point], top: float) -> dict[str, Any]:
@@ -109,7 +120,6 @@ def _points(index: int, points: Sequence[series.Point], top: float) -> dict[str,
     low, high = [p.speedup.low for p in points], [p.speedup.high for p in points]
     return {
         "type": "scatter",
-        "text": [_text(p.label) for p in points],
         "textposition": [_beside(p.mac_ratio, top) for p in points],
         "x": [p.mac_ratio for p in points],
         "y": values,
@@ -210,7 +220,7 @@ def _rows_high(rows: Sequence[Any], each: int = _LINE) -> int:
 
 def rungs(results: Results, suite: str, batch: int) -> Figure | None:
     """Return the times of every rung as points with p20 and p90, a trace for each network."""
-    found = [m for m in results.of(suite) if m.facts["batch"] == batch and m.timed]
+    found = at_batch(results, suite, batch)
     if not found:
         return None
     names = list(dict.fromkeys(m.implementation for m in found))

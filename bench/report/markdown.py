@@ -11,6 +11,7 @@ from blnet.bench.report.cells import (
     HOW,
     NOTHING,
     batches_of,
+    failure_texts,
     gain_header,
     gain_rows,
     is_timed,
@@ -46,7 +47,9 @@ def markdown(results: Results) -> str:
     if results.interrupted:
         lines += ["**This run was interrupted: what was measured until then follows.**", ""]
     date = results.environment["date"]
-    lines += [f"{measured_on(results)}; {date}; {results.seconds:.0f} s.", ""]
+    pixels = any(k.unit == "images" and model_rows(results, s) for s, k in NETWORK_SUITES.items())
+    where = measured_on(results, "images" if pixels else "")
+    lines += [f"{where}; {date}; {results.seconds:.0f} s.", ""]
     for suite, kind in NETWORK_SUITES.items():
         rows = model_rows(results, suite)
         if not rows:
@@ -76,10 +79,7 @@ def markdown(results: Results) -> str:
         lines += [*table(accuracy.HEADER[suite], study), "", accuracy.notes(suite), ""]
         if study:
             lines += [f"![{suite}]({suite}.png)", ""]
-    lines += [
-        f"- **Failed**: {f.group}, {f.family}, {f.implementation}: {f.note}"
-        for f in results.failures
-    ]
+    lines += [f"- **Failed**: {text}" for text in failure_texts(results)]
     if is_timed(results):
         lines += ["", "## How times are taken", "", HOW]
     lines += ["", "## Environment", ""]
@@ -108,7 +108,7 @@ def _ladder_table(results: Results, suite: str) -> list[str]:
         rows.append(
             [
                 m.family,
-                str(m.facts["batch"]),
+                str(m.facts.get("batch", NOTHING)),
                 m.implementation,
                 *times,
                 str(len(m.samples)),

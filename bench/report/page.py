@@ -18,7 +18,7 @@ from typing import Any
 
 from blnet.bench.report import elements as html
 from blnet.bench.report import sections
-from blnet.bench.report.cells import HOW, NOTHING, is_timed
+from blnet.bench.report.cells import HOW, NOTHING, failure_texts, is_timed
 from blnet.bench.report.elements import Cell, Row
 from blnet.bench.report.sections import Page, Run
 from blnet.bench.report.spreadsheet import csv_text
@@ -139,7 +139,9 @@ def _alerts(runs: Sequence[Run]) -> str:
         failures = len(run.results.failures)
         if failures:
             many = f"{failures} measurements" if failures > 1 else "1 measurement"
-            text = f"{many} failed{of} and got no time; the section Environment says why."
+            reasons = len(failure_texts(run.results))
+            why = "" if reasons == failures else f", for {reasons} reason{'s' * (reasons > 1)},"
+            text = f"{many} failed{of}{why} and got no time; the section Environment says why."
             found.append(html.paragraph(text, "alert"))
     return "".join(found)
 
@@ -172,10 +174,7 @@ def _environment(made: Page) -> str:
         html.side_by_side("Command, settings and measured rates", names, how),
     ]
     for run in made.runs:
-        lost = [
-            f"{f.suite}, {f.group}, {f.family}, {f.implementation}: {f.status}, {f.note}"
-            for f in run.results.failures
-        ]
+        lost = failure_texts(run.results)
         if lost:
             parts += [made.heading("Failures", run), html.items(lost, "failures")]
         if run.results.notes:

@@ -7,6 +7,7 @@ from typing import Any
 
 from blnet.bench.report import series
 from blnet.bench.report.cells import measured_on
+from blnet.bench.report.figures import LABELLED
 from blnet.bench.results import Results
 from blnet.bench.summary import NETWORK_SUITES
 from blnet.files import written_aside
@@ -46,6 +47,13 @@ def plot_networks(results: Results, suite: str, path: Path) -> bool:
             [point.mac_ratio for point in own], values, yerr=[low, high], fmt=marker, capsize=3,
             label=f"batch {batch}",
         )  # fmt: skip
+    for point in points if len(points) <= LABELLED else ():
+        left = point.mac_ratio > (1 + top) / 2  # the side that has room
+        axes.annotate(
+            point.label, (point.mac_ratio, point.speedup.value), fontsize=7,
+            xytext=(-6 if left else 6, -2), textcoords="offset points",
+            horizontalalignment="right" if left else "left",
+        )  # fmt: skip
     axes.set_xlabel("MAC ratio: plain network over this one")
     axes.set_ylabel("speed-up [95 %]")
     kind = NETWORK_SUITES[suite]
@@ -69,7 +77,7 @@ def plot_op(results: Results, suite: str, path: Path) -> bool:
     axes.set_yticks(places, sites, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("ms, median")
-    axes.set_title(f"{suite}: {measured_on(results)}", fontsize=9)
+    axes.set_title(f"{suite}: {measured_on(results, unit='')}", fontsize=9)
     return _write(figure, axes, path)
 
 

@@ -239,7 +239,8 @@ def _every_rung(name: str, measurements: Sequence[Measurement]) -> str:
     header += ["error", "build, s", "memory, MB", "note"]
     rows = []
     for m in measurements:
-        batch = Cell(str(m.facts["batch"]), m.facts["batch"])
+        # A group that could not even be built has no facts.
+        batch = Cell(str(m.facts.get("batch", texts.NOTHING)), m.facts.get("batch"))
         first = [Cell(m.family), batch, Cell(m.implementation)]
         rows.append(Row([*first, *measured(m)], m.failed))
     return html.table(name, "Every rung", header, rows)
@@ -359,7 +360,7 @@ def _study(page: Page, run: Run, suite: str) -> str:
     return "".join(
         [
             page.heading(f"{suite.capitalize()}: {title}", run),
-            html.paragraph(texts.measured_on(results) + ".", "where"),
+            html.paragraph(texts.measured_on(results, unit="") + ".", "where"),
             page.plot(f"{name}-plot", figures.study(results, suite)),
             html.table(name, accuracy.STUDIES[suite].capitalize(), accuracy.HEADER[suite], found),
             html.paragraph(accuracy.notes(suite), "notes"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from blnet.bench.intervals import Ratio, median_ratio
 from blnet.bench.results import Layer, Measurement, Results
-from blnet.bench.summary import fastest, is_baseline, model_rows
+from blnet.bench.summary import at_batch, fastest, is_baseline, model_rows
 
 _PLAIN_PYTORCH = ("eager", "channels-last")
 _FOLDED = "folded"
@@ -69,7 +69,7 @@ def ladders(results: Results, suite: str, batch: int) -> list[Ladder]:
     that no step but the architecture makes it slower. The architecture is between the two
     networks, both in plain PyTorch. A step of which no rung has a time is left out.
     """
-    here = [m for m in results.of(suite) if m.facts["batch"] == batch and m.timed]
+    here = at_batch(results, suite, batch)
     found = []
     for network in results.networks:
         own = [m for m in here if m.family == network.label]
@@ -107,7 +107,7 @@ def plain_best(results: Results, suite: str, batch: int) -> dict[str, Measuremen
     """Return the fastest rung that is not ours of every plain network that has one."""
     found = {}
     for label in dict.fromkeys(network.baseline for network in results.networks):
-        rungs = [m for m in results.of(suite) if m.family == label and m.facts["batch"] == batch]
+        rungs = [m for m in at_batch(results, suite, batch) if m.family == label]
         best = fastest([m for m in rungs if is_baseline(m)])
         if best is not None:
             found[label] = best
@@ -116,7 +116,7 @@ def plain_best(results: Results, suite: str, batch: int) -> dict[str, Measuremen
 
 def batches(results: Results, suite: str) -> list[int]:
     """Return the batches that a suite of networks has times of."""
-    return sorted({m.facts["batch"] for m in results.of(suite) if m.timed})
+    return sorted({m.facts["batch"] for m in results.of(suite) if m.timed and "batch" in m.facts})
 
 
 def by_name(measurements: Sequence[Measurement]) -> Iterator[tuple[str, list[Measurement]]]:

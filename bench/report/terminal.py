@@ -12,6 +12,7 @@ from blnet.bench.report import layers
 from blnet.bench.report.cells import (
     GAINS,
     batches_of,
+    failure_texts,
     gain_header,
     gain_rows,
     measured_on,
@@ -70,10 +71,8 @@ def print_tables(results: Results, console: Console) -> None:
         console.print(text, soft_wrap=True, markup=False, highlight=False)
     if len(dropped) > SHOWN_DROPPED:
         console.print(f"and {len(dropped) - SHOWN_DROPPED} more; report.md lists all")
-    for failure in results.failures:
-        line = f"FAILED {failure.suite}, {failure.group}, {failure.family}, "
-        line += f"{failure.implementation}: {failure.note}"
-        console.print(Text(line, style="bold red"), soft_wrap=True)
+    for text in failure_texts(results):
+        console.print(Text(f"FAILED {text}", style="bold red"), soft_wrap=True)
 
 
 def _print_layers(results: Results, console: Console) -> None:
