@@ -7,7 +7,7 @@ users would write and what must be moved and multiplied; everything else is here
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -151,7 +151,8 @@ class OpSuite(Generic[S]):
             if group_name(site, what) == group
         )
         measure_ceilings(session)
-        tensors, leaves = self.tensors(site, settings)
+        batch = session.batch(self.name, group, settings.throughput_batch)
+        tensors, leaves = self.tensors(site, replace(settings, batch=batch))
         wide = [t if t is None else t.double() for t in tensors]
         return Group(
             suite=self.name,

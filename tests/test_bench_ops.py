@@ -16,6 +16,7 @@ from blnet.bench.catalogue import SUITES, op_suites
 from blnet.bench.ops import OpSuite, Pass, group_name
 from blnet.bench.session import Session
 from blnet.bench.settings import Settings, resolve
+from blnet.bench.summary import op_rows
 from blnet.kernels.catalogue import OPS
 
 CPU = Settings(device="cpu", batch=2, repeat=2)
@@ -174,6 +175,51 @@ def test_graphs_replay_every_implementation(monkeypatch: pytest.MonkeyPatch) -> 
     assert {m.status for m in found} == {"ok"}
     assert len(captured) == len(found) > 0
     assert all(m.note == "replayed as a CUDA graph" for m in found if m.facts["baseline"])
+
+
+def test_what_does_not_fit_into_memory_is_halved() -> None:
+    fits = 3
+
+    def ours(x: Tensor, y: Tensor) -> Tensor:
+        if len(x) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return x * y
+
+    suite = dataclasses.replace(
+        small(ours),
+        passes=small(ours).passes[:1],
+        tensors=lambda site, settings: (
+            [torch.randn(settings.throughput_batch, 4) for _ in range(3)], 2
+        ),
+    )  # fmt: skip
+    session = Session(dataclasses.replace(CPU, batch=8))
+    for case in suite.cases(session.settings):
+        session.measured(SuiteModule(suite), case)
+    assert {(m.status, m.facts["batch"]) for m in session.results.measurements} == {("ok", 2)}
+    assert "product, a, inference: batch 8 does not fit" in " ".join(session.results.notes)
+
+
+def test_recordings_that_do_not_fit_into_memory_are_halved(monkeypatch: Any) -> None:
+    features = suite_of("features")
+    monkeypatch.setattr(
+        features,
+        "measure_ceilings",
+        lambda session: session.results.ceilings.update(copy_bandwidth=1e9),
+    )
+    blnet = features._blnet
+
+    def small_memory(samples: Tensor, device: str = "cpu") -> Any:
+        if len(samples) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return blnet(samples, device)
+
+    monkeypatch.setattr(features, "_blnet", small_memory)
+    monkeypatch.setattr(features, "_librosa", small_memory)
+    session = Session(CPU)
+    case = next(c for c in features.cases(session.settings) if c.group == "16 x 1 s")
+    found = session.measured(features, case)
+    assert (found.status, found.facts["batch"]) == ("ok", 4)
+    assert op_rows(session.results, "features")[0].share is not None, "a bound, whoever ran before"
 
 
 def test_graphs_are_refused_on_a_cpu() -> None:

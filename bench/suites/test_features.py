@@ -22,6 +22,7 @@ from blnet.bench.measure import Call, Group, Implementation
 from blnet.bench.memory import tensor_bytes
 from blnet.bench.replay import replay, virtual_clock
 from blnet.bench.results import Measurement
+from blnet.bench.roofline import measure_ceilings
 from blnet.bench.session import Case, Session
 from blnet.bench.settings import Settings
 from blnet.limits import UnavailableError
@@ -66,9 +67,11 @@ def cases(settings: Settings) -> list[Case]:
 def build(group: str, session: Session) -> Group:
     """Return both implementations at one load."""
     settings = session.settings
+    measure_ceilings(session)
     load = next(load for load in LOADS if load.label == group)
     generator = torch.Generator().manual_seed(settings.seed)
-    samples = 0.1 * torch.randn(load.batch, load.seconds * RATE, generator=generator)
+    batch = session.batch(NAME, group, load.batch)
+    samples = 0.1 * torch.randn(batch, load.seconds * RATE, generator=generator)
     return Group(
         suite=NAME,
         name=group,
@@ -87,7 +90,7 @@ def build(group: str, session: Session) -> Group:
 def _implementation(
     name: str, load: Load, samples: Tensor, make: Callable[[], Call]
 ) -> Implementation:
-    frames = load.batch * (load.seconds * 100 - 2)
+    frames = len(samples) * (load.seconds * 100 - 2)
     return Implementation(
         name=name,
         family=load.label,
@@ -97,7 +100,7 @@ def _implementation(
             "computes": COMPUTES,
             "site": load.label,
             "pass": "forward",
-            "batch": load.batch,
+            "batch": len(samples),
             # The samples read once, the map written once.
             "bytes": tensor_bytes(samples) + 4 * frames * CONFIG.bins,
             "baseline": name == BASELINE,
