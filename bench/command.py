@@ -72,8 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
         names = settings.suites or default_suites(session.settings)
         suites = {name: SUITES[name][0] for name in names}
         progress.start(steps(suites, session))
-        run_suites(suites, session)
-    status = finish(session.results, folder)
+        whole = run_suites(suites, session)
+    status = finish(session.results, folder, whole)
     if earlier is not None:
         status = compare_command.judge(arguments, earlier, session.results, status)
     if session.results.interrupted:
@@ -123,8 +123,9 @@ def _listing(settings: Settings) -> str:
     lines += [f"  {name:<24}{text}" for name, (_, text) in SUITES.items()]
     lines.append("networks of this run:")
     lines += [f"  {s.label:<24}compared with {s.baseline}" for s in networks.specs(settings)]
-    quick = {rung.name for rung in rungs(settings.device)}
-    always = {rung.name for rung in rungs(settings.device, batch=1)}
+    dtype = settings.dtype or "float32"
+    quick = {rung.name for rung in rungs(settings.device, dtype=dtype)}
+    always = {rung.name for rung in rungs(settings.device, dtype=dtype, batch=1)}
     lines.append(f"rungs on {settings.device} (* only with --full, + at batch 1 only with --full):")
     for rung in rungs(settings.device, full=True):
         mark = "" if rung.name in always else " +" if rung.name in quick else " *"

@@ -19,6 +19,7 @@ from blnet.bench.clocks import read_clocks
 from blnet.bench.continuing import group_key
 from blnet.bench.plugin import Bind
 from blnet.bench.results import Results
+from blnet.bench.roofline import measure_ceilings_again
 from blnet.bench.session import Session
 
 INTERRUPTED = 130  # as a shell reports a command that Ctrl-C ended
@@ -37,18 +38,21 @@ def steps(suites: Mapping[str, str], session: Session) -> float:
     )
 
 
-def run_suites(suites: Mapping[str, str], session: Session) -> None:
+def run_suites(suites: Mapping[str, str], session: Session) -> bool:
     """Run suites into a session.
 
     Args:
         suites: name -> module.
         session: keeps what is found; `interrupted` in its results tells whether Ctrl-C ended it.
 
+    Returns:
+        Whether the suites' own code ran to its end; where it did not, a note says what it raised.
+
     Raises:
         RuntimeError: if pytest itself failed; the message ends with what it said.
     """
     paths = [_path(module) for module in suites.values()]
-    said = io.StringIO()
+    said, bind = io.StringIO(), Bind(session)
     start = time.monotonic()
     # pytest-benchmark makes its folder in the working directory, whether it stores anything or not.
     with (
@@ -57,7 +61,9 @@ def run_suites(suites: Mapping[str, str], session: Session) -> None:
         contextlib.redirect_stdout(said),
         contextlib.redirect_stderr(said),
     ):
-        status = pytest.main(_arguments(paths, Path(storage)), plugins=[Bind(session)])
+        status = pytest.main(_arguments(paths, Path(storage)), plugins=[bind])
+    if status != pytest.ExitCode.INTERRUPTED:
+        measure_ceilings_again(session)
     session.results.seconds += time.monotonic() - start
     session.results.environment["clocks_after"] = read_clocks(session.settings.device)
     session.results.interrupted = status == pytest.ExitCode.INTERRUPTED
@@ -69,7 +75,11 @@ def run_suites(suites: Mapping[str, str], session: Session) -> None:
     # A collection error also counts as interrupted: then there is nothing at all.
     if status not in fine or (session.results.interrupted and "errors during" in said.getvalue()):
         raise RuntimeError(f"pytest could not run the suites:\n{said.getvalue()[-4000:]}")
-    _adopt_errors(session, status, said.getvalue())
+    if bind.crashes:
+        many = f"{len(bind.crashes)} tests, the first in " if len(bind.crashes) > 1 else ""
+        session.note(f"a suite's own code failed in {many}{bind.crashes[0]}")
+        print(said.getvalue()[-4000:], file=sys.stderr)
+    return not bind.crashes
 
 
 def _path(module: str) -> Path:
@@ -107,27 +117,32 @@ def _own_pytest() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _adopt_errors(session: Session, status: int, said: str) -> None:
-    """Fail loudly where a test failed outside an implementation, in a suite's own code."""
-    failed = status == pytest.ExitCode.TESTS_FAILED
-    if failed and not session.results.failures:
-        raise RuntimeError(f"a suite failed:\n{said[-4000:]}")
+def finish(results: Results, folder: Path, whole: bool = True) -> int:
+    """Write the results, print the table, and return the exit status.
 
-
-def finish(results: Results, folder: Path) -> int:
-    """Write the results, print the table, and return the exit status."""
+    Args:
+        results: of the run.
+        folder: where they go.
+        whole: what `run_suites` returned: False makes the status 1.
+    """
     from rich.console import Console
 
     from blnet.bench.progress import PLAIN_WIDTH
     from blnet.bench.report import print_tables, write_all
 
-    written = write_all(results, folder)
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     print_tables(results, console)
-    for note in written.notes:
-        console.print(note, soft_wrap=True, markup=False, highlight=False)
-    console.print(f"written: {folder}/{', '.join(written.files)}", soft_wrap=True)
+    try:
+        written = write_all(results, folder)
+    except OSError as error:
+        reason = error.strerror or error
+        print(f"blnet bench: {folder} could not be written ({reason})", file=sys.stderr)
+        whole = False
+    else:
+        for note in written.notes:
+            console.print(note, soft_wrap=True, markup=False, highlight=False)
+        console.print(f"written: {folder}/{', '.join(written.files)}", soft_wrap=True)
     if results.interrupted:
         print("blnet bench: interrupted; what was measured until then is kept", file=sys.stderr)
         return INTERRUPTED
-    return 1 if results.failures else 0
+    return 1 if results.failures or not whole else 0

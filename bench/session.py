@@ -237,9 +237,24 @@ class Session:
         )
 
     def keep(self) -> None:
-        """Write what was measured so far, marked as interrupted until the run ends."""
-        if self._keeps:
+        """Write what was measured so far, marked as interrupted until the run ends.
+
+        A disk that is full for a while is no reason to lose what is measured.
+        """
+        if not self._keeps:
+            return
+        try:
             write_json(self.folder / RESULTS, replace(self.results, interrupted=True))
+        except OSError as error:
+            self.note(
+                f"{self.folder / RESULTS} could not be written between groups "
+                f"({error.strerror or error}), so a run that died then would have lost them"
+            )
+
+    def note(self, text: str) -> None:
+        """Add a sentence for the reader about the whole run, once."""
+        if text not in self.results.notes:
+            self.results.notes.append(text)
 
     def _study(self, study: Any, measurements: list[Measurement]) -> None:
         """Let a suite train; each run is kept as soon as it is finished."""

@@ -202,7 +202,7 @@ def bench(suite: ModuleType, epochs: int, folder: Path, *more: str) -> int:
         return main(["bench", suite.NAME, *words])
 
 
-def run_here(suites: dict[str, str], session: Session) -> None:
+def run_here(suites: dict[str, str], session: Session) -> bool:
     """Do as `run_suites` does, in this process."""
     try:
         for module in map(importlib.import_module, suites.values()):
@@ -210,6 +210,7 @@ def run_here(suites: dict[str, str], session: Session) -> None:
                 session.measured(module, case)
     except KeyboardInterrupt:
         session.results.interrupted = True
+    return True
 
 
 @pytest.mark.usefixtures("tiny")

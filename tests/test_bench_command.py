@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from blnet.bench.catalogue import SUITES, op_suites
+from blnet.bench import plugin
+from blnet.bench.catalogue import STUDIES, SUITES, op_suites
 from blnet.bench.flags import parse_settings
 from blnet.bench.session import Case, Session
 from blnet.bench.settings import Settings, check_writable, resolve
@@ -243,6 +244,24 @@ def test_plain_pytest_collects_the_suites(tmp_path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "batch 8 | bl_resnet50 a4 b4 | compile, frozen" in done.stdout
     assert "test_merge" in done.stdout
+    for study in STUDIES:  # these train
+        assert f"::test_{study}[left out]" in done.stdout
+        assert done.stdout.count(f"::test_{study}[") == 1
+
+
+@pytest.mark.parametrize(
+    ("suite", "named", "said"),
+    [
+        ("accuracy", (), "it trains, for minutes to days; BLNET_BENCH=accuracy asks for it"),
+        ("accuracy", ("accuracy",), ""),
+        ("models", (), ""),
+        ("mine", ("models",), ""),
+        ("models", ("models", "merge"), ""),
+        ("models", ("accuracy",), "BLNET_BENCH names other suites"),
+    ],
+)
+def test_suites_that_plain_pytest_leaves_out(suite: str, named: tuple[str, ...], said: str) -> None:
+    assert plugin._left_out(suite, named) == said
 
 
 def test_the_suites_need_nothing_of_speech() -> None:

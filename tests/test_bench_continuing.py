@@ -112,9 +112,28 @@ def test_continue_names_what_is_wrong(tmp_path: Path, capsys: Any) -> None:
     assert "leave out --batch" in capsys.readouterr().err
     assert main(["bench", "merge", "--continue", str(tmp_path)]) == 2
     assert "leave out SUITE merge" in capsys.readouterr().err
+    session.results.settings["suites"] = ["merge", "coming"]
+    write_json(tmp_path / "results.json", session.results)
+    assert main(["bench", "--continue", str(tmp_path)]) == 2
+    assert "that run has the suite 'coming', which this blnet lacks" in capsys.readouterr().err
     (tmp_path / "results.json").write_text('{"schema": 99}')
     assert main(["bench", "--continue", str(tmp_path)]) == 2
     assert "format version 99" in capsys.readouterr().err
+
+
+def test_a_write_that_fails_between_groups_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, results: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    suite, session = TwoGroups(), session_of(tmp_path)
+    monkeypatch.setattr("blnet.bench.session.write_json", full)
+    for group in GROUPS:
+        assert session.measured(suite, Case(group, "f", "one")).status == "ok"
+    said = [note for note in session.results.notes if "No space left on device" in note]
+    assert len(said) == 1
+    assert said[0].startswith(f"{tmp_path / 'results.json'} could not be written between groups")
 
 
 def test_what_does_not_fit_into_memory_is_halved_until_it_does() -> None:

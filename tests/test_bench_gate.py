@@ -32,12 +32,12 @@ def build(group, session):
 
     def make(way):
         broken = os.environ.get("TINY", "") if way == "blnet" else ""
-        sign = torch.tensor([1.0, -1.0 if broken == "flipped" else 1.0, 1.0])
+        sign = torch.tensor([1.0, -1.0 if broken.startswith("flipped") else 1.0, 1.0])
 
         def call():
             time.sleep(0.006 if broken == "slow" else 0.003)
             return right * sign
-        call.seconds = 0.5 if broken == "far slower" else 0.003
+        call.seconds = {"slow": 0.006, "far slower": 0.5}.get(broken, 0.003)  # of a stand-in clock
         return call
 
     ways = [
@@ -50,6 +50,8 @@ def build(group, session):
 @pytest.mark.benchmark(timer=virtual_clock)
 def test_tiny(case, measured, benchmark):
     replay(benchmark, measured(case))
+    if os.environ.get("TINY") == "flipped and a crash" and case.implementation == "eager":
+        raise KeyError("a mistake of the suite")
 """
 
 
@@ -98,13 +100,38 @@ def test_the_gate_catches_what_is_too_slow_to_be_timed(
     monkeypatch.setattr("blnet.bench.measure.make_clock", lambda device: lambda call: call.seconds)
     gate = ("--compare", "old", "--fail-if-slower", "30%")
     assert tiny("old") == 0
-    assert tiny("same", *gate) == 0
-    capfd.readouterr()
     assert tiny("far", *gate, broken="far slower") == 1
     said = capfd.readouterr().out
     assert "lost its time: tiny, g, f, blnet: dropped, 166.7 times slower" in said
     assert "1 lost their time because they are far slower now" in said
-    assert tiny("noted", "--compare", "old", broken="far slower") == 0
+
+
+def test_a_crash_of_a_suite_is_told_and_the_run_is_kept(
+    tiny: Callable[..., int], capfd: Any
+) -> None:
+    """An implementation that fails honestly beside it hides it no more."""
+    assert tiny("out", broken="flipped and a crash", repeat=2) == 1
+    found = read_json(Path("out/results.json"))
+    assert [m.status for m in found.measurements] == ["ok", "ok", "wrong"]
+    said = [note for note in found.notes if "a suite's own code failed" in note]
+    assert said == [
+        "a suite's own code failed in test_tiny[g | f | eager]: KeyError: 'a mistake of the suite'"
+    ]
+    assert Path("out/report.md").is_file()
+    assert "a mistake of the suite" in capfd.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_at_the_end_leaves_the_table(
+    tiny: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    def full(results: Results, folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("blnet.bench.report.write_all", full)
+    assert tiny("out", repeat=2) == 1
+    captured = capfd.readouterr()
+    assert "GB/s" in captured.out
+    assert "out could not be written (No space left on device)" in captured.err
 
 
 def test_what_cannot_be_compared_is_told_before_anything_is_measured(
@@ -138,9 +165,10 @@ def test_what_cannot_be_compared_is_told_before_anything_is_measured(
 def test_an_interrupted_run_is_compared_and_stays_interrupted(
     tiny: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
+    monkeypatch.setattr("blnet.bench.measure.make_clock", lambda device: lambda call: call.seconds)
     assert tiny("old") == 0
 
-    def interrupted(results: Results, folder: Path) -> int:
+    def interrupted(results: Results, folder: Path, whole: bool) -> int:
         write_json(folder / "results.json", results)
         return 130
 

@@ -102,11 +102,12 @@ def bench(folder: Path, *more: str) -> int:
         return main(["bench", "speech", *words, "--output", str(folder), *more])
 
 
-def run_here(suites: dict[str, str], session: Session) -> None:
+def run_here(suites: dict[str, str], session: Session) -> bool:
     """Do as `run_suites` does, in this process."""
     for module in map(importlib.import_module, suites.values()):
         for case in module.cases(session.settings):
             session.measured(module, case)
+    return True
 
 
 def test_the_study_trains_and_compares(tones: Path, capsys: pytest.CaptureFixture[str]) -> None:
