@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from blnet.bench.results import Network
 from blnet.bench.settings import DEFAULT_BRANCHINGS, Settings
 from blnet.conversion import convert
-from blnet.limits import one_line
+from blnet.limits import one_line, out_of_memory
 
 if TYPE_CHECKING:
     from blnet.bench.session import Session
@@ -176,13 +177,7 @@ def built(
 
 def _ready(session: Session, spec: Spec, inputs: Tensor, dtype: torch.dtype) -> nn.Module:
     settings, results = session.settings, session.results
-    try:
-        model = instance(spec, inputs, settings)
-    except (RuntimeError, TypeError, IndexError) as error:
-        shape = "x".join(map(str, inputs.shape[1:]))
-        raise ValueError(
-            f"{spec.label} does not take an input of {shape}: {one_line(error)}"
-        ) from error
+    model = instance(spec, inputs, settings)
     if spec.label not in {network.label for network in results.networks}:
         results.networks.append(facts(spec, model, (1, *inputs.shape[1:])))
     return model.to(settings.device, dtype)
@@ -214,9 +209,14 @@ def instance(spec: Spec, images: Tensor, settings: Settings) -> nn.Module:
         spec: which one.
         images: a float32 batch of images or maps; its first eight are used.
         settings: of the run.
+
+    Raises:
+        ValueError: if it cannot be built, or does not take the input.
     """
     torch.manual_seed(settings.seed)
-    model = spec.build().train()
+    shape = "x".join(map(str, images.shape[1:]))
+    with _told(f"{spec.label} cannot be built", ours=ValueError):
+        model = spec.build().train()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -226,11 +226,27 @@ def instance(spec: Spec, images: Tensor, settings: Settings) -> nn.Module:
             nn.init.ones_(norm.weight)
     # Statistics of one image at one position are undefined: two images at least.
     sample = images[:CALIBRATION_IMAGES] if len(images) > 1 else images.repeat(2, 1, 1, 1)
-    with torch.no_grad():
+    with torch.no_grad(), _told(f"{spec.label} does not take an input of {shape}"):
         model(sample)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return model.eval()
+
+
+@contextmanager
+def _told(what: str, ours: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Say in a ValueError what went wrong in somebody's code, unless memory ran out.
+
+    Args:
+        what: went wrong.
+        ours: errors that name the network by themselves.
+    """
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error) or isinstance(error, ours):
+            raise
+        raise ValueError(f"{what}: {one_line(error)}") from error
 
 
 def known() -> ModuleType:

@@ -11,7 +11,9 @@ from torch import nn
 from blnet.bench import ladder, networks
 from blnet.bench.images import make_batch, sample_pictures
 from blnet.bench.measure import relative_error
+from blnet.bench.session import Session
 from blnet.bench.settings import Settings, resolve
+from blnet.bench.suites import test_models as models
 from blnet.limits import UnavailableError
 
 EAGER = ("eager", "channels-last", "folded")
@@ -110,9 +112,25 @@ def test_quick_is_a_part_of_full_and_graphs_need_a_gpu() -> None:
     assert all(r.compiles == ("compile" in r.name or r.name == "tensorrt") for r in ladder.LADDER)
 
 
-def test_a_quick_run_on_a_cpu_compiles_for_the_throughput_batch_alone() -> None:
-    def compiled(device: str, batch: int | None, full: bool = False) -> list[str]:
-        return [r.name for r in ladder.rungs(device, full, batch=batch) if r.compiles]
+def compiled(
+    device: str, batch: int | None, full: bool = False, dtype: str = "float32"
+) -> list[str]:
+    return [r.name for r in ladder.rungs(device, full, dtype, batch) if r.compiles]
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, package: str, there: bool) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: (there or None) if name == package else found(name, *rest),
+    )
+
+
+def test_a_quick_run_on_a_cpu_compiles_for_the_throughput_batch_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    installed(monkeypatch, "onnxruntime", True)
 
     assert compiled("cpu", 8) == compiled("cpu", None) == ["compile, frozen"]
     assert compiled("cpu", 1) == []
@@ -120,17 +138,30 @@ def test_a_quick_run_on_a_cpu_compiles_for_the_throughput_batch_alone() -> None:
     assert compiled("cuda", 1) == compiled("cuda", 256) != []
 
 
-@pytest.mark.parametrize("installed", [True, False])
+def test_batch_1_is_compiled_where_nothing_faster_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "onnxruntime", True)
+    assert compiled("cpu", 1, dtype="bfloat16") == ["compile, frozen"]
+    installed(monkeypatch, "onnxruntime", False)
+    assert compiled("cpu", 1) == ["compile, frozen"]
+
+
+def test_a_quick_run_says_that_batch_1_was_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "onnxruntime", True)
+    found = networks.Built({}, {})
+    for full in (False, True):
+        session = Session(Settings(device="cpu", full=full))
+        for batch in session.settings.batches * 2:
+            taken = models.ladder(session.settings, batch)
+            models.group_of("models", "g", session, taken, found, torch.ones(batch, 3, 32, 32))
+        assert session.results.notes.count(models.NOT_COMPILED) == (not full)
+
+
+@pytest.mark.parametrize("there", [True, False])
 def test_a_quick_run_takes_openvino_where_it_is_installed(
-    installed: bool, monkeypatch: pytest.MonkeyPatch
+    there: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *rest: (installed or None) if name == "openvino" else found(name, *rest),
-    )
-    assert ("openvino" in [r.name for r in ladder.rungs("cpu")]) is installed
+    installed(monkeypatch, "openvino", there)
+    assert ("openvino" in [r.name for r in ladder.rungs("cpu")]) is there
     assert "openvino" in [r.name for r in ladder.rungs("cpu", full=True)]
 
 
@@ -148,6 +179,45 @@ def test_the_networks_of_a_run() -> None:
     assert networks.baseline_of("bl_seresnext50_32x4d") == "resnet50"
     with pytest.raises(ValueError, match="resnet9000"):
         networks.check(Settings(models=("resnet9000",)))
+
+
+class Picky(nn.Module):
+    """A network that raises what it is made with."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyError("key"), ValueError("bad"), AssertionError("odd")])
+def test_a_network_that_does_not_take_the_input_is_told(
+    error: Exception, images, monkeypatch
+) -> None:
+    session = Session(Settings(device="cpu"))
+    spec = networks.Spec("mine:net", None, None, "mine:net")
+    monkeypatch.setattr(networks.Spec, "build", lambda self: Picky(error))
+    found = networks.built(session, [spec], images)
+    said = f"mine:net does not take an input of 3x64x64: {type(error).__name__}: "
+    assert found.failures[spec].startswith(said)
+
+
+def test_a_network_that_cannot_be_built_is_told_and_memory_is_not(images, monkeypatch) -> None:
+    session = Session(Settings(device="cpu"))
+    spec = networks.Spec("mine:net", 2, 4, "mine:net")
+
+    def raising(self: networks.Spec) -> nn.Module:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(networks.Spec, "build", raising)
+    errors = [KeyError("key"), ValueError("alpha 3 does not divide 64"), MemoryError()]
+    said = ["mine:net a2 b4 cannot be built: KeyError: 'key'", "alpha 3 does not divide 64"]
+    for text in said:
+        assert networks.built(session, [spec], images).failures == {spec: text}
+    with pytest.raises(MemoryError):  # by which the batch is halved
+        networks.built(session, [spec], images)
 
 
 def test_facts_of_a_network() -> None:

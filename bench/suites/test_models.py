@@ -31,6 +31,10 @@ NAME = "models"
 # 8 bits and the errors of 50 layers add up.
 TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 REFERENCE = "the same network in float64, eager"
+NOT_COMPILED = (
+    "networks were not compiled at batch 1, where a quick run on a CPU takes ONNX Runtime for the "
+    "faster; --full compiles there too"
+)
 REFERENCE_CHUNK = 8  # images at a time: float64 activations of a whole batch may not fit
 
 
@@ -44,8 +48,8 @@ def cases(settings: Settings) -> list[Case]:
     ]
 
 
-def ladder(settings: Settings, batch: int) -> list[Rung]:
-    """Return the rungs that a batch is measured on."""
+def ladder(settings: Settings, batch: int | None) -> list[Rung]:
+    """Return the rungs that a batch is measured on; None for a throughput batch."""
     return rungs(settings.device, settings.full, settings.dtype or "float32", batch)
 
 
@@ -94,6 +98,8 @@ def group_of(
         inputs: the batch, float32.
     """
     settings = session.settings
+    if any(rung not in rungs for rung in ladder(settings, None)):
+        session.note(NOT_COMPILED)
     ready = inputs.to(settings.device, settings.torch_dtype)
     return Group(
         suite=suite,
