@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from blnet.bench import roofline
+from blnet.bench.results import Layer
 from blnet.bench.roofline import (
     cache_bytes,
     convolution_rate,
@@ -17,6 +18,7 @@ from blnet.bench.roofline import (
     least_seconds,
     matmul_rate,
     measure_ceilings,
+    measure_ceilings_again,
 )
 from blnet.bench.session import Session
 from blnet.bench.settings import Settings
@@ -33,6 +35,41 @@ def fixed(seconds: float):
         return seconds
 
     return clock
+
+
+def test_a_ceiling_is_the_best_that_was_measured() -> None:
+    times = iter([0.5, 0.25, 1.0, 4.0] * 3)
+
+    def clock(call) -> float:
+        call()
+        return next(times)
+
+    assert copy_bandwidth(clock, 800, "cpu", 4) == pytest.approx(2 * 800 / 0.25)
+    assert matmul_rate(clock, torch.float32, 10, "cpu", 4) == pytest.approx(2 * 1000 / 0.25)
+    rate = convolution_rate(clock, torch.float32, (2, 4, 5, 6), 4)
+    assert rate == pytest.approx(2 * (2 * 4 * 5 * 6) * (4 * 9) / 0.25)
+
+
+@pytest.mark.parametrize(("after", "noted"), [(41e9, False), (39e9, False), (82e9, True),
+                                              (20e9, True)])  # fmt: skip
+def test_rates_are_measured_again_at_the_end(
+    after: float, noted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = iter([40e9, after])
+    monkeypatch.setattr(roofline, "_copies", lambda session: {"copy_bandwidth": next(rates)})
+    monkeypatch.setattr(roofline, "cpu_matmul_rate", lambda clock, dtype: 1e12)
+    session = Session(Settings(device="cpu"))
+    measure_ceilings_again(session)
+    assert session.results.ceilings == {}, "a run that needs none measures none"
+    measure_ceilings(session)
+    layer = Layer("conv", "Conv2d", (1,), 0, 10**9, 10**9 / 40e9)
+    session.results.layers = {"models, batch 8": {"resnet18": [layer]}}
+    measure_ceilings_again(session)
+    best = max(40e9, after)
+    assert session.results.ceilings["copy_bandwidth"] == best
+    assert session.results.layers["models, batch 8"]["resnet18"][0].bound == 10**9 / best
+    said = [note for note in session.results.notes if note.startswith("copy bandwidth was 40 GB/s")]
+    assert len(said) == noted
 
 
 def test_a_copy_counts_what_is_read_and_written() -> None:
