@@ -108,7 +108,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="ROUNDS",
         help="how often each implementation is timed (default: at batch 1 24 times, else 8; "
-        "--full 60 and 30; on a GPU 50 and --full 100; the merge suite four times as often)",
+        "--full 60 and 30; on a GPU 50 and --full 100; training half of that, 8 times at least); "
+        "the suites of ops and features time four times as often, with --repeat too",
     )
     add(
         "--threads",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from blnet.bench import kept, measure
+from blnet.bench.changes import LEAST_ROUNDS
 from blnet.bench.report import csv_text, markdown
 from blnet.bench.session import Session
 from blnet.bench.settings import Settings
@@ -66,6 +67,7 @@ def test_fused_and_plain_networks_are_timed(fused_on_a_cpu: None) -> None:
         for family in ("resnet18", "bl_resnet18 a2 b2")
         for rung in ("channels-last", "recompute", "fused", "fused, recompute")
     ]
+    assert {len(m.samples) for m in found} == {SMALL.repeat}
     plain, ours = model_rows(session.results, "training")
     assert plain.batches[2].architecture is None
     # Over its own fastest rung that is not ours, where ours is faster still.
@@ -99,6 +101,23 @@ def test_a_wrong_gradient_gets_no_time(
     statuses = {(m.family, m.implementation): m.status for m in run(Session(SMALL))}
     assert statuses["resnet18", "channels-last"] == "ok"
     assert statuses["resnet18", "fused"] == "wrong"
+
+
+def test_sizes_at_which_gradients_are_rounding_are_refused() -> None:
+    found = run(Session(dataclasses.replace(SMALL, size=32, models=("resnet18",))))
+    assert {m.status for m in found} == {"error"}
+    assert {m.note for m in found} == {
+        "ValueError: a batch norm has 2 values of each channel, whose gradients are rounding and "
+        "cannot be checked; train with a larger --batch or --size"
+    }
+    suite._check_values(torch.nn.BatchNorm2d(3), (torch.ones(4, 3, 1, 1),))
+
+
+def test_a_gate_can_tell_the_default_rounds() -> None:
+    for device in ("cpu", "cuda"):
+        settings = dataclasses.replace(SMALL, device=device, repeat=None)
+        assert suite.rounds(settings) > LEAST_ROUNDS
+        assert suite.rounds(dataclasses.replace(settings, full=True)) > LEAST_ROUNDS
 
 
 def test_a_cpu_has_no_fused_rung() -> None:
