@@ -72,4 +72,6 @@ def extra_info(measurement: Measurement) -> dict[str, Any]:
     }
     if measurement.timed:
         info |= {f"p{p}": measurement.quantile(p) for p in (20, 50, 90)}
+        if "batch" in measurement.facts:
+            info["throughput"] = measurement.facts["batch"] / measurement.median
     return info

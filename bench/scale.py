@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from blnet.bench.networks import known
 from blnet.bench.results import write_text
+from blnet.environment import collect, command_line
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,16 @@ def text(found: Sequence[Sharing]) -> str:
     return "\n".join(lines)
 
 
+def _record(args: argparse.Namespace, found: Sequence[Sharing]) -> dict[str, Any]:
+    """Return the measurements with all that one needs to measure them again, fit for JSON."""
+    return {
+        "command": command_line(),
+        **{name: getattr(args, name) for name in ("batch", "size", "rounds")},
+        "environment": collect().as_dict(),
+        "networks": [asdict(sharing) for sharing in found],
+    }
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Measure the networks that the words name, as one of torchrun's processes."""
     parser = argparse.ArgumentParser(prog="blnet.bench.scale", description=__doc__.split("\n")[0])
@@ -135,7 +147,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if dist.get_rank() == 0:
         print(text(found))
         if args.json:
-            write_text(args.json, json.dumps([asdict(s) for s in found], indent=1) + "\n")
+            write_text(args.json, json.dumps(_record(args, found), indent=1) + "\n")
     dist.destroy_process_group()
 
 

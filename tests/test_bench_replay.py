@@ -69,6 +69,8 @@ def test_what_has_no_time_is_not_replayed(status, outcome) -> None:
 def test_extra_info_carries_our_numbers() -> None:
     info = extra_info(measurement())
     assert (info["p50"], info["peak_memory"], info["error"], info["batch"]) == (0.125, 7, 1e-7, 1)
+    assert info["throughput"] == 8.0
+    assert "throughput" not in extra_info(measurement("wrong"))
 
 
 SUITE = '''

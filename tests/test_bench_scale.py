@@ -24,7 +24,10 @@ def test_two_processes_share_their_gradients(tmp_path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    (found,) = json.loads((tmp_path / "scale.json").read_text())
+    kept = json.loads((tmp_path / "scale.json").read_text())
+    assert (kept["batch"], kept["size"], kept["rounds"]) == (2, 32, 2)
+    assert {"device", "threads", "packages", "commit"} <= set(kept["environment"])
+    (found,) = kept["networks"]
     assert found["processes"] == 2
     assert found["gradient_bytes"] == 4 * 11_689_512  # torchvision's count of ResNet-18
     assert min(found["alone"], found["shared"], found["exchange"]) > 0
