@@ -54,6 +54,7 @@ _LOADERS: dict[str, _Loader] = {
     "folder": corpora.load_folder,
     "manifest": corpora.load_manifest,
 }
+_WITH_EVAL_PATH = ("librispeech", "folder", "manifest")
 
 
 def load_data(
@@ -87,6 +88,7 @@ def load_data(
         ImportError: if a package is missing that the corpus needs.
     """
     data.check()
+    _check_looked_at(data)
     if task != "keyword" and data.longer == "cut":
         raise ValueError(
             f"--data.longer cut would leave transcripts of the task {task} longer than their "
@@ -112,6 +114,20 @@ def load_data(
     if parts == "both":
         _check_kept(training, data, "train")
     return SpeechData(training, evaluation, words, _title(data, training, evaluation))
+
+
+def _check_looked_at(data: DataConfig) -> None:
+    """Raise ValueError if a path is given that the corpus has no use for."""
+    if data.name == "synth" and data.path is not None:
+        raise ValueError(
+            f"--data.path {data.path} is not looked at by the corpus synth, which is spoken here; "
+            "name the path's corpus with --data.name, or leave it out"
+        )
+    if data.name not in _WITH_EVAL_PATH and data.eval_path is not None:
+        raise ValueError(
+            f"--data.eval-path {data.eval_path} is not looked at by the corpus {data.name}, which "
+            "is split as it comes; leave it out, or name the path's corpus with --data.name"
+        )
 
 
 def _parts(data: DataConfig, task: TaskName, evaluation_only: bool) -> Parts:

@@ -296,6 +296,17 @@ def test_unknown_settings_are_refused(folder):
     refused(DataConfig("manifest"), "--data.path is missing")
 
 
+@pytest.mark.parametrize("parts", ["both", "evaluation"])
+def test_paths_that_a_corpus_does_not_look_at_are_refused(folder, parts):
+    place = str(folder)
+    for name in ("synth", "fsdd", "yesno", "speech_commands"):
+        path = None if name == "synth" else place
+        words = (f"--data.eval-path {place}", f"the corpus {name}", "leave it out")
+        refused(DataConfig(name, path, place), *words, parts=parts)
+    words = (f"--data.path {place}", "the corpus synth", "with --data.name")
+    refused(DataConfig("synth", place), *words, parts=parts)
+
+
 def test_loading_processes_read_the_same(folder):
     path = listed(folder)
     data = load_data(DataConfig("manifest", path, path), "keyword")

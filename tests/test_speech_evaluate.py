@@ -333,6 +333,10 @@ def test_data_that_are_not_there_or_do_not_fit(nets, words, texts, tmp_path, cap
     tones.write(tmp_path / "w" / "other" / "a.wav", tones.keyword("low"))
     line = refused(capsys, nets["keyword"], *on(tmp_path / "w"))
     assert "has a class 'other' to evaluate on that is not trained on" in line
+    line = refused(
+        capsys, nets["ctc"], "--data", "yesno", "--data-path", words, "--eval-path", texts
+    )
+    assert line.startswith(f"--data.eval-path {texts} is not looked at by the corpus yesno")
     line = refused(capsys, nets["ctc"], *on(texts), "--max-seconds", "nan")
     assert "--data.max-seconds" in line
     line = refused(capsys, nets["ctc"], *on(texts), "--decoder", "greedy", "--beam-width", 3)
