@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -13,12 +15,14 @@ from torch import Tensor
 
 from blnet.files import make_folder
 from blnet.speech.alignment import FrameLabels, align, expand, fill_blanks
+from blnet.speech.config import DataConfig
 from blnet.speech.data import load_data
 from blnet.speech.data_flags import add_data_flags, data_settings
 from blnet.speech.inference import Trained, configuration, load_trained
 from blnet.speech.measurement import check_corrupt, say, usable
 from blnet.speech.recordings import Recordings
 from blnet.speech.tasks import make_target
+from blnet.training.answers import shown
 from blnet.training.config import TrainingConfig
 from blnet.training.devices import make_accelerator
 
@@ -67,13 +71,25 @@ def run(args: argparse.Namespace) -> int:
     labels.save(args.output)
     left_out = f", left out {len(corrupt):,}" if corrupt else ""
     print(f"{PROG}: labelled {len(labels):,} recordings of {data.name}{left_out}; train on them: "
-          f"blnet train speech --task frame --data.labels {args.output}")  # fmt: skip
+          f"{shown(_advice(settings, args.output))}")  # fmt: skip
     return 0
+
+
+def _advice(data: DataConfig, labels: str) -> str:
+    """Return the command that trains on labels of some data."""
+    plain = dataclasses.asdict(DataConfig())
+    chosen = dataclasses.asdict(dataclasses.replace(data, download=False, labels=labels))
+    words = [
+        f"--data.{name.replace('_', '-')}={value}"
+        for name, value in chosen.items()
+        if value != plain[name]
+    ]
+    return shlex.join(["blnet", "train", "speech", "--task", "frame", *words])
 
 
 def _check_names(sets: Sequence[Recordings]) -> None:
     """Raise ValueError, before the work is done, if two recordings have one name."""
-    names = Counter(one.name for part in sets for one in part.utterances)
+    names = Counter(one.key for part in sets for one in part.utterances)
     ((name, count),) = names.most_common(1)
     if count > 1:
         raise ValueError(f"recording {name} is in the data {count} times, and labels are found by "
@@ -83,7 +99,7 @@ def _check_names(sets: Sequence[Recordings]) -> None:
 def _labelled(
     trained: Trained, data: Recordings, silence: float, corrupt: list[tuple[str, str]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and labels of each recording, a label for every frame of the features."""
+    """Yield key and labels of each recording, a label for every frame of the features."""
     reduction = trained.model.config.time_reduction
     longest = round(silence / trained.features.hop_seconds)
     console = Console(stderr=True)
@@ -91,13 +107,13 @@ def _labelled(
         usable(data, corrupt), "aligning", len(data), console=console, transient=True,
         disable=not console.is_terminal,
     )  # fmt: skip
-    for name, (samples, ids) in shown:
+    for one, (samples, ids) in shown:
         logits, _ = trained([samples])
         frames = int(trained.features.frames(torch.tensor(len(samples))))
         try:
             path = align(logits[0].log_softmax(-1).cpu(), ids)
         except ValueError as error:
-            corrupt.append((name, str(error)))
+            corrupt.append((one.name, str(error)))
             continue
         dense = fill_blanks(expand(path, reduction, frames), longest)
-        yield name, dense
+        yield one.key, dense

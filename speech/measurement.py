@@ -14,7 +14,7 @@ from torch import Tensor
 
 from blnet.speech.decode import Decoder, error_rates
 from blnet.speech.inference import Trained
-from blnet.speech.recordings import Recordings
+from blnet.speech.recordings import Recordings, Utterance
 from blnet.speech.task import SpeechTask
 from blnet.speech.task_spelling import SpellingTask
 from blnet.training.confusion import Counts, wilson
@@ -164,8 +164,8 @@ class _Counts:
 
 def usable(
     data: Recordings, corrupt: list[tuple[str, str]]
-) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """Yield name and (samples, target) of each recording that can be used; note the others.
+) -> Iterator[tuple[Utterance, tuple[Tensor, Tensor]]]:
+    """Yield each recording that can be used with its (samples, target); note the others.
 
     Args:
         data: the recordings.
@@ -173,7 +173,7 @@ def usable(
     """
     for index in range(len(data)):
         try:
-            yield data.utterances[index].name, data[index]
+            yield data.utterances[index], data[index]
         except CorruptSample as error:
             corrupt.append((error.name, error.reason))
 
@@ -181,8 +181,8 @@ def usable(
 def _batches(data: Recordings, size: int, corrupt: list[tuple[str, str]]) -> Iterator[_Batch]:
     names: list[str] = []
     samples: list[tuple[Tensor, Tensor]] = []
-    for name, sample in usable(data, corrupt):
-        names.append(name)
+    for one, sample in usable(data, corrupt):
+        names.append(one.name)
         samples.append(sample)
         if len(names) == size:
             yield names, samples

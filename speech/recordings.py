@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 
 from blnet.files import reason
 from blnet.speech.audio import AudioError, audio_seconds, read_audio
+from blnet.speech.files import SEPARATOR, split_name
 from blnet.training.loading import CorruptSample
 
 
@@ -42,10 +44,21 @@ class Utterance:
     @property
     def name(self) -> str:
         """What errors and logs call it: the file, with the times of a part."""
+        return self.file + self._times
+
+    @property
+    def key(self) -> str:
+        """What frame labels are found by: the same name, however its path is spelled."""
+        path, member = split_name(self.file)
+        inner = "" if member is None else SEPARATOR + member
+        return os.path.realpath(path) + inner + self._times
+
+    @property
+    def _times(self) -> str:
         if self.start is None and self.end is None:
-            return self.file
+            return ""
         end = "end" if self.end is None else f"{self.end:g} s"
-        return f"{self.file} ({self.start or 0:g} s to {end})"
+        return f" ({self.start or 0:g} s to {end})"
 
 
 class Recordings(Dataset[tuple[Tensor, Tensor]]):

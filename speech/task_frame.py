@@ -116,4 +116,5 @@ class Labelling:
         Raises:
             ValueError: if there are none.
         """
-        return self.labels.labels(one.name)
+        # Labels of before have paths as they were spelled.
+        return self.labels.labels(one.key if one.key in self.labels else one.name)

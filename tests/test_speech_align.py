@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shlex
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from blnet.speech import testing as tones
 from blnet.speech.alignment import FrameLabels
 from blnet.speech.audio import read_audio
 from blnet.speech.features import LogMel
+from blnet.speech.recordings import Utterance
+from blnet.speech.task_frame import Labelling
 
 COUNT = 12
 FEATURES = LogMel(tones.FEATURES, tones.RATE)
@@ -169,17 +173,33 @@ def test_a_folder_that_cannot_be_written_shows_first(net, texts, tmp_path, capsy
     assert "--output" in refused(capsys, net, "--data-path", texts, "--output", tmp_path / "file")
 
 
+def test_labels_are_found_however_a_path_is_spelled(net, texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(texts.parent)
+    assert run(net, "--data-path", "list.tsv", "--output", tmp_path) == 0
+    found = FrameLabels.load(tmp_path)
+    assert set(found.names) == set(names(texts))
+    (tmp_path / "link").symlink_to(texts.parent)
+    for file in (f"{tmp_path}/link/two.wav", "two.wav", f"../{texts.parent.name}/two.wav"):
+        labels = Labelling(found)(Utterance(file, 0.4, start=0, end=0.4))
+        assert torch.equal(labels, found.labels(f"{texts.parent}/two.wav (0 s to 0.4 s)"))
+    entries = [("two.wav", torch.ones(3))]  # as they were once written
+    before = FrameLabels.of(entries, tones.ALPHABET, 0.01, "by hand")
+    assert Labelling(before)(Utterance("two.wav", 0.8)).tolist() == [1, 1, 1]
+    assert Utterance("a.zip::in/b.wav", 1.0).key == f"{os.getcwd()}/a.zip::in/b.wav"
+
+
 # What is done with them --------------------------------------------------------------------------
 
 
 def test_a_network_is_trained_on_the_labels(net, texts, tmp_path, capsys):
-    labels, out = tmp_path / "labels", tmp_path / "run"
+    labels, out = tmp_path / "the labels", tmp_path / "run"
     assert run(net, "--data-path", texts, "--output", labels) == 0
-    flags = ("--task", "frame", "--data.name", "manifest", "--data.path", texts, "--data.labels",
-             labels, "--data.sample-rate", tones.RATE, "--data.alphabet", "abc ",
-             "--features.bins", 16, "--features.normalize", "none", "--augment.freq-masks", 0,
-             "--augment.time-masks", 0, "--model.width", 0.125, "--model.alpha", 2, "--epochs", 25,
-             "--batch-size", 4, "--optimizer.lr", 0.01, "--device", "cpu", "--tensorboard",
+    advice = capsys.readouterr().out.partition("train on them: ")[2]
+    command = shlex.split(advice)
+    assert command[:5] == ["blnet", "train", "speech", "--task", "frame"]
+    flags = (*command[3:], "--features.bins", 16, "--features.normalize", "none",
+             "--augment.freq-masks", 0, "--augment.time-masks", 0, "--model.width", 0.125,
+             "--model.alpha", 2, "--epochs", 25, "--batch-size", 4, "--optimizer.lr", 0.01, "--device", "cpu", "--tensorboard",
              "false", "--workers", 0, "--output", out)  # fmt: skip
     assert main(["train", "speech", *map(str, flags)]) == 0
     words = ("evaluate", "speech", out, "--eval-path", texts, "--output", out / "evaluation")
