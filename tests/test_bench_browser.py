@@ -272,6 +272,20 @@ def test_a_phone_scrolls_down_only(browser: Any, site: Path) -> None:
     found.context.close()
 
 
+def test_a_phone_shows_every_link_beside_the_button(browser: Any, site: Path) -> None:
+    phone = Opened(browser, site, 390, 844)
+    covered = phone.page.evaluate(
+        """() => {
+          const edge = document.getElementById("theme").getBoundingClientRect().left;
+          return [...document.querySelectorAll("nav a")]
+            .filter((link) => link.getBoundingClientRect().right > edge)
+            .map((link) => link.textContent);
+        }"""
+    )
+    assert covered == []
+    phone.context.close()
+
+
 def test_it_can_be_read_without_seeing_it(browser: Any, site: Path) -> None:
     found = Opened(browser, site / "all.html", 1280, 800)
     levels = found.page.evaluate(

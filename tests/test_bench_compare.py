@@ -24,6 +24,10 @@ ENVIRONMENT = {
     "threads": 2, "packages": {"torch": "2.11.0"}, "commit": "aaaa",
 }  # fmt: skip
 SETTINGS = {"device": "cpu", "dtype": "float32", "batch": 8, "size": 224}
+STUDY = {
+    "network": "resnet18", "baseline": "resnet18", "alpha": None, "beta": None, "seed": 0,
+    "parameters": 1, "macs": 1, "epochs": 1,
+}  # fmt: skip
 Array = NDArray[np.float64]
 
 
@@ -397,7 +401,10 @@ def results_file(path: Path, change: Callable[[dict[str, Any]], Any]) -> str:
         (lambda v: v.update(schema=99), "format version 99"),
         (lambda v: v.pop("measurements"), "it lacks 'measurements'; measure again"),
         (lambda v: v["measurements"][0]["samples"].append(0.0), "no positive number"),
-        (lambda v: [m.update(suite="accuracy") for m in v["measurements"]], "no implementation"),
+        (
+            lambda v: [m.update(suite="accuracy", facts=STUDY) for m in v["measurements"]],
+            "no implementation",
+        ),
     ],
 )
 def test_a_file_that_holds_no_such_run(

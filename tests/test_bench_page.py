@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import dataclasses
 import gzip
 import io
 import json
@@ -216,13 +217,16 @@ def test_points_are_named_in_every_plot_of_speed_ups(results: Results, monkeypat
     drawn = []
     monkeypatch.setattr(plots, "_write", lambda figure, axes, path: drawn.append(axes))
     plots.plot_networks(results, "models", Path("models.png"))
-    assert [text.get_text() for text in drawn[0].texts] == [BL, BL]
     points = series.points(results, "models")
+    assert [text.get_text() for text in drawn[0].texts] == [point.label for point in points]
     few = figures.speedups([("models", points)])
-    assert few.data[1]["text"] == [BL, BL]
-    many = figures.speedups([(f"run {number}", points) for number in range(7)])
+    assert few.data[1]["text"] == [point.label for point in points]
+    many = figures.speedups(
+        [(f"run {n}", [dataclasses.replace(p, batch=10 * n + p.batch) for p in points])
+         for n in range(7)]
+    )  # fmt: skip
     names = [text for trace in many.data[1:] for text in trace["text"] if text]
-    assert names == [BL], "a name for its highest point"
+    assert sorted(names) == sorted({point.label for point in points}), "each at its highest point"
     assert many.height > few.height, "lines of a legend take nothing of the plot"
 
 
