@@ -18,11 +18,13 @@ from torch import Tensor
 
 from blnet.kernels.native.arena import Draft, Map, Shape
 from blnet.kernels.native.library import MAXIMUM_OUTPUTS, Library, Step, load
-from blnet.kernels.native.packing import BLOCK, Convolution, blocks_of, pack
+from blnet.kernels.native.packing import BLOCK, TILES, Convolution, blocks_of, pack
 from blnet.kernels.native.program import Program
 
 Pair = tuple[int, int]
 Windows = Sequence[tuple[int, int, int]]
+
+METHODS = ("direct", *TILES)  # ways to compute a convolution
 
 # As in step.h; packing.py makes the convolutions.
 IMPORT, EXPORT, AVERAGE, MAXIMUM, COMBINE, AFFINE, SIGMOID = 0, 1, 4, 5, 6, 7, 8
@@ -37,9 +39,14 @@ class Builder:
 
     Raises:
         NativeError: if the library cannot be had here.
+        ValueError: if the shape is of a batch without images.
     """
 
     def __init__(self, shape: Shape, threads: int | None = None) -> None:
+        if shape[0] < 1:
+            raise ValueError(
+                f"the batch of shape {tuple(shape)} is empty; build for one image or more"
+            )
         self.library: Library = load()
         self.threads = threads or torch.get_num_threads()
         self.input = Map(shape, is_input=True)
@@ -68,20 +75,24 @@ class Builder:
             bias: shape (C_out,); None for 0.
             stride: in height and width.
             padding: zeros at either side, in height and width.
-            groups: as of torch.nn.Conv2d.
+            groups: as of torch.nn.Conv2d. Groups narrower than a block are computed as one dense
+                block with zeros between them, so that NaN and infinity of a channel reach those of
+                the groups beside it, where PyTorch keeps them apart.
             residual: shape (N, C_out, H_r, W_r), added before ReLU; None for 0.
             table: the residual's pixel for each pixel of the output, see `pixel_table`; None
                 where sizes are the same.
             relu: whether ReLU follows.
-            method: "direct", "winograd 2x2" or "winograd 4x4"; None for the fastest by count.
+            method: "direct", or of 3x3 kernels "winograd 2x2" or "winograd 4x4", with a stride of
+                (2, 1) "winograd 2x4"; None for the fastest by count.
 
         Returns:
             Shape (N, C_out, H_out, W_out).
 
         Raises:
-            ValueError: if sizes do not fit each other.
+            ValueError: if sizes do not fit each other, or the method does not fit them.
         """
-        planar = x.is_input and x.shape[1] <= 4
+        _check_method(method, weight, stride, groups)
+        planar = x.is_input and x.shape[1] <= 4 and method in (None, METHODS[0])
         if x.is_input and not planar:
             x = self._blocked(x)
         sizes: Shape = tuple(weight.shape)  # type: ignore[assignment]
@@ -291,6 +302,20 @@ def _check_conv(conv: Convolution) -> None:
     if min(conv.out_shape) < 1:
         raise ValueError(
             f"conv: a kernel of {conv.weight[2:]} is larger than the padded input {conv.shape}"
+        )
+
+
+def _check_method(method: str | None, weight: Tensor, stride: Pair, groups: int) -> None:
+    if method is None or method == METHODS[0]:
+        return
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    kernel = tuple(weight.shape[2:])
+    wanted = TILES[method].stride
+    if kernel != (3, 3) or tuple(stride) != wanted or groups != 1:
+        raise ValueError(
+            f"conv: {method} is for kernels of 3x3, stride {wanted} and one group, got a kernel of "
+            f"{kernel}, stride {tuple(stride)} and {groups} groups; leave method out"
         )
 
 

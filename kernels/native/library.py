@@ -9,6 +9,7 @@ import hashlib
 import os
 import platform
 import secrets
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ SOURCE = FOLDER / "program.cpp"  # includes the others
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 # What fits the machine best comes first; some compilers know only one of the ways to name it.
 MACHINES = (("-march=native",), ("-mcpu=native",), ())
+MACHINE_VARIABLE = "BLNET_NATIVE_FLAGS"  # its flags take the place of these
 OPENMP = ("-fopenmp",)
 COMPILE_SECONDS = 120
 MAXIMUM_OUTPUTS = 8
@@ -49,7 +51,7 @@ _NUMBERS = (
     *("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w"),
     *("source_image", "target_image", "residual_image", "residual_block"),
     *("relu", "multiply", "chunk", "chunks", "slice", "slices"),
-    *("segment_count", "planar", "tile", "output"),
+    *("segment_count", "planar", "tile_h", "tile_w", "output"),
 )
 
 
@@ -118,21 +120,23 @@ def status() -> NativeStatus:
         reason, _, advice = str(error).partition("; ")
         return NativeStatus(False, reason, advice)
     lanes = "threads by OpenMP" if library.threaded else "one thread: no OpenMP here"
-    return NativeStatus(True, f"compiled by {compiler()}, {lanes}")
+    return NativeStatus(True, f"compiled by {shlex.join(compiler())}, {lanes}")
 
 
-def compiler() -> str:
-    """Return the path of the C++ compiler: $CXX, or the first of c++, g++ and clang++.
+def compiler() -> tuple[str, ...]:
+    """Return the command of the C++ compiler: $CXX, or the first of c++, g++ and clang++.
 
     Raises:
         NativeError: if there is none.
     """
-    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for name in wanted:
+    own = _flags("CXX")
+    wanted = [own] if own else [("c++",), ("g++",), ("clang++",)]
+    for name, *options in wanted:
         if path := shutil.which(name):
-            return path
+            return path, *options
+    names = " or ".join(name for name, *_ in wanted)
     raise NativeError(
-        f"the native engine needs a C++ compiler and there is no {' or '.join(wanted)} on PATH; "
+        f"the native engine needs a C++ compiler and there is no {names} on PATH; "
         "install g++ or clang (Debian, Ubuntu: apt-get install g++)"
     )
 
@@ -166,9 +170,33 @@ def load() -> Library:
 
 
 def cache_folder() -> Path:
-    """Return where compiled libraries are kept: $XDG_CACHE_HOME or ~/.cache, blnet/native."""
+    """Return where compiled libraries are kept: $XDG_CACHE_HOME or ~/.cache, blnet/native.
+
+    Raises:
+        NativeError: if there is no home.
+    """
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "blnet" / "native"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "blnet" / "native"
+    except RuntimeError as error:
+        raise NativeError(
+            f"the native engine finds no folder to be kept in ({error}); set XDG_CACHE_HOME to "
+            "one that you may write to"
+        ) from error
+
+
+def machines() -> tuple[tuple[str, ...], ...]:
+    """Return the sets of flags to try that name the CPU to compile for."""
+    own = _flags(MACHINE_VARIABLE)
+    return (own,) if own else MACHINES
+
+
+def _flags(variable: str) -> tuple[str, ...]:
+    """Return the words of an environment variable, quoted as in a shell."""
+    try:
+        return tuple(shlex.split(os.environ.get(variable, "")))
+    except ValueError as error:
+        raise NativeError(f"{variable} cannot be read ({error}); close its quotes") from error
 
 
 def _cached() -> Path:
@@ -200,13 +228,18 @@ def _aside(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _key(compiling: str) -> str:
+def _key(compiling: tuple[str, ...]) -> str:
     """Return what names a library: a hash of its sources, the compiler, the flags and the CPU."""
     digest = hashlib.sha256()
     for source in sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")]):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    version = _output([compiling, "--version"])
-    for part in (version, repr((FLAGS, MACHINES, OPENMP)), platform.machine(), _cpu_flags()):
+    version = _output([*compiling, "--version"])
+    for part in (
+        version,
+        repr((compiling[1:], FLAGS, machines(), OPENMP)),
+        platform.machine(),
+        _cpu_flags(),
+    ):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:32]
 
@@ -233,25 +266,26 @@ def _output(command: list[str]) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def _compile(compiling: str, target: Path) -> None:
+def _compile(compiling: tuple[str, ...], target: Path) -> None:
     """Compile with the first set of options that the compiler takes: the best one comes first."""
     why = ""
     for openmp in (OPENMP, ()):
-        for machine in MACHINES:
-            command = [compiling, *FLAGS, *machine, *openmp, str(SOURCE), "-o", str(target)]
+        for machine in machines():
+            command = [*compiling, *FLAGS, *machine, *openmp, str(SOURCE), "-o", str(target)]
             try:
                 done = subprocess.run(
                     command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
                 )
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise NativeError(
-                    f"{compiling} cannot compile the native engine ({error}); "
+                    f"{shlex.join(compiling)} cannot compile the native engine ({error}); "
                     "install g++ or clang, or set CXX to one"
                 ) from error
             if done.returncode == 0:
                 return
             why = why or next((line for line in done.stderr.splitlines() if "error" in line), "")
+    why = why.strip()[:160] or "no message"
     raise NativeError(
-        f"{compiling} cannot compile the native engine ({why.strip()[:160] or 'no message'}); "
+        f"{shlex.join(compiling)} cannot compile the native engine ({why}); "
         "install a g++ or clang that knows C++17, or set CXX to one"
     )

@@ -109,6 +109,11 @@ class Program:
         Raises:
             ValueError: if x is not a float32 tensor of the program's shape on the CPU.
         """
+        if x.layout != torch.strided:
+            raise ValueError(
+                f"this program reads strided tensors, got one of layout {x.layout}; call to_dense()"
+            )
+        x = x.resolve_neg()  # the library reads memory as it is
         if tuple(x.shape) != self.shape or x.dtype != torch.float32 or x.device.type != "cpu":
             raise ValueError(
                 f"this program takes float32 tensors of shape {self.shape} on the CPU, got "
