@@ -200,7 +200,8 @@ def test_a_network_is_trained_on_the_labels(net, texts, tmp_path, capsys):
     flags = (*command[3:], "--features.bins", 16, "--features.normalize", "none",
              "--augment.freq-masks", 0, "--augment.time-masks", 0, "--model.width", 0.125,
              "--model.alpha", 2, "--epochs", 25, "--batch-size", 4, "--optimizer.lr", 0.01,
-             "--device", "cpu", "--tensorboard", "false", "--workers", 0, "--output", out)  # fmt: skip
+             "--device", "cpu", "--tensorboard", "false", "--workers", 0,
+             "--output", out)  # fmt: skip
     assert main(["train", "speech", *map(str, flags)]) == 0
     words = ("evaluate", "speech", out, "--eval-path", texts, "--output", out / "evaluation")
     assert main([*map(str, words)]) == 0
