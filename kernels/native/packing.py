@@ -21,14 +21,43 @@ PIECES = 4  # of work for each thread, so that the last one to finish is not far
 GATHERED_PIECES = 2  # the same where each of them first gathers or transforms its input
 
 # What decides between the ways to compute a 3x3 convolution, in cycles of one core; measured on a
-# Zen 5. Transforms cost so much for a tile and a block of channels, weights so much for a byte.
-TRANSFORM_CYCLES = {2: (45.0, 40.0), 4: (150.0, 120.0)}
+# Zen 5, but for tiles of 2x4, counted by the vectors that they move. Transforms cost so much for a
+# tile and a block of channels, weights so much for a byte.
 WEIGHT_BYTES_PER_CYCLE = 8.0
 
-# G of Lavin and Gray (see winograd.cpp): weights g become G g G^T.
+
+@dataclass(frozen=True)
+class Tile:
+    """One of Winograd's ways, see winograd.cpp.
+
+    Attributes:
+        outputs: of a tile, in height and width.
+        stride: that it is for.
+        cycles: of the transforms of a block's inputs and of its outputs.
+    """
+
+    outputs: tuple[int, int]
+    stride: tuple[int, int]
+    cycles: tuple[float, float]
+
+    @property
+    def transforms(self) -> tuple[Tensor, Tensor]:
+        """What makes U = G_h g G_w^T of weights g: (points, 3) of each side, float64."""
+        pairs = zip(self.outputs, self.stride, strict=True)
+        height, width = (torch.tensor(_TRANSFORMS[pair], dtype=torch.float64) for pair in pairs)
+        return height, width
+
+    @property
+    def points(self) -> int:
+        """Products of matrices for a tile."""
+        height, width = (len(_TRANSFORMS[p]) for p in zip(self.outputs, self.stride, strict=True))
+        return height * width
+
+
+# G of Lavin and Gray for so many outputs along a side and a stride.
 _TRANSFORMS = {
-    2: ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0)),
-    4: (
+    (2, 1): ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0)),
+    (4, 1): (
         (1 / 4, 0.0, 0.0),
         (-1 / 6, -1 / 6, -1 / 6),
         (-1 / 6, 1 / 6, -1 / 6),
@@ -36,6 +65,12 @@ _TRANSFORMS = {
         (1 / 24, -1 / 12, 1 / 6),
         (0.0, 0.0, 1.0),
     ),
+    (2, 2): ((1.0, 0.0, 0.0), (1.0, 0.0, 1.0), (0.0, 0.0, 1.0), (0.0, 1.0, 0.0), (0.0, 1.0, 0.0)),
+}
+TILES = {
+    "winograd 2x2": Tile((2, 2), (1, 1), (45.0, 40.0)),
+    "winograd 4x4": Tile((4, 4), (1, 1), (150.0, 120.0)),
+    "winograd 2x4": Tile((2, 4), (2, 1), (120.0, 90.0)),
 }
 
 
@@ -93,7 +128,7 @@ class Packed:
         segments: see step.h.
         starts: see step.h.
         scratch: floats of scratch memory that a thread needs.
-        method: "direct", "winograd 2x2" or "winograd 4x4".
+        method: "direct" or one of `TILES`.
     """
 
     step: Step
@@ -130,16 +165,16 @@ def pack(
     method = method or choose_method(conv, threads)
     if method == "direct":
         return _pack_direct(library, conv, weight, padded, threads)
-    return _pack_winograd(library, conv, weight, padded, threads, int(method[-1]))
+    return _pack_winograd(library, conv, weight, padded, threads, method)
 
 
 def choose_method(conv: Convolution, threads: int) -> str:
     """Return the way that should be the fastest, by counting cycles."""
     ways = {"direct": _direct_cycles(conv)}
-    fits = conv.weight[2:] == (3, 3) and conv.stride == (1, 1) and conv.groups == 1
-    if fits and not conv.planar:
-        for tile in TRANSFORM_CYCLES:
-            ways[f"winograd {tile}x{tile}"] = _winograd_cycles(conv, tile)
+    if conv.weight[2:] == (3, 3) and conv.groups == 1 and not conv.planar:
+        for name, tile in TILES.items():
+            if tile.stride == conv.stride:
+                ways[name] = _winograd_cycles(conv, tile)
     return min(ways, key=lambda way: ways[way])
 
 
@@ -149,17 +184,18 @@ def _direct_cycles(conv: Convolution) -> float:
     return images * height * width * weights / 32 + 4 * weights / WEIGHT_BYTES_PER_CYCLE
 
 
-def _winograd_cycles(conv: Convolution, tile: int) -> float:
+def _winograd_cycles(conv: Convolution, tile: Tile) -> float:
     into, out = blocks_of(conv.shape[1]), blocks_of(conv.weight[0])
-    weights = (tile + 2) ** 2 * into * out * BLOCK**2
-    cost_in, cost_out = TRANSFORM_CYCLES[tile]
+    weights = tile.points * into * out * BLOCK**2
+    cost_in, cost_out = tile.cycles
     each = weights / 32 + into * cost_in + out * cost_out
     return _tiles(conv, tile) * each + 4 * weights / WEIGHT_BYTES_PER_CYCLE
 
 
-def _tiles(conv: Convolution, tile: int) -> int:
-    images, _, height, width = conv.out_shape
-    return images * math.ceil(height / tile) * math.ceil(width / tile)
+def _tiles(conv: Convolution, tile: Tile) -> int:
+    images, _, *size = conv.out_shape
+    down, across = (math.ceil(n / outputs) for n, outputs in zip(size, tile.outputs, strict=True))
+    return images * down * across
 
 
 def _sizes(conv: Convolution) -> Step:
@@ -290,11 +326,11 @@ def _order_weights(
 
 
 def _pack_winograd(
-    library: Library, conv: Convolution, weight: Tensor, bias: Tensor, threads: int, tile: int
+    library: Library, conv: Convolution, weight: Tensor, bias: Tensor, threads: int, method: str
 ) -> Packed:
-    step = _sizes(conv)
-    step.kind, step.tile = WINOGRAD, tile
-    points, tiles = (tile + 2) ** 2, _tiles(conv, tile)
+    tile, step = TILES[method], _sizes(conv)
+    step.kind, (step.tile_h, step.tile_w) = WINOGRAD, tile.outputs
+    points, tiles = tile.points, _tiles(conv, tile)
     floats = points * (step.blocks + step.out_blocks) * BLOCK
     most = max(2 * library.pixels, WINOGRAD_BYTES // (4 * floats))
     most = max(most // library.pixels, 1) * library.pixels
@@ -306,8 +342,8 @@ def _pack_winograd(
     _cut_slices(library, step, _pieces(step, threads, GATHERED_PIECES), 1)
     step.chunks = math.ceil(tiles / step.chunk)  # they go on from image to image
     step.items = step.chunks * step.slices
-    transform = torch.tensor(_TRANSFORMS[tile], dtype=torch.float64)
-    transformed = (transform @ weight.double() @ transform.T).float()
+    rows, columns = tile.transforms
+    transformed = (rows @ weight.double() @ columns.T).float()
     product = Convolution(conv.shape, (*conv.weight[:2], 1, 1), (1, 1), (0, 0), 1, False)
     starts = [0] * math.ceil(conv.weight[0] / library.group)
     by_point = [
@@ -317,5 +353,4 @@ def _pack_winograd(
     segments = torch.arange(step.blocks, dtype=torch.int32) * step.chunk * BLOCK
     slice_blocks = step.slice * library.group // BLOCK
     scratch = points * step.chunk * BLOCK * (step.blocks + slice_blocks)
-    method = f"winograd {tile}x{tile}"
     return Packed(step, torch.cat(by_point), bias, segments, None, scratch, method)

@@ -49,7 +49,7 @@ struct Step {
   int64_t slice, slices;  // groups of output channels (see kGroup) in a piece
   int64_t segment_count;  // for one group of output channels
   int64_t planar;         // the source is the call's input, read as it is
-  int64_t tile;           // Winograd: outputs of a tile along a side, 2 or 4
+  int64_t tile_h, tile_w;  // Winograd: outputs of a tile, 2x2, 4x4 or, of stride (2, 1), 2x4
   int64_t output;         // kExport: which of the call's outputs
 };
 

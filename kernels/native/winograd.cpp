@@ -1,13 +1,17 @@
-// 3x3 convolutions with stride 1 by Winograd's minimal filtering F(m x m, 3 x 3).
+// 3x3 convolutions with stride 1, or (2, 1), by Winograd's minimal filtering F(m x n, 3 x 3).
 //
 // Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016. A tile
 // of m x m outputs reads (m + 2) x (m + 2) inputs d. With B, A their transforms at the points
 // 0, 1, -1 (, 2, -2) and infinity, U the transformed weights and V = B^T d B, the outputs are
 // A^T (sum over channels U * V) A: 36 products in place of 144 for m = 4, 16 in place of 36 for
-// m = 2. The sums over channels are (m + 2)^2 products of matrices, done by the kernel of conv.cpp
-// as 1x1 convolutions over tiles.
+// m = 2. Of rows with a stride of 2 an output reads two even inputs and an odd one: F(2, 2) on the
+// even ones, the odd ones as they are, 5 products in place of 6; tiles of 2x4 outputs, as speech
+// networks have them, take 30 products in place of 72. The sums over channels are products of
+// matrices, one for each of these points, done by the kernel of conv.cpp as 1x1 convolutions over
+// tiles.
 
 #include <algorithm>
+#include <utility>
 
 #include "step.h"
 #include "vec.h"
@@ -28,6 +32,17 @@ inline void transform_input(Vec& d0, Vec& d1, Vec& d2, Vec& d3, Vec& d4, Vec& d5
   d1 = even + odd, d2 = even - odd, d3 = outer + twice, d4 = outer - twice;
 }
 
+// Two outputs with a stride of 2: what is made of the even inputs, then the odd ones.
+inline void transform_input(Vec& d0, Vec& d1, Vec& d2, Vec& d3, Vec& d4) {
+  const Vec t0 = d0 - d2, t2 = d2 - d4;
+  d4 = d3, d3 = d1, d1 = d2, d0 = t0, d2 = t2;
+}
+
+inline void transform_output(const Vec (&m)[5], Vec (&y)[2]) {
+  y[0] = m[0] + m[1] + m[3];
+  y[1] = m[1] - m[2] + m[4];
+}
+
 inline void transform_output(const Vec (&m)[4], Vec (&y)[2]) {
   y[0] = m[0] + m[1] + m[2];
   y[1] = m[1] - m[2] + m[3];
@@ -42,12 +57,19 @@ inline void transform_output(const Vec (&m)[6], Vec (&y)[4]) {
   y[3] = difference1 + 8.0f * difference2 + m[5];
 }
 
-template <int Stride, int N>
-inline void transform_line(Vec* d) {
-  if constexpr (N == 4)
-    transform_input(d[0], d[Stride], d[2 * Stride], d[3 * Stride]);
-  else
-    transform_input(d[0], d[Stride], d[2 * Stride], d[3 * Stride], d[4 * Stride], d[5 * Stride]);
+// Products along a side of a tile, as many as inputs.
+constexpr int side(int64_t tile, int64_t stride) { return stride == 1 ? tile + 2 : 2 * tile + 1; }
+
+// A tile of outputs; rows may have a stride of 2.
+template <int Height, int Width, int Stride>
+struct Shape {
+  static constexpr int kHeight = Height, kWidth = Width, kStride = Stride;
+  static constexpr int kRows = side(Height, Stride), kColumns = side(Width, 1);
+};
+
+template <int Apart, int... I>
+inline void transform_line(Vec* d, std::integer_sequence<int, I...>) {
+  transform_input(d[I * Apart]...);
 }
 
 // Where a tile lies in the map of outputs.
@@ -55,77 +77,79 @@ struct Place {
   int64_t image, y, x;
 
   Place(const Step& s, int64_t tile) {
-    const int64_t across = (s.out_width + s.tile - 1) / s.tile;
-    const int64_t down = (s.out_height + s.tile - 1) / s.tile;
+    const int64_t across = (s.out_width + s.tile_w - 1) / s.tile_w;
+    const int64_t down = (s.out_height + s.tile_h - 1) / s.tile_h;
     image = tile / (across * down);
-    y = tile / across % down * s.tile;
-    x = tile % across * s.tile;
+    y = tile / across % down * s.tile_h;
+    x = tile % across * s.tile_w;
   }
 };
 
 // Writes V of one tile and one block: [point][block][tile of the chunk][channel].
-template <int M>
+template <class T>
 inline void scatter_tile(const Step& s, const Place& place, int64_t block, float* to,
                          int64_t point_stride) {
-  constexpr int N = M + 2;
-  const int64_t top = place.y - s.pad_h, left = place.x - s.pad_w;
-  const bool inside = top >= 0 && left >= 0 && top + N <= s.height && left + N <= s.width;
+  constexpr int kRows = T::kRows, kColumns = T::kColumns;
+  const int64_t top = place.y * T::kStride - s.pad_h, left = place.x - s.pad_w;
+  const bool inside =
+      top >= 0 && left >= 0 && top + kRows <= s.height && left + kColumns <= s.width;
   const float* from = s.source + place.image * s.source_image + block * s.height * s.width * kBlock;
   for (int part = 0; part < kParts; ++part) {
-    Vec d[N * N];
+    Vec d[kRows * kColumns];
     const float* corner = from + (top * s.width + left) * kBlock + part * kLanes;
 #pragma GCC unroll 6
-    for (int i = 0; i < N; ++i) {
+    for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 6
-      for (int j = 0; j < N; ++j) {
+      for (int j = 0; j < kColumns; ++j) {
         const bool here = inside || (top + i >= 0 && top + i < s.height && left + j >= 0 &&
                                      left + j < s.width);
-        d[i * N + j] = here ? load(corner + (i * s.width + j) * kBlock) : zero();
+        d[i * kColumns + j] = here ? load(corner + (i * s.width + j) * kBlock) : zero();
       }
-      transform_line<1, N>(d + i * N);
+      transform_line<1>(d + i * kColumns, std::make_integer_sequence<int, kColumns>());
     }
 #pragma GCC unroll 6
-    for (int j = 0; j < N; ++j) {
-      transform_line<N, N>(d + j);
+    for (int j = 0; j < kColumns; ++j) {
+      transform_line<kColumns>(d + j, std::make_integer_sequence<int, kRows>());
 #pragma GCC unroll 6
-      for (int i = 0; i < N; ++i)
-        store(to + (i * N + j) * point_stride + part * kLanes, d[i * N + j]);
+      for (int i = 0; i < kRows; ++i)
+        store(to + (i * kColumns + j) * point_stride + part * kLanes, d[i * kColumns + j]);
     }
   }
 }
 
 // Reads the products of one tile and one block and writes its outputs.
-template <int M>
+template <class T>
 inline void gather_tile(const Step& s, const Place& place, int64_t block, const float* from,
                         int64_t point_stride) {
-  constexpr int N = M + 2;
+  constexpr int kRows = T::kRows, kColumns = T::kColumns;
   const int64_t pixels = s.out_height * s.out_width;
-  const int64_t height = std::min<int64_t>(M, s.out_height - place.y);
-  const int64_t width = std::min<int64_t>(M, s.out_width - place.x);
+  const int64_t height = std::min<int64_t>(T::kHeight, s.out_height - place.y);
+  const int64_t width = std::min<int64_t>(T::kWidth, s.out_width - place.x);
   float* out = s.target + place.image * s.target_image + block * pixels * kBlock;
   const float* add = s.residual ? s.residual + place.image * s.residual_image +
                                       block * s.residual_block
                                 : nullptr;
   for (int part = 0; part < kParts; ++part) {
     const Vec bias = load(s.bias + block * kBlock + part * kLanes);
-    Vec half[M][N];
+    Vec half[T::kHeight][kColumns];
 #pragma GCC unroll 6
-    for (int j = 0; j < N; ++j) {
-      Vec m[N], y[M];
+    for (int j = 0; j < kColumns; ++j) {
+      Vec m[kRows], y[T::kHeight];
 #pragma GCC unroll 6
-      for (int i = 0; i < N; ++i) m[i] = load(from + (i * N + j) * point_stride + part * kLanes);
+      for (int i = 0; i < kRows; ++i)
+        m[i] = load(from + (i * kColumns + j) * point_stride + part * kLanes);
       transform_output(m, y);
 #pragma GCC unroll 4
-      for (int i = 0; i < M; ++i) half[i][j] = y[i];
+      for (int i = 0; i < T::kHeight; ++i) half[i][j] = y[i];
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < M; ++i) {
+    for (int i = 0; i < T::kHeight; ++i) {
       if (i >= height) break;
-      Vec y[M];
+      Vec y[T::kWidth];
       transform_output(half[i], y);
       const int64_t first = (place.y + i) * s.out_width + place.x;
 #pragma GCC unroll 4
-      for (int j = 0; j < M; ++j) {
+      for (int j = 0; j < T::kWidth; ++j) {
         if (j >= width) break;
         Vec value = y[j] + bias;
         const int64_t at = (first + j) * kBlock;
@@ -140,7 +164,8 @@ inline void gather_tile(const Step& s, const Place& place, int64_t block, const 
 inline void multiply(const Step& s, int64_t tiles, const float* V, float* products, int64_t slice,
                      int64_t end) {
   static const float zeros alignas(64)[kGroup] = {};
-  const int64_t points = (s.tile + 2) * (s.tile + 2), group_blocks = kGroup / kBlock;
+  const int64_t points = side(s.tile_h, s.stride_h) * side(s.tile_w, 1);
+  const int64_t group_blocks = kGroup / kBlock;
   const int64_t weights = s.blocks * kBlock * s.out_blocks * kBlock;  // of a point
   const int64_t slice_blocks = s.slice * group_blocks;
   Tile tile{};
@@ -163,33 +188,36 @@ inline void multiply(const Step& s, int64_t tiles, const float* V, float* produc
 }
 
 // A piece of work is a chunk of tiles and a slice of output channels.
-template <int M>
+template <class T>
 void winograd_piece(const Step& s, int64_t item, float* scratch) {
   const int64_t chunk = item / s.slices * s.chunk, group_blocks = kGroup / kBlock;
-  const int64_t all = s.batch * ((s.out_height + M - 1) / M) * ((s.out_width + M - 1) / M);
+  const int64_t down = (s.out_height + T::kHeight - 1) / T::kHeight;
+  const int64_t across = (s.out_width + T::kWidth - 1) / T::kWidth, all = s.batch * down * across;
   const int64_t tiles = std::min(s.chunk, all - chunk);
   const int64_t groups = (s.out_blocks + group_blocks - 1) / group_blocks;
   const int64_t slice = item % s.slices * s.slice, end = std::min(slice + s.slice, groups);
   const int64_t point_stride = s.blocks * s.chunk * kBlock;
   for (int64_t block = 0; block < s.blocks; ++block)
     for (int64_t t = 0; t < tiles; ++t)
-      scatter_tile<M>(s, Place(s, chunk + t), block, scratch + (block * s.chunk + t) * kBlock,
+      scatter_tile<T>(s, Place(s, chunk + t), block, scratch + (block * s.chunk + t) * kBlock,
                       point_stride);
-  float* products = scratch + (M + 2) * (M + 2) * point_stride;
+  float* products = scratch + T::kRows * T::kColumns * point_stride;
   multiply(s, tiles, scratch, products, slice, end);
   const int64_t first = slice * group_blocks, last = std::min(end * group_blocks, s.out_blocks);
   for (int64_t block = first; block < last; ++block)
     for (int64_t t = 0; t < tiles; ++t)
-      gather_tile<M>(s, Place(s, chunk + t), block,
+      gather_tile<T>(s, Place(s, chunk + t), block,
                      products + ((block - first) * s.chunk + t) * kBlock,
                      s.slice * group_blocks * s.chunk * kBlock);
 }
 
 void winograd(const Step& s, int64_t item, float* scratch) {
-  if (s.tile == 4)
-    winograd_piece<4>(s, item, scratch);
+  if (s.stride_h == 2)
+    winograd_piece<Shape<2, 4, 2>>(s, item, scratch);
+  else if (s.tile_h == 4)
+    winograd_piece<Shape<4, 4, 1>>(s, item, scratch);
   else
-    winograd_piece<2>(s, item, scratch);
+    winograd_piece<Shape<2, 2, 1>>(s, item, scratch);
 }
 
 }  // namespace blnet
