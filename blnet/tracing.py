@@ -81,7 +81,7 @@ class _BatchNormOfShapes(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is nn.functional.batch_norm and args and args[0].is_meta and args[0].ndim > 1:
-            x, *vectors = (*args, *(kwargs or {}).values())
+            x, vectors = args[0], [*args[1:], *(kwargs.values() if kwargs else ())]
             sizes = {tuple(v.shape) for v in vectors if isinstance(v, torch.Tensor)}
             if sizes <= {(x.shape[1],)}:  # what does not fit is PyTorch's to tell
                 return torch.empty_like(x)
