@@ -14,6 +14,9 @@ import torch
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
+_AGAIN = 0.5  # seconds from one alarm to the next
+
+
 class OutOfTime(BaseException):
     """Work passed its time. Not an Exception, so that no library's handler swallows it."""
 
@@ -47,16 +50,20 @@ def time_limit(seconds: float) -> Iterator[None]:
 
     start = time.monotonic()
     before = signal.signal(signal.SIGALRM, stop)
-    others = signal.setitimer(signal.ITIMER_REAL, seconds)[0]
+    # Python swallows what is raised in a __del__ or a callback of a weak reference: ring again.
+    others, again = signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN)
     try:
-        yield
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)  # should it have rung just before the first
         signal.signal(signal.SIGALRM, before)
         if others:
             # Somebody else's alarm (pytest-timeout's) was running: give back what is left of it.
             left = others - (time.monotonic() - start)
-            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001))
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), again)
 
 
 def one_line(failure: BaseException) -> str:
