@@ -213,6 +213,23 @@ def test_zero_outputs_must_be_exactly_zero() -> None:
     assert parity._relative_error((tiny,), (zero,)) > 1
 
 
+def test_values_that_are_not_finite_must_be_the_same() -> None:
+    right = torch.tensor([1.0, -torch.inf, torch.nan])
+    assert parity._relative_error((right.clone(),), (right,)) == 0
+    for index, value in ((0, torch.nan), (1, torch.inf), (1, 0.0), (2, 0.0)):
+        wrong = right.clone()
+        wrong[index] = value
+        assert not parity._relative_error((wrong,), (right,)) < 1
+
+
+def test_a_network_of_one_size_is_said_to_be_fixed(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 1, 3), nn.Flatten(), nn.Linear(62 * 62, 5))
+    done = blnet.export(model, tmp_path / "n.pt", "torch", torch.empty(1, 3, 64, 64))
+    assert done.parity is not None
+    assert done.parity.shapes == ((1, 3, 64, 64),)
+    assert not done.dynamic
+
+
 class Two(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y
@@ -330,8 +347,8 @@ def test_newer_opsets(tmp_path: Path, opset: int) -> None:
     assert onnx.load(path).opset_import[0].version == opset
 
 
-@pytest.mark.parametrize("opset", [17, 999])
-def test_opsets_that_are_not_written(tmp_path: Path, opset: int) -> None:
+@pytest.mark.parametrize("opset", [17, 999, "18"])
+def test_opsets_that_are_not_written(tmp_path: Path, opset: Any) -> None:
     with pytest.raises(ValueError, match="opset must be from 18 to"):
         blnet.export(network(), tmp_path / "n.onnx", opset=opset)
     assert not list(tmp_path.iterdir())

@@ -26,7 +26,8 @@ class Exported:
         format: "onnx", "torch" or "exported-program".
         inputs: names of its inputs.
         outputs: names of its outputs.
-        dynamic: whether batch and sizes are free.
+        dynamic: whether batch and sizes are free; not where the network itself ran at none of the
+            other shapes of the check.
         parity: how far it is from the network; None where that was not checked.
     """
 
@@ -87,4 +88,6 @@ def export(
         form = prepared(model, example_input)
         aside.write_bytes(chosen.write(form, settings))
         parity = compare(form, chosen.open(aside), dynamic) if check else None
+    if parity is not None and len(parity.shapes) == 1:
+        dynamic = False  # the network runs at its example's size only
     return Exported(Path(path), format, form.inputs, form.outputs, dynamic, parity)

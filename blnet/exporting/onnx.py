@@ -52,8 +52,8 @@ def onnx_model(
         ImportError: if onnx or onnxscript is missing.
     """
     need_onnx()
-    if not OPSET <= opset <= _newest_opset():
-        raise ValueError(f"opset must be from {OPSET} to {_newest_opset()}, got {opset}")
+    if type(opset) is not int or not OPSET <= opset <= _newest_opset():
+        raise ValueError(f"opset must be from {OPSET} to {_newest_opset()}, got {opset!r}")
     program = trace_program(form, dynamic)
     try:
         with tracing():

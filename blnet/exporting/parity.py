@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blnet.comparing import finite_parts
 from blnet.exporting.formats import Runner
 from blnet.exporting.forms import Form
 from blnet.files import reason
@@ -69,16 +70,17 @@ def compare(form: Form, run: Runner, dynamic: bool) -> Parity:
 
 
 def _relative_error(given: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:
-    """Return the largest error of all outputs; infinite where shapes differ or a value is NaN."""
+    """Return the largest error of all outputs; infinite where shapes differ, NaN or infinities."""
     if [one.shape for one in given] != [one.shape for one in wanted]:
         return float("inf")
     errors = [0.0]
     for ours, theirs in zip(given, wanted, strict=True):
+        ours, theirs = finite_parts(ours, theirs)
         if theirs.numel() == 0:
             continue
-        difference = (ours.double() - theirs.double()).abs().max()
+        difference = (ours - theirs).abs().max()
         # An output that is 0 everywhere must be that exactly.
-        scale = theirs.double().abs().max()
+        scale = theirs.abs().max()
         error = difference if bool(difference == 0) else difference / scale
         errors.append(float(torch.nan_to_num(error, nan=float("inf"))))
     return max(errors)
