@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import pickle
+import sys
+import threading
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +40,14 @@ def model() -> nn.Module:
 @pytest.fixture(scope="module")
 def images() -> Tensor:
     return torch.randn(2, 3, 33, 47, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def small() -> nn.Module:
+    """A network that every engine builds at once."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 24, 3), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 8, 3)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
 
 
 @pytest.fixture
@@ -144,6 +157,151 @@ def test_a_precision_is_for_the_inside(precision, model, images) -> None:
     assert difference(out, exact) <= 1.25 * difference(eager, exact)
 
 
+class Named(nn.Module):
+    """Takes a tensor by name, gives several in a tuple and a dict, and keeps count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor, more: list[Tensor] | None = None, wide: bool = False) -> Any:
+        self.calls += 1
+        y = self.conv(x if more is None else x + more[0])
+        return (y, {"mean": y.mean(1), "best": y.argmax(1)}) if wide else y.double()
+
+
+def test_a_precision_reaches_named_inputs_and_gathered_outputs(images) -> None:
+    fast = blnet.optimize(Named().eval(), precision="bfloat16")
+    x = images.double()
+    y, parts = fast(x=x, more=[x], wide=True)
+    assert (y.dtype, parts["mean"].dtype) == (torch.float64, torch.float64)
+    assert parts["best"].dtype == torch.int64
+
+
+def test_the_dtype_of_the_result_is_the_originals(images, pytorch_only) -> None:
+    network = Named().eval()
+    assert blnet.optimize(network)(images).dtype == torch.float64
+    for precision in (None, "bfloat16"):
+        fast = blnet.optimize(network, example_input=images, precision=precision)
+        assert fast(images).dtype == fast(images[:1]).dtype == torch.float64
+    assert network.calls == 0  # a copy of the original gave what engines are compared with
+    strict = blnet.optimize(network, example_input=images, other_inputs="error")
+    with pytest.raises(ValueError, match="got more by name, x by name; give"):
+        strict(more=[images], x=images)
+
+
+def test_autocast_around_an_engine_changes_nothing(small, images) -> None:
+    for name in ("pytorch", "native"):
+        with torch.autocast("cpu", torch.bfloat16):
+            fast = blnet.optimize(small, example_input=images, engine=name)
+            inside = fast(images)
+        assert torch.equal(inside, fast(images))
+        assert difference(inside, small(images).detach()) < 1e-5
+
+
+def test_an_engine_reads_a_negated_view_as_what_it_is(small, images) -> None:
+    turned = torch.complex(images, -images).conj().imag
+    assert turned.is_neg()
+    for name in ("native", "onnxruntime"):
+        fast = blnet.optimize(small, example_input=images, engine=name)
+        assert torch.equal(fast(turned), fast(images)), name
+
+
+@pytest.mark.parametrize("name", ["pytorch", "native", "onnxruntime", "openvino"])
+def test_two_threads_may_call_at_once(name, small, images) -> None:
+    if name == "openvino":
+        pytest.importorskip("openvino")
+    fast = blnet.optimize(small, example_input=images, engine=name)
+    inputs = [images * scale for scale in (0.5, 1.0, 2.0, 4.0)]
+    alone = [fast(x) for x in inputs]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for _ in range(10):
+            for out, right in zip(pool.map(fast, inputs), alone, strict=True):
+                assert difference(out, right) < 1e-6
+
+
+def test_openvinos_calls_take_turns(monkeypatch) -> None:
+    busy, together = threading.Lock(), []
+
+    def made(x: Any) -> list[Any]:
+        together.append(not busy.acquire(blocking=False))
+        time.sleep(0.01)
+        busy.release()
+        return [x]
+
+    core = SimpleNamespace(read_model=lambda data: data, compile_model=lambda *_: made)
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core))
+    monkeypatch.setattr(engines, "_onnx", lambda *_: b"")
+    run = engines._openvino(nn.Identity(), (torch.zeros(1),))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, [torch.zeros(1)] * 4))
+    assert together == [False] * 4
+
+
+def test_hooks_keep_engines_that_would_not_call_them_away(small, images) -> None:
+    own, heard = copy.deepcopy(small), []
+    own[3].register_forward_hook(lambda *_: heard.append(1))
+    with pytest.raises(ValueError, match=r"the hooks of 3 would not be called"):
+        blnet.optimize(own, example_input=images, engine="native")
+    fast = blnet.optimize(own, example_input=images, engine="pytorch")
+    heard.clear()
+    fast(images)
+    assert heard == [1]
+    assert Candidate(engines.engine("pytorch"), graph=True).why_not_hooked("fc")
+    own = copy.deepcopy(small)
+    nn.utils.spectral_norm(own[0])  # its hook computes a weight, which a graph keeps
+    assert choosing._hooked_layer(own) is None
+
+
+class Masked(nn.Module):
+    """Gives -inf and NaN where it means them."""
+
+    def __init__(self, *values: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.register_buffer("mask", torch.tensor([0.0, *values])[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.mask
+
+
+def test_results_that_are_not_finite_are_compared_as_they_are(images) -> None:
+    network = Masked(-torch.inf, torch.nan, 0.0).eval()
+    fast = blnet.optimize(network, example_input=images, engine="onnxruntime")
+    assert difference(fast(images), network(images).detach()) < 1e-5
+    right = network(images).detach()
+    for channel, value in ((0, torch.nan), (1, torch.inf), (1, 0.0), (2, 0.0)):
+        wrong = right.clone()
+        wrong[0, channel, 0, 0] = value
+        assert not difference(wrong, right) < 1e-5
+
+
+def test_what_is_slower_than_the_budget_runs_eagerly(small, images, monkeypatch) -> None:
+    slow = Engine("pytorch", "", lambda net, _: lambda x: time.sleep(0.2) or net(x))
+    for module in (choosing, engines):
+        monkeypatch.setattr(module, "ENGINES", [slow])
+    fast = blnet.optimize(small, example_input=images, seconds=0.1, other_inputs="error")
+    assert difference(fast(images), small(images).detach()) < 1e-5
+    assert fast.report.engine == "pytorch"
+    assert "it runs all the same" in str(fast.report)
+    with pytest.raises(ValueError, match="takes "):
+        fast(images[:1])
+    with pytest.raises(ValueError, match="building it took more than"):
+        blnet.optimize(small, example_input=images, seconds=0.1, engine="pytorch")
+
+
+def test_engines_that_fail_print_nothing(images, capfd) -> None:
+    class Asking(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 if x.sum() > -1e9 else x
+
+    for name in ("native", "onnxruntime"):
+        with pytest.raises(ValueError, match="no engine"):
+            blnet.optimize(Asking(), example_input=images, engine=name)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_speech_network_with_lengths(pytorch_only) -> None:
     network = bl_resnet22(alpha=4, beta=2, head="ctc", num_classes=7, width=0.125).eval()
     nn.init.normal_(network.fc.weight)
@@ -213,6 +371,9 @@ def test_the_original_is_untouched_and_its_later_changes_do_not_matter(model, im
 
 
 REFUSED = {
+    "given other weights": lambda fast: nn.Sequential(fast).load_state_dict(
+        nn.Sequential(fast).state_dict()
+    ),
     "trained": lambda fast: fast.train(),
     "moved": lambda fast: fast.double(),
     "copied": copy.deepcopy,
@@ -241,6 +402,12 @@ BAD = [
     ({"engine": "pytorch"}, "give example_input"),
     ({"graph": True, "example_input": IMAGE}, "needs a CUDA device"),
     ({"recompute": True}, "are for mode='train'"),
+    ({"seconds": 0}, "seconds must be a number above 0"),
+    ({"seconds": "60"}, "seconds must be a number above 0"),
+    ({"mode": "train", "graph": True}, "are for mode='inference'"),
+    ({"mode": "train", "other_inputs": "error"}, "are for mode='inference'"),
+    ({"mode": "train", "seconds": 5}, "are for mode='inference'"),
+    ({"mode": "train", "without": 5}, "without must be names"),
     ({"mode": "train", "precision": "bfloat16"}, "are for mode='inference'"),
     ({"engine": "tensorrt", "example_input": IMAGE}, "does not run on cpu"),
     (
@@ -255,6 +422,12 @@ def test_bad_arguments_are_one_sentence(arguments, message, model) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         blnet.optimize(model, **arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["inference", "train"])
+def test_what_is_no_network_is_refused(mode) -> None:
+    with pytest.raises(ValueError, match=r"must be a torch\.nn\.Module, got NoneType"):
+        blnet.optimize(None, mode=mode)
 
 
 def test_a_network_that_returns_no_tensor_is_refused(images) -> None:

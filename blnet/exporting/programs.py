@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -63,9 +64,8 @@ def trace_script(form: Form, dynamic: bool = True) -> torch.jit.ScriptModule:
 def tracing() -> Iterator[None]:
     """Trace quietly, on PyTorch's own operations, without questions about sizes."""
     settings: Any = torch.fx.experimental._config
-    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     with (
-        warnings.catch_warnings(),
+        quiet(),
         torch.no_grad(),
         use_backend("torch"),
         # PyTorch asks whether each pooled map has a size of 0 or 1, and whether a remainder is
@@ -73,6 +73,14 @@ def tracing() -> Iterator[None]:
         patch(_POOLING, _PoolingSize()),
         settings.patch(backed_size_oblivious=True),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep warnings off the terminal, and the graph that torch.export prints where it fails."""
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         for name in _LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blnet.comparing import finite_parts
 from blnet.limits import OutOfTime, UnavailableError, one_line, time_limit
 from blnet.optimizing.engines import ENGINES, Engine, Inputs, Run, engine
 from blnet.optimizing.graphs import Captured, side_by_side
@@ -21,6 +22,8 @@ BASELINE = "pytorch"
 LEASH = 3.0  # times the fastest: what is further behind after two calls is not timed any more
 ROUNDS = 15
 ROUNDS_SECONDS = 6.0  # for all rounds together, so that slow networks do not take the whole time
+# Hooks from there compute a weight (weight_norm, prune) or hide padding, which a graph keeps.
+_COMPUTING = ("torch.nn.utils.", "blnet.speech.")
 # Largest norm of the difference to the original network's result over that result's norm. An engine
 # beyond it computes something else; how exact the engines are is measured in the tests.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -45,6 +48,12 @@ class Candidate:
         """What reports call it."""
         extras = [", two streams"] * self.streams + [", CUDA graph"] * self.graph
         return self.engine.name + "".join(extras)
+
+    def why_not_hooked(self, layer: str | None) -> str:
+        """Say why it cannot run a network of which somebody watches a layer; else an empty text."""
+        if layer is None or not (self.engine.exports or self.graph):
+            return ""
+        return f"the hooks of {layer or 'the network'} would not be called"
 
     def build(self, network: nn.Module, inputs: Inputs) -> Run:
         """Build it for inputs like these.
@@ -131,13 +140,15 @@ def choose(
     end = time.monotonic() + seconds
     clock = _clock(inputs[0].device.type)
     trials, running = [], []
+    hooked = _hooked_layer(network)
     for candidate in tried:
-        reason = candidate.engine.why_not(inputs, dtype)
+        reason = candidate.engine.why_not(inputs, dtype) or candidate.why_not_hooked(hooked)
         left = end - time.monotonic() - min(ROUNDS_SECONDS, seconds / 4)
-        if not reason and left <= 0:
-            reason = f"not tried, the {seconds:.0f} s to measure in were over"
+        late = not reason and left <= 0
+        if late:
+            reason = f"not tried, the {seconds:.3g} s to measure in were over"
         if reason:
-            trials.append(Trial(candidate.name, note=reason))
+            trials.append(Trial(candidate.name, note=reason, late=late))
             continue
         found = _try(candidate, network, inputs, reference, dtype, left, clock)
         if isinstance(found, Trial):
@@ -173,7 +184,8 @@ def _try(
             built = time.monotonic() - start
             first = min(clock(lambda: run(*inputs)) for _ in range(2))
     except OutOfTime:
-        return failed(note=f"dropped, building it took more than the {seconds:.0f} s left")
+        note = f"dropped, building it took more than the {seconds:.3g} s left"
+        return failed(note=note, late=True)
     except UnavailableError as reason:
         return failed(note=str(reason))
     except Exception as failure:  # an engine may fail in any way; another one runs
@@ -185,13 +197,24 @@ def _try(
 
 
 def difference(result: Any, reference: Tensor) -> float:
-    """Return norm(result - reference) / norm(reference), in float64; infinite for other shapes."""
+    """Return norm(result - reference) / norm(reference), in float64; infinite for other shapes.
+
+    Where the reference is infinite or NaN the result must be the same, and counts no further.
+    """
     if not isinstance(result, Tensor) or result.shape != reference.shape:
         return float("inf")
-    right = reference.double()
-    distance = float((result.to(right.device).double() - right).norm())
-    norm = float(right.norm())
+    ours, right = finite_parts(result.to(reference.device), reference)
+    distance, norm = float((ours - right).norm()), float(right.norm())
     return distance / norm if norm else (0.0 if distance == 0 else float("inf"))
+
+
+def _hooked_layer(network: nn.Module) -> str | None:
+    """Return the name of a layer whose calls somebody watches; None if there is none."""
+    for name, module in network.named_modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if any(not str(getattr(hook, "__module__", "")).startswith(_COMPUTING) for hook in hooks):
+            return str(name)
+    return None
 
 
 def _time_in_turns(
@@ -239,4 +262,4 @@ def _clock(device: str) -> Callable[[Callable[[], Any]], float]:
     return clock
 
 
-__all__ = ["Candidate", "Choice", "candidates", "choose", "difference"]
+__all__ = ["BASELINE", "Candidate", "Choice", "candidates", "choose", "difference"]

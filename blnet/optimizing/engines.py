@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,7 @@ class Engine:
         compiles: whether building it compiles, for seconds or minutes.
         ours: whether its speed is this project's work and not another's.
         streams: whether the branches may run on streams of their own.
+        exports: whether it runs a graph of the network, and calls no hooks of its layers.
         rewrite: makes another network of the prepared one before it is built; None for none.
     """
 
@@ -51,6 +53,7 @@ class Engine:
     compiles: bool = False
     ours: bool = False
     streams: bool = False
+    exports: bool = False
     rewrite: Callable[[nn.Module, Inputs], nn.Module] | None = None
 
     def why_not(self, inputs: Inputs, dtype: torch.dtype) -> str:
@@ -183,7 +186,7 @@ def _onnx_runtime(network: nn.Module, inputs: Inputs) -> Run:
     name = session.get_inputs()[0].name
 
     def run(x: Tensor) -> Tensor:
-        (y,) = session.run(None, {name: x.contiguous().numpy()})
+        (y,) = session.run(None, {name: _array(x)})
         return torch.from_numpy(y)
 
     return run
@@ -201,12 +204,18 @@ def _openvino(network: nn.Module, inputs: Inputs) -> Run:
         "INFERENCE_PRECISION_HINT": "f32",
     }
     made = core.compile_model(core.read_model(_onnx(network, inputs)), "CPU", settings)
+    lock = threading.Lock()
 
     def run(x: Tensor) -> Tensor:
-        # The engine's own buffer is used again by the next call.
-        return torch.from_numpy(made(x.contiguous().numpy())[0].copy())
+        # All calls use one buffer: threads take turns, and the next call writes over it.
+        with lock:
+            return torch.from_numpy(made(_array(x))[0].copy())
 
     return run
+
+
+def _array(x: Tensor) -> Any:
+    return x.detach().resolve_neg().contiguous().numpy()
 
 
 def _onnx(network: nn.Module, inputs: Inputs) -> bytes:
@@ -272,6 +281,7 @@ ENGINES: Sequence[Engine] = (
         dtypes=_FLOATS,
         one_tensor=True,
         ours=True,
+        exports=True,
     ),
     Engine(
         "onnxruntime",
@@ -279,8 +289,9 @@ ENGINES: Sequence[Engine] = (
         _onnx_runtime,
         dtypes=_FLOATS,
         one_tensor=True,
+        exports=True,
     ),
-    Engine("openvino", "OpenVINO.", _openvino, dtypes=_FLOATS, one_tensor=True),
+    Engine("openvino", "OpenVINO.", _openvino, dtypes=_FLOATS, one_tensor=True, exports=True),
     Engine(
         "tensorrt",
         "TensorRT, through torch_tensorrt.",
@@ -288,6 +299,7 @@ ENGINES: Sequence[Engine] = (
         devices=("cuda",),
         dtypes=(torch.float32, torch.float16, torch.bfloat16),
         compiles=True,
+        exports=True,
     ),
     Engine(
         "compile",

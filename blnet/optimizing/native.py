@@ -8,11 +8,10 @@ is no map any more, at the end, are left to PyTorch.
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor, fx, nn
 
+from blnet.exporting.programs import quiet
 from blnet.files import reason
 from blnet.kernels.native import Program
 from blnet.optimizing.native_lowering import Lowering, UnsupportedError, calls_of, label_of
@@ -73,8 +72,7 @@ def build(model: nn.Module, example: Tensor) -> NativeRun:
 def _capture(model: nn.Module, example: Tensor) -> tuple[fx.Graph, dict[str, Tensor]]:
     """Return the network as a graph without side effects, and what its placeholders hold."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             exported = torch.export.export(model, (example,)).run_decompositions()
     except Exception as error:  # a user's forward may raise anything when it is traced
         raise UnsupportedError(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from blnet.optimizing.engines import Inputs, Run, channels_last, name_of
 from blnet.optimizing.report import Report
+from blnet.tracing import _autocast_switched
 
 OtherInputs = Literal["eager", "error"]
 _Kind = tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
@@ -28,8 +29,9 @@ class OptimizedNetwork(nn.Module):
         report: what was done to it.
         run: the engine; None for the prepared network itself.
         example: the inputs that `run` was built for.
-        dtype: what floating-point inputs are cast to; None leaves them.
+        dtype: what floating-point inputs are cast to, and results back; None leaves both.
         other_inputs: "eager" or "error".
+        returned: dtype of the original's result for the example; None without one.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class OptimizedNetwork(nn.Module):
         example: Inputs = (),
         dtype: torch.dtype | None = None,
         other_inputs: OtherInputs = "eager",
+        returned: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -48,41 +51,47 @@ class OptimizedNetwork(nn.Module):
         self._run = run
         self._kind = kind_of(example)
         self._dtype = dtype
-        self._threads = torch.get_num_threads()
-        self._lock = threading.Lock()
+        self._returned = returned
         super().train(False)
 
-    def forward(self, *inputs: Tensor, **named: Any) -> Any:
-        """Return what the original returns for these inputs, in the inputs' precision.
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Return what the original returns for these inputs.
 
         Raises:
             ValueError: if the inputs differ from the example and `other_inputs` is "error".
         """
         tensors = all(isinstance(x, Tensor) for x in inputs)
-        given = tuple(map(self._cast, inputs)) if tensors else inputs
-        wanted = inputs[0].dtype if inputs and tensors and inputs[0].is_floating_point() else None
+        given, known = tree_map(self._cast, (inputs, named))
         if self._run is not None and tensors and not named and self._fits(given):
-            with torch.no_grad():
-                return _as(self._run(*given), wanted)
+            # An engine computes in the precision that it was built for.
+            with torch.no_grad(), _autocast_switched(False):
+                result = self._run(*given)
+            # An engine may give another dtype for the same numbers, of indices say.
+            return result if self._returned is None else result.to(self._returned)
         if self._run is not None and self.other_inputs == "error":
             raise ValueError(
                 f"the optimised network takes {describe(self._kind)}, got "
-                f"{describe(kind_of(given)) if tensors else 'something else'}; give inputs like "
-                "the example, or optimise with other_inputs='eager'"
+                f"{_told(given, named)}; give inputs like the example, or optimise with "
+                "other_inputs='eager'"
             )
         if tensors:
             given = tuple(map(channels_last, given))
-        return _as(self.network(*given, **named), wanted)
+        result = self.network(*given, **known)
+        return result if self._dtype is None else self._cast_back(result, (inputs, named))
+
+    def _cast_back(self, result: Any, given: Any) -> Any:
+        """Cast a result to the dtype that the original gives, as far as that is known."""
+        dtype = self._returned or next((x.dtype for x in tree_leaves(given) if _is_float(x)), None)
+        return tree_map(lambda x: x.to(dtype) if _is_float(x) else x, result)
 
     def _fits(self, inputs: Inputs) -> bool:
         """Return whether the engine was built for such inputs; it gives no gradients."""
         wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        return kind_of(inputs) == self._kind and not wants_gradient
+        strided = all(x.layout == torch.strided for x in inputs)
+        return strided and kind_of(inputs) == self._kind and not wants_gradient
 
-    def _cast(self, value: Tensor) -> Tensor:
-        if self._dtype is None or not value.is_floating_point():
-            return value
-        return value.to(self._dtype)
+    def _cast(self, value: Any) -> Any:
+        return value.to(self._dtype) if self._dtype is not None and _is_float(value) else value
 
     def explain(self) -> None:
         """Print what was replaced by what, which engine runs, and what was tried."""
@@ -101,6 +110,9 @@ class OptimizedNetwork(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoReturn:
         _refuse("moved or cast", "move or cast the original and optimise that again")
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse("given other weights", "load into the original and optimise that again")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         """Refuse: engines cannot be copied."""
         _refuse("copied", "optimise the original once more")
@@ -114,10 +126,15 @@ def _refuse(what: str, advice: str) -> NoReturn:
     raise ValueError(f"an optimised network cannot be {what}; {advice}")
 
 
-def _as(result: Any, dtype: torch.dtype | None) -> Any:
-    if isinstance(result, Tensor) and dtype is not None and result.is_floating_point():
-        return result.to(dtype)
-    return result
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _told(inputs: tuple[Any, ...], named: dict[str, Any]) -> str:
+    """Say what was given: tensors by their kind, anything else by its type, the rest by name."""
+    parts = [describe(kind_of((x,))) if isinstance(x, Tensor) else f"a {type(x).__name__}"
+             for x in inputs]  # fmt: skip
+    return ", ".join([*parts, *(f"{name} by name" for name in named)]) or "nothing"
 
 
 def kind_of(inputs: Inputs) -> _Kind:

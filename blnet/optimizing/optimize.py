@@ -12,7 +12,9 @@ Example::
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -20,13 +22,14 @@ from torch import Tensor, nn
 
 from blnet.checks import check_choice
 from blnet.fusing import unfuse
-from blnet.optimizing.choosing import Choice, candidates, choose, difference
+from blnet.optimizing.choosing import BASELINE, Choice, candidates, choose, difference
 from blnet.optimizing.engines import Inputs, channels_last, engine_names, name_of
+from blnet.optimizing.engines import engine as engine_named
 from blnet.optimizing.folding import fold_batch_norms
 from blnet.optimizing.fused_ops import with_fused_ops
 from blnet.optimizing.network import OptimizedNetwork, OtherInputs, describe, kind_of
 from blnet.optimizing.report import Change, Report
-from blnet.tracing import evaluating
+from blnet.tracing import _autocast_switched, evaluating
 
 SECONDS = 60.0
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
@@ -83,12 +86,15 @@ def optimize(
             if the engine or the graph that was asked for cannot run it.
     """
     check_choice("mode", mode, ("inference", "train"))
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if mode == "train":
-        inference = (example_input, precision)
-        if any(value is not None for value in inference) or engine != "auto":
+        kept = example_input is None and precision is None and seconds == SECONDS
+        if not kept or (graph, engine, other_inputs) != ("auto", "auto", "eager"):
             raise ValueError(
-                "example_input, precision and engine are for mode='inference'; leave them out, and "
-                "use torch.autocast to train in another precision"
+                "example_input, precision, graph, engine, other_inputs and seconds are for "
+                "mode='inference'; leave them out, and use torch.autocast to train in another "
+                "precision"
             )
         from blnet.optimizing.training import optimize_training
 
@@ -98,9 +104,12 @@ def optimize(
     check_choice("graph", graph, (True, False, "auto"))
     check_choice("engine", engine, ("auto", *engine_names()))
     check_choice("other_inputs", other_inputs, ("eager", "error"))
-    return _for_inference(
-        model, _tensors(example_input), _dtype(precision), graph, engine, other_inputs, seconds
-    )
+    if type(seconds) not in (int, float) or not 0 < seconds < math.inf:
+        raise ValueError(f"seconds must be a number above 0, got {seconds!r}")
+    with _autocast_switched(False):  # engines are built for one precision, and checked in it
+        return _for_inference(
+            model, _tensors(example_input), _dtype(precision), graph, engine, other_inputs, seconds
+        )
 
 
 def _for_inference(
@@ -116,9 +125,8 @@ def _for_inference(
     dtype = precision or own
     _check_devices(example, device, graph, engine)
     reference = _reference(model, example)
-    network, changes = prepared(model, dtype, example, reference)
+    network, changes = prepared(model, precision, example, reference)
     report = Report(type(model).__name__, "inference", str(device), name_of(dtype), "pytorch")
-    cast = dtype if precision is not None else None
     if reference is None:
         if device.type == "cuda":
             network, more = with_fused_ops(network)
@@ -126,12 +134,12 @@ def _for_inference(
             report.engine = "kernels"
         report.changes = changes
         report.otherwise = "no example_input was given, so no engine was measured"
-        return OptimizedNetwork(network, report, dtype=cast)
-    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in example)
+        return OptimizedNetwork(network, report, dtype=precision)
+    inputs = tuple(x.to(precision or x.dtype) if x.is_floating_point() else x for x in example)
     tried = candidates(device.type, engine, graph)
     choice = choose(tried, network, inputs, reference, dtype, seconds)
     if choice.run is None:
-        _refuse(choice, engine, graph)
+        _fall_back(choice, network, inputs, engine, graph)
     report.engine, report.trials = choice.name, choice.trials
     report.inputs = describe(kind_of(inputs))
     report.otherwise = {"eager": "layer by layer in PyTorch", "error": "refused"}[other_inputs]
@@ -139,7 +147,9 @@ def _for_inference(
     if choice.name.startswith("kernels"):
         changes += with_fused_ops(network)[1]
     report.changes = changes
-    return OptimizedNetwork(network, report, choice.run, inputs, cast, other_inputs)
+    return OptimizedNetwork(
+        network, report, choice.run, inputs, precision, other_inputs, reference.dtype
+    )
 
 
 def _tensors(example: Tensor | Sequence[Tensor] | None) -> Inputs:
@@ -195,9 +205,10 @@ def _reference(model: nn.Module, example: Inputs) -> Tensor | None:
     """Return what the model gives for the example, None without one."""
     if not example:
         return None
-    with evaluating(model):
+    own = copy.deepcopy(model)  # its code may change what it holds
+    with evaluating(own):
         try:
-            result: Any = model(*example)
+            result: Any = own(*example)
         except Exception as error:  # whatever a network raises for inputs that do not fit it
             raise ValueError(
                 f"{type(model).__name__} does not take the example_input of shape "
@@ -253,6 +264,22 @@ def _folded(
             return network, changes
     reason = f"folding changed the result (error {error:.1e})"
     return model, [Change(c.layer, c.was, reason=c.reason or reason) for c in changes]
+
+
+def _fall_back(
+    choice: Choice, network: nn.Module, inputs: Inputs, engine: str, graph: object
+) -> None:
+    """Run a network layer by layer where time alone kept engines from running it.
+
+    Raises:
+        ValueError: if something else did, or one engine or a graph was asked for.
+    """
+    late = [trial for trial in choice.trials if trial.engine == BASELINE and trial.late]
+    if engine != "auto" or graph is True or not late:
+        _refuse(choice, engine, graph)
+    told = replace(late[0], note=f"{late[0].note}; it runs all the same, as nothing else was ready")
+    choice.trials[choice.trials.index(late[0])] = told
+    choice.name, choice.run = BASELINE, engine_named(BASELINE).build(network, inputs)
 
 
 def _refuse(choice: Choice, engine: str, graph: object) -> None:

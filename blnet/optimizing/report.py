@@ -38,6 +38,7 @@ class Trial:
         note: why it got none, or why it was dropped; empty for one that ran to the end.
         error: norm of its difference to the original network's result over that result's norm.
         build_seconds: what building it took.
+        late: whether time was what it lacked.
     """
 
     engine: str
@@ -45,6 +46,7 @@ class Trial:
     note: str = ""
     error: float | None = None
     build_seconds: float | None = None
+    late: bool = False
 
     def __str__(self) -> str:
         """Say it in one line."""

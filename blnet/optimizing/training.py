@@ -103,6 +103,8 @@ def optimize_training(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(without, Collection):
+        raise ValueError(f"without must be names of training ops, got {without!r}")
     names = (without,) if isinstance(without, str) else tuple(without)
     for name in names:
         if name not in OPS:
