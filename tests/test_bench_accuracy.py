@@ -55,7 +55,7 @@ def result(family: str, seed: int, top1: float, macs: int = 100, **facts) -> Mea
 
 def results(*measurements: Measurement) -> Results:
     settings = Settings(device="cpu", dtype="float32", batch=8).as_dict()
-    environment = {"cpu": "a CPU", "threads": 2, "date": "now"}
+    environment = {"device": "a CPU", "cpu": "a CPU", "threads": 2, "date": "now"}
     return Results(environment, settings, measurements=list(measurements))
 
 
