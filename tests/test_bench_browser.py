@@ -273,7 +273,7 @@ def test_a_phone_scrolls_down_only(browser: Any, site: Path) -> None:
 
 
 def test_a_phone_shows_every_link_beside_the_button(browser: Any, site: Path) -> None:
-    phone = Opened(browser, site, 390, 844)
+    phone = Opened(browser, site / "all.html", 390, 844)
     covered = phone.page.evaluate(
         """() => {
           const edge = document.getElementById("theme").getBoundingClientRect().left;
