@@ -178,7 +178,7 @@ def wide():
 def other():
     return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.LazyLinear(2))
 """
-QUICK = ("--device", "cpu", "--repeat", "2", "--batch", "2", "--threads", "1", "--output", "out")
+QUICK = ("--device", "cpu", "--repeat", "2", "--batch", "1", "--threads", "1", "--output", "out")
 
 
 def bench_own(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
