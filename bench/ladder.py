@@ -96,9 +96,14 @@ def _runs_onnx(device: str, dtype: str) -> bool:
     return device == "cpu" and dtype in _FLOAT32 and installed
 
 
-def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """Return a copy of a network in eval mode with every BN folded into its convolution."""
-    return prepared(model)[0]
+def fold_batch_norm(model: nn.Module, example: Tensor) -> nn.Module:
+    """Return a copy of a network in eval mode with every BN folded into its convolution.
+
+    The example bears out what the code alone does not tell.
+    """
+    with torch.no_grad():
+        reference = model(example)
+    return prepared(model, example.dtype, (example,), reference)[0]
 
 
 def _eager(model: nn.Module, example: Tensor) -> Run:
@@ -116,7 +121,7 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _folded(model: nn.Module, example: Tensor) -> Run:
-    return fold_batch_norm(model)
+    return fold_batch_norm(model, example)
 
 
 def _compile(model: nn.Module, example: Tensor, **options: Any) -> Run:
@@ -138,7 +143,7 @@ def _engine(name: str, graph: bool = False) -> Callable[[nn.Module, Tensor], Run
 
     def build(model: nn.Module, example: Tensor) -> Run:
         candidate = Candidate(engine(name), graph=graph)
-        return candidate.build(prepared(model, example.dtype)[0], (example,))
+        return candidate.build(fold_batch_norm(model, example), (example,))
 
     return build
 

@@ -59,7 +59,7 @@ def record(session: Session, key: str, networks: Built, inputs: Tensor) -> None:
         try:
             measure_ceilings(session)
             example = inputs.to(settings.device, settings.torch_dtype)
-            found = layers_of(fold_batch_norm(model), example, results.ceilings, around)
+            found = layers_of(fold_batch_norm(model, example), example, results.ceilings, around)
         except Exception as failure:
             results.notes.append(f"the layers of {label} were not timed: {one_line(failure)}")
         else:

@@ -52,7 +52,7 @@ def test_a_rung_agrees_with_float64(name, model, images) -> None:
 
 
 def test_folding_leaves_no_batch_norm(model, images) -> None:
-    folded = ladder.fold_batch_norm(model)
+    folded = ladder.fold_batch_norm(model, images)
     assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
 

@@ -84,8 +84,9 @@ def plain_resnet50() -> nn.Module:
 @pytest.mark.parametrize("build", [plain_resnet50, lambda: bl_resnet50(alpha=2, beta=4)])
 def test_flops_of_whole_networks_are_twice_the_macs_of_profile(build: Any) -> None:
     model = build().eval()
-    folded = fold_batch_norm(model)
-    every = found(folded, torch.randn(1, 3, 64, 64))
+    x = torch.randn(1, 3, 64, 64)
+    folded = fold_batch_norm(model, x)
+    every = found(folded, x)
     assert sum(layer.flops for layer in every) == 2 * blnet.profile(model, (1, 3, 64, 64)).macs
     convolutions = [m for m in folded.modules() if isinstance(m, nn.Conv2d)]
     assert sum(layer.kind == "Conv2d" for layer in every) == len(convolutions)
@@ -174,7 +175,8 @@ def test_times_are_those_of_the_layers_and_of_what_is_between() -> None:
 
 
 def test_the_sum_of_the_times_is_that_of_a_pass() -> None:
-    model, x = fold_batch_norm(bl_resnet50(alpha=2, beta=4).eval()), torch.randn(2, 3, 96, 96)
+    x = torch.randn(2, 3, 96, 96)
+    model = fold_batch_norm(bl_resnet50(alpha=2, beta=4).eval(), x)
     every = layers_of(model, x, RATES, seconds=0.5)
     with torch.inference_mode():
         model(x)

@@ -103,7 +103,7 @@ def test_what_follows_a_convolution_is_part_of_it():
 def test_folded_networks_and_channels_last_inputs():
     model = ready(bl_resnet18(alpha=2, beta=2, num_classes=10))
     x = torch.randn(2, 3, 64, 64)
-    out = build(fold_batch_norm(model), x.contiguous(memory_format=torch.channels_last))(x)
+    out = build(fold_batch_norm(model, x), x.contiguous(memory_format=torch.channels_last))(x)
     torch.testing.assert_close(out, build(model, x)(x), rtol=1e-4, atol=1e-4)
     last = build(model, x)(x.contiguous(memory_format=torch.channels_last))
     assert torch.equal(last, build(model, x)(x))

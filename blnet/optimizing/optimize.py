@@ -33,8 +33,14 @@ from blnet.tracing import _autocast_switched, evaluating
 
 SECONDS = 60.0
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
-# Of the folded network's result in the model's own precision; of 16 bits there is little to say.
-FOLDING_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-8}
+# Of the folded network's result in the model's own precision. With 16 bits rounding is as large as
+# small mistakes; a lost activation is far larger.
+FOLDING_TOLERANCES = {
+    torch.float64: 1e-8,
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}
 
 
 def optimize(
@@ -252,15 +258,14 @@ def _folded(
     model: nn.Module, example: Inputs, reference: Tensor | None
 ) -> tuple[nn.Module, list[Change]]:
     """Return a copy with BN folded: all if the example bears it out, else what is sure."""
-    tolerance = FOLDING_TOLERANCES.get(reference.dtype) if reference is not None else None
-    if reference is None or tolerance is None:
+    if reference is None or reference.dtype not in FOLDING_TOLERANCES:
         network = copy.deepcopy(model)
         return network, fold_batch_norms(network)
     for checked in (True, False):
         network = copy.deepcopy(model)
         changes = fold_batch_norms(network, checked)
         error = difference(network(*example), reference)
-        if error <= tolerance:
+        if error <= FOLDING_TOLERANCES[reference.dtype]:
             return network, changes
     reason = f"folding changed the result (error {error:.1e})"
     return model, [Change(c.layer, c.was, reason=c.reason or reason) for c in changes]
