@@ -99,7 +99,7 @@ class Opened:
 
     def until(self, condition: str) -> None:
         """Wait for a condition; playwright's own way needs `eval`, which the page forbids."""
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60  # a busy machine takes its time
         while not self.page.evaluate(condition):
             assert time.monotonic() < end, condition
             self.page.wait_for_timeout(20)

@@ -11,8 +11,8 @@ from blnet.kernels.merge import forward_launch
 from blnet.kernels.triton_shim import tl, triton
 
 # For sm_90 everything that is shipped; elsewhere, to save time, no float16 (the code is bfloat16's)
-# and of expand_merge a typical size and those that take most registers. `blnet kernels compile`
-# builds all of it for every target.
+# and of expand_merge bfloat16 alone, a typical size and those that take most registers. `blnet
+# kernels compile` builds all of it for every target.
 ELSEWHERE = ("stage 1 K=128", "wide K=128 C=256 odd", "unaligned K=37", "K=128 ")
 # expand_merge's kernels for small matrices: float64, no products.
 SMALL = ("statistics", "variance", "affine", "between", "second")
@@ -29,14 +29,17 @@ def chosen_for(target):
         item
         for item in everything
         if not item.name.endswith(" float16")
-        and (item.name.startswith("merge ") or any(part in item.name for part in ELSEWHERE))
+        and (
+            item.name.startswith("merge ")
+            or (not item.name.endswith(" float32") and any(p in item.name for p in ELSEWHERE))
+        )
     ]
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_no_kernel_spills(target):
     reports = list(aot.compile_all([target], chosen_for(target)))
-    assert len(reports) > 50
+    assert len(reports) > (50 if target == "sm_90" else 25)
     for report in reports:
         assert report.spills == 0, f"{report.name} on {target} spills {report.spills}"
         assert 0 < report.registers <= 255
