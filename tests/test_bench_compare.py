@@ -69,9 +69,9 @@ def drawn(
     for number in range(1, rounds):
         shared[number] = 0.8 * shared[number - 1] + 0.6 * shared[number]
     each = draw.standard_t(2, (implementations, rounds))
-    stalls = draw.exponential(8, each.shape) * (draw.random(each.shape) < 0.04)
+    stalls = draw.exponential(11, each.shape) * (draw.random(each.shape) < 0.04)
     factors = draw.normal(0, machine) + draw.normal(0, own, (implementations, 1))
-    return np.exp(factors + noise * (shared + 0.7 * each + stalls))
+    return np.exp(factors + noise * (1.3 * shared + 0.7 * each + stalls))
 
 
 def steady(implementations: int, rounds: int, seed: int = 0) -> Array:
