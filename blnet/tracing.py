@@ -247,7 +247,7 @@ def trace_own_code(module: nn.Module) -> fx.Graph | None:
     texts, graphs = [], []
     # Everything that code may ask for or switch is one thing the first time, another the second.
     for training, on in ((not module.training, False), (module.training, True)):
-        with torch.set_grad_enabled(on), _autocast_switched(not on):
+        with torch.set_grad_enabled(on), autocast_switched(not on):
             graph = _trace_once(module, training)
         if graph is None:
             return None
@@ -264,7 +264,7 @@ def trace_in_evaluation(module: nn.Module) -> fx.Graph | None:
     """
     if _asks_for_types(module) or not takes_one_argument_each(module):
         return None
-    with torch.no_grad(), _autocast_switched(False):
+    with torch.no_grad(), autocast_switched(False):
         return _trace_once(module, training=False)
 
 
@@ -303,7 +303,8 @@ def _last(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _autocast_switched(on: bool) -> Iterator[None]:
+def autocast_switched(on: bool) -> Iterator[None]:
+    """Switch autocast on or off on every device for the time being."""
     before = [(device, torch.is_autocast_enabled(device)) for device in _AUTOCAST_DEVICES]
     try:
         for device, _ in before:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from blnet.optimizing.engines import Inputs, Run, channels_last, name_of
 from blnet.optimizing.report import Report
-from blnet.tracing import _autocast_switched
+from blnet.tracing import autocast_switched
 
 OtherInputs = Literal["eager", "error"]
 _Kind = tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
@@ -64,7 +64,7 @@ class OptimizedNetwork(nn.Module):
         given, known = tree_map(self._cast, (inputs, named))
         if self._run is not None and tensors and not named and self._fits(given):
             # An engine computes in the precision that it was built for.
-            with torch.no_grad(), _autocast_switched(False):
+            with torch.no_grad(), autocast_switched(False):
                 result = self._run(*given)
             # An engine may give another dtype for the same numbers, of indices say.
             return result if self._returned is None else result.to(self._returned)

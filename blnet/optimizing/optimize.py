@@ -29,7 +29,7 @@ from blnet.optimizing.folding import fold_batch_norms
 from blnet.optimizing.fused_ops import with_fused_ops
 from blnet.optimizing.network import OptimizedNetwork, OtherInputs, describe, kind_of
 from blnet.optimizing.report import Change, Report
-from blnet.tracing import _autocast_switched, evaluating
+from blnet.tracing import autocast_switched, evaluating
 
 SECONDS = 60.0
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
@@ -112,7 +112,7 @@ def optimize(
     check_choice("other_inputs", other_inputs, ("eager", "error"))
     if type(seconds) not in (int, float) or not 0 < seconds < math.inf:
         raise ValueError(f"seconds must be a number above 0, got {seconds!r}")
-    with _autocast_switched(False):  # engines are built for one precision, and checked in it
+    with autocast_switched(False):  # engines are built for one precision, and checked in it
         return _for_inference(
             model, _tensors(example_input), _dtype(precision), graph, engine, other_inputs, seconds
         )
