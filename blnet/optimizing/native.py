@@ -14,8 +14,11 @@ from torch import Tensor, fx, nn
 from blnet.exporting.programs import quiet
 from blnet.files import reason
 from blnet.kernels.native import Program
+from blnet.optimizing.native_heads import linear_over_rows
 from blnet.optimizing.native_lowering import Lowering, UnsupportedError, calls_of, label_of
 from blnet.optimizing.native_ops import HEAD, LOWERED
+
+JOINS = {torch.ops.aten.view.default: linear_over_rows}
 
 __all__ = ["NativeRun", "UnsupportedError", "build"]
 
@@ -65,7 +68,7 @@ def build(model: nn.Module, example: Tensor) -> NativeRun:
     shape = (example.shape[0], example.shape[1], example.shape[2], example.shape[3])
     with torch.no_grad():
         graph, constants = _capture(model, torch.zeros(shape))
-        program, head = Lowering(graph, constants, shape, LOWERED, HEAD).run()
+        program, head = Lowering(graph, constants, shape, LOWERED, HEAD, JOINS).run()
         return NativeRun(program, head)
 
 

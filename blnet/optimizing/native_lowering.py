@@ -60,9 +60,11 @@ class Lowering:
         shape: of the input.
         lowered: what makes a step of an operation on maps.
         heads: operations that PyTorch may do at the end.
+        joins: of these, what may begin a step all the same: told an operation, says whether it did.
         values: nodes that are maps.
         known: nodes that do not depend on the input.
         head: nodes that PyTorch computes at the end, in `tail`.
+        joined: nodes that are part of a step which began before them.
     """
 
     graph: fx.Graph
@@ -70,9 +72,11 @@ class Lowering:
     shape: tuple[int, int, int, int]
     lowered: Mapping[Any, Callable[[Lowering, fx.Node], Value]]
     heads: Container[Any]
+    joins: Mapping[Any, Callable[[Lowering, fx.Node], bool]]
     values: dict[fx.Node, Value] = field(default_factory=dict)
     known: dict[fx.Node, Any] = field(default_factory=dict)
     head: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    joined: set[fx.Node] = field(default_factory=set)
 
     def run(self) -> tuple[Program, fx.GraphModule]:
         """Return the program, and what takes its outputs to the network's."""
@@ -81,9 +85,9 @@ class Lowering:
         self.outputs: list[Map] = []
         self.root = nn.Module()
         for node in self.graph.nodes:
-            if node.op == "placeholder":
-                self._placeholder(node)
-            elif node.op == "call_function":
+            self._know(node)
+        for node in self.graph.nodes:
+            if node.op == "call_function" and node not in self.known and node not in self.joined:
                 self._call(node)
             elif node.op == "output":
                 self.tail.output(self._in_head(node.args[0][0]))
@@ -91,23 +95,25 @@ class Lowering:
         program = self.builder.build(self.outputs)
         return program, fx.GraphModule(self.root, self.tail)
 
-    def _placeholder(self, node: fx.Node) -> None:
-        if node.name in self.constants:
-            self.known[node] = self.constants[node.name].detach()
-        else:
-            self.values[node] = self.builder.input
+    def _know(self, node: fx.Node) -> None:
+        """Compute a node that does not depend on the input."""
+        if node.op == "placeholder":
+            if node.name in self.constants:
+                self.known[node] = self.constants[node.name].detach()
+            else:
+                self.values[node] = self.builder.input
+        elif node.op == "call_function" and all(n in self.known for n in node.all_input_nodes):
+            self.known[node] = node.target(*_mapped(node.args, self.known), **node.kwargs)  # type: ignore[operator]
 
     def _call(self, node: fx.Node) -> None:
-        inputs = node.all_input_nodes
-        if all(part in self.known for part in inputs):
-            self.known[node] = node.target(*_mapped(node.args, self.known), **node.kwargs)  # type: ignore[operator]
-            return
-        dynamic = [part for part in inputs if part not in self.known]
+        dynamic = [part for part in node.all_input_nodes if part not in self.known]
         if all(part in self.values for part in dynamic) and is_map(node):
             lower = self.lowered.get(node.target)
             if lower is None:
                 raise unsupported(node)
             self.values[node] = lower(self, node)
+        elif node.target in self.joins and self.joins[node.target](self, node):
+            return
         elif node.target in self.heads:
             self.head[node] = self.tail.node_copy(node, self._in_head)
         else:
@@ -121,9 +127,14 @@ class Lowering:
                 self.root.register_buffer(name, self.known[node].clone())
                 self.head[node] = self.tail.get_attr(name)
             else:
-                self.head[node] = self.tail.placeholder(f"map{len(self.outputs)}")
-                self.outputs.append(self.made(node))
+                self.head[node] = self.output(self.made(node))
         return self.head[node]
+
+    def output(self, result: Map) -> fx.Node:
+        """Make a map an output of the program; return it as the last operations see it."""
+        node = self.tail.placeholder(f"map{len(self.outputs)}")
+        self.outputs.append(result)
+        return node
 
     def _order_inputs(self) -> None:
         """Put the inputs of the last operations at their beginning, as a graph wants them."""

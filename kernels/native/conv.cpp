@@ -224,8 +224,9 @@ void direct(const Step& s, const Call& call, int64_t item, float* scratch) {
   const int64_t slice = item % s.slices, chunk = item / s.slices % s.chunks;
   const int64_t image = item / s.slices / s.chunks;
   const bool pointwise = s.kernel_h == 1 && s.kernel_w == 1;
-  const bool in_place = pointwise && s.stride_h == 1 && s.stride_w == 1 && !s.pad_h && !s.pad_w &&
-                        !s.planar;
+  // What reads a column of the map and nothing around it; 1x1 convolutions, most of the time.
+  const bool in_place = s.kernel_w == 1 && s.stride_h == 1 && s.stride_w == 1 && !s.pad_h &&
+                        !s.pad_w && !s.planar;
   const int64_t out_pixels = s.out_height * s.out_width, step = s.planar ? 1 : kBlock;
   // In place, a chunk is a run of pixels; else it is rows, which lie end to end if pointwise.
   const int64_t first = chunk * s.chunk;
@@ -245,7 +246,7 @@ void direct(const Step& s, const Call& call, int64_t item, float* scratch) {
     input_block = patch.rows * patch.row() * step;
   }
   int64_t width = s.out_width;
-  if (pointwise) width = in_place ? rows : rows * s.out_width, rows = 1;
+  if (pointwise || in_place) width = in_place ? rows : rows * s.out_width, rows = 1;
 
   tile.segments = s.segments;
   tile.segment_count = s.segment_count;
@@ -261,8 +262,8 @@ void direct(const Step& s, const Call& call, int64_t item, float* scratch) {
   const int64_t groups = (s.out_blocks + group_blocks - 1) / group_blocks;
   const int64_t end = std::min((slice + 1) * s.slice, groups);
   const float* input = tile.input;
-  // The piece that this thread probably takes next: the others take one each meanwhile.
-  const int64_t later = item + call.threads < s.items ? item + call.threads : item;
+  // The piece that this thread probably takes next.
+  const int64_t later = item + 1 < s.items ? item + 1 : item;
   const int64_t next = later % s.slices * s.slice;
   for (int64_t g = slice * s.slice; g < end; ++g) {
     const int64_t block = g * group_blocks;

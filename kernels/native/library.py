@@ -27,6 +27,7 @@ MACHINE_VARIABLE = "BLNET_NATIVE_FLAGS"  # its flags take the place of these
 OPENMP = ("-fopenmp",)
 COMPILE_SECONDS = 120
 MAXIMUM_OUTPUTS = 8
+COUNTERS = 8  # kLine of step.h: 64-bit numbers for one counter, so that no two share a cache line
 
 
 class NativeError(ValueError):
@@ -59,7 +60,7 @@ class Step(ctypes.Structure):
     """One step of a program, as step.h declares it."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("kind", "items", "taken")),
+        *((name, ctypes.c_int64) for name in ("kind", "items")),
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _NUMBERS),
     ]
@@ -75,6 +76,7 @@ class Call(ctypes.Structure):
         ("scratch", ctypes.c_void_p),
         ("scratch_floats", ctypes.c_int64),
         ("threads", ctypes.c_int64),
+        ("taken", ctypes.c_void_p),
     ]
 
 

@@ -18,7 +18,7 @@ PATCH_BYTES = 512 * 1024  # the same where the input is gathered: each cut reads
 WINOGRAD_BYTES = 768 * 1024  # the same for transformed tiles, input and products together
 ALONE_BYTES = 1024 * 1024  # of an image's map, from where the third cache would not hold the batch
 PIECES = 4  # of work for each thread, so that the last one to finish is not far behind
-GATHERED_PIECES = 2  # the same where each of them first gathers or transforms its input
+GATHERED_PIECES = 2  # the same where each of them first gathers its input
 
 # What decides between the ways to compute a 3x3 convolution, in cycles of one core; measured on a
 # Zen 5, but for tiles of 2x4, counted by the vectors that they move. Transforms cost so much for a
@@ -112,8 +112,8 @@ class Convolution:
 
     @property
     def in_place(self) -> bool:
-        """Whether each output pixel reads the input at its own place and nothing else."""
-        simple = self.weight[2:] == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)
+        """Whether each output pixel reads the input from its own place down and nothing else."""
+        simple = self.weight[3] == 1 and self.stride == (1, 1) and self.padding == (0, 0)
         return simple and not self.planar
 
 
@@ -247,14 +247,16 @@ def _cut_direct(
     """Cut the work into chunks and slices; return scratch floats and the segments' offsets."""
     channels = conv.shape[1] if conv.planar else step.blocks * BLOCK
     if conv.in_place:
-        size = conv.shape[2] * conv.shape[3]
-        most = max(4 * library.pixels, CACHE_BYTES // (4 * channels))
+        _, _, height, width = conv.out_shape
+        size, plane = height * width, conv.shape[2] * conv.shape[3]
+        most = max(4 * library.pixels, CACHE_BYTES // (4 * channels * step.kernel_h))
         step.chunks = _even(math.ceil(size / most), step, threads)
         even = math.ceil(math.ceil(size / step.chunks) / library.pixels) * library.pixels
         step.chunk = min(size, even)
         step.chunks = math.ceil(size / step.chunk)
         _cut_slices(library, step, _pieces(step, threads, PIECES), 1 if alone(step) else step.batch)
-        return 0, [block * size * BLOCK for block in range(span)]
+        rows = range(step.kernel_h)
+        return 0, [(block * plane + row * width) * BLOCK for block in range(span) for row in rows]
     phases = 1 if step.kernel_w == 1 else step.stride_w
     phase = math.ceil(((step.out_width - 1) * phases + step.kernel_w) / phases)
     down = 1 if step.kernel_h == 1 else step.stride_h
@@ -336,10 +338,12 @@ def _pack_winograd(
     most = max(most // library.pixels, 1) * library.pixels
     together = tiles // step.batch if alone(step) else tiles
     groups = math.ceil(step.out_channels / library.group)
-    cuts = max(math.ceil(together / most), math.ceil(_pieces(step, threads, 1) / groups))
+    pieces = _pieces(step, threads, 1)
+    cuts = _even(max(math.ceil(together / most), math.ceil(pieces / groups)), step, threads)
     step.chunk = math.ceil(together / cuts)
     step.chunks = math.ceil(together / step.chunk)
-    _cut_slices(library, step, _pieces(step, threads, GATHERED_PIECES), 1)
+    # Slices transform the same input once more: there are as many as threads need, not more.
+    _cut_slices(library, step, pieces, 1)
     step.chunks = math.ceil(tiles / step.chunk)  # they go on from image to image
     step.items = step.chunks * step.slices
     rows, columns = tile.transforms
@@ -352,5 +356,7 @@ def _pack_winograd(
     ]
     segments = torch.arange(step.blocks, dtype=torch.int32) * step.chunk * BLOCK
     slice_blocks = step.slice * library.group // BLOCK
-    scratch = points * step.chunk * BLOCK * (step.blocks + slice_blocks)
+    # As point_floats in winograd.cpp: a line of memory between points.
+    lines = step.chunk * (step.blocks + slice_blocks) + 2
+    scratch = points * lines * BLOCK
     return Packed(step, torch.cat(by_point), bias, segments, None, scratch, method)

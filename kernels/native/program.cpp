@@ -1,8 +1,15 @@
 // The engine: runs a list of steps, each cut into pieces that threads take one at a time.
 //
+// Pieces lie in the order of the pixels that they compute, and each thread has the same share of
+// them in every step, so that it reads what it wrote itself and its core's cache holds; who is done
+// helps the others. Predicted: 1 to 2 % at batch 1. Measured on a Xeon, two threads, against one
+// count for all: 1 to 3 % at batch 1, nothing at batch 8.
+//
 // One parallel region runs the whole list, so that threads wake once in a call. OpenMP, because
 // PyTorch has its threads from there: the library loads the runtime that PyTorch has loaded, and
 // no second pool of threads competes with the first one for the cores.
+
+#include <algorithm>
 
 #include "conv.cpp"
 #include "pool.cpp"
@@ -35,13 +42,23 @@ void run_alone(const Step* steps, int64_t count, const Call& call, int thread) {
     for (int64_t item = 0; item < steps[i].items; ++item) piece(steps[i], call, item, scratch);
 }
 
-void run_share(Step* steps, int64_t count, const Call& call, int thread) {
+// All threads' work at a step, beginning with this thread's own share.
+void take_pieces(const Step& s, int64_t step, const Call& call, int thread, float* scratch) {
+  for (int64_t turn = 0; turn < call.threads; ++turn) {
+    const int64_t owner = (thread + turn) % call.threads;
+    const int64_t begin = s.items * owner / call.threads;
+    const int64_t count = s.items * (owner + 1) / call.threads - begin;
+    int64_t* taken = call.taken + (step * call.threads + owner) * kLine;
+    int64_t next;
+    while ((next = __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED)) < count)
+      piece(s, call, begin + next, scratch);
+  }
+}
+
+void run_share(const Step* steps, int64_t count, const Call& call, int thread) {
   float* scratch = call.scratch + thread * call.scratch_floats;
   for (int64_t i = 0; i < count; ++i) {
-    Step& s = steps[i];
-    int64_t item;
-    while ((item = __atomic_fetch_add(&s.taken, 1, __ATOMIC_RELAXED)) < s.items)
-      piece(s, call, item, scratch);
+    take_pieces(steps[i], i, call, thread, scratch);
 #ifdef _OPENMP
 #pragma omp barrier
 #endif
@@ -65,11 +82,11 @@ void blnet_native_facts(int64_t* facts) {
 }
 
 // First `lanes` lists of `alone` steps, each of which one thread runs, then steps for all threads.
-void blnet_native_run(blnet::Step* steps, int64_t lanes, int64_t alone, int64_t count,
+void blnet_native_run(const blnet::Step* steps, int64_t lanes, int64_t alone, int64_t count,
                       const blnet::Call* call, int64_t threads) {
-  blnet::Step* shared = steps + lanes * alone;
+  const blnet::Step* shared = steps + lanes * alone;
   const int64_t rest = count - lanes * alone;
-  for (int64_t i = 0; i < rest; ++i) shared[i].taken = 0;
+  std::fill_n(call->taken, rest * call->threads * blnet::kLine, 0);
 #ifdef _OPENMP
   if (threads > 1) {
 #pragma omp parallel num_threads(static_cast<int>(threads))

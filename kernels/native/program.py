@@ -20,7 +20,7 @@ from blnet.kernels.native.arena import (
     for_image,
     plan_arena,
 )
-from blnet.kernels.native.library import Call, Library, Step
+from blnet.kernels.native.library import COUNTERS, Call, Library, Step
 from blnet.kernels.native.memory import gathered, reserve
 
 _ALIGNMENT = 16  # floats: a cache line
@@ -78,6 +78,7 @@ class Program:
         self._arena = reserve(size * max(self._lanes, 1))
         self._scratch_floats = -(-max(d.scratch for d in drafts) // _ALIGNMENT) * _ALIGNMENT
         self._scratch = torch.empty(0)
+        self._taken = torch.empty(0, dtype=torch.int64)
         self._lock = threading.Lock()
         steps = [self._place(draft, places) for draft in drafts]
         crossing = crossing_maps(drafts, count)
@@ -128,7 +129,10 @@ class Program:
         with self._lock:
             if len(self._scratch) < threads * self._scratch_floats:
                 self._scratch = reserve(threads * self._scratch_floats)
-            call.scratch = self._scratch.data_ptr()
+            counters = len(self._steps) * threads * COUNTERS
+            if len(self._taken) < counters:
+                self._taken = torch.empty(counters, dtype=torch.int64)
+            call.scratch, call.taken = self._scratch.data_ptr(), self._taken.data_ptr()
             self._library.handle.blnet_native_run(
                 self._steps,
                 self._lanes,

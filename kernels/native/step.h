@@ -7,6 +7,7 @@ namespace blnet {
 
 // Maps lie in memory as [image][channel / 16][pixel][channel % 16]: a block of 16 channels.
 constexpr int64_t kBlock = 16;
+constexpr int64_t kLine = 8;  // numbers of 64 bits in a line of the caches
 
 enum Kind : int64_t {
   kImport = 0,    // the caller's tensor -> blocked map
@@ -23,7 +24,6 @@ enum Kind : int64_t {
 struct Step {
   int64_t kind;
   int64_t items;  // pieces of work, which threads take one at a time
-  int64_t taken;  // how many are taken
   // Where maps lie. A null source is the call's input, a null target its output.
   const float* source;
   float* target;
@@ -60,6 +60,7 @@ struct Call {
   float* scratch;  // scratch_floats for each thread
   int64_t scratch_floats;
   int64_t threads;  // that work on it
+  int64_t* taken;   // how many pieces of each thread's share are taken: [step][thread][kLine]
 };
 
 }  // namespace blnet
