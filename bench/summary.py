@@ -35,6 +35,7 @@ class BatchRow:
 
     Attributes:
         batch: images or clips at once.
+        group: what they were timed in; a batch that was halved is timed in another's group.
         rung: name of its fastest rung.
         seconds: median time of a batch.
         throughput: images or clips a second.
@@ -50,6 +51,7 @@ class BatchRow:
     """
 
     batch: int
+    group: str
     rung: str
     seconds: float
     throughput: float
@@ -152,6 +154,7 @@ def _batch_row(
     speedup = _over(plain, best)
     return BatchRow(
         batch=batch,
+        group=best.group,
         rung=best.implementation,
         seconds=best.median,
         throughput=batch / best.median,

@@ -357,6 +357,8 @@ def test_a_batch_that_was_halved_is_not_mixed_with_another_group(results) -> Non
     results.measurements += halved
     assert model_rows(results)[1].batches[1].seconds == 0.04
     assert series.ladders(results, "models", 1)[0].start == 0.06
+    lines = list(csv.DictReader(io.StringIO(report.csv_text(results))))
+    assert [line["speedup"] for line in lines if line["group"] == "batch 2"] == ["", ""]
 
 
 def test_the_size_is_that_of_the_input(results, tmp_path: Path) -> None:

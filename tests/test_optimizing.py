@@ -338,7 +338,7 @@ class Apart(nn.Module):
 
 
 class Reaching(nn.Module):
-    """Calls a block, and a layer of it once more."""
+    """Calls a block, and a layer of it once more, where no graph can tell."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -346,7 +346,7 @@ class Reaching(nn.Module):
         self.block.bn1.running_mean.fill_(2.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block(x) + self.block.conv1(x)
+        return self.block(x) + self.block.conv1(x) if x.sum() > -1e9 else x
 
 
 @pytest.mark.parametrize(

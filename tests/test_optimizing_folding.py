@@ -83,6 +83,16 @@ def test_timms_norms_with_activations_keep_them(name: str) -> None:
     assert error(model, own, (1, 3, 64, 64)) < 1e-12
 
 
+def test_timms_frozen_norms_are_folded() -> None:
+    timm = pytest.importorskip("timm")
+    model = lived_in(timm.create_model("efficientnet_b0", num_classes=10))
+    own, changes = folded(timm.layers.freeze_batch_norm_2d(model).eval())
+    assert {type(layer).__name__ for layer in model.modules()} >= {"FrozenBatchNormAct2d"}
+    assert all(change.now for change in changes)
+    assert len(changes) == 49
+    assert error(model, own, (1, 3, 64, 64)) < 1e-12
+
+
 def test_a_change_names_both_layers() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
     (change,) = fold_batch_norms(model)
@@ -156,6 +166,31 @@ class Untraceable(Taps):
         return self.features(x) if x.sum() > -1e9 else x
 
 
+class Plain(Twice):
+    """Calls one after the other and nothing else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x))
+
+
+class ReachesIn(nn.Module):
+    """Calls a block, and a layer within it as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Plain()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x) + self.block.conv(x)
+
+
+class Borrows(ReachesIn):
+    """Calls a block, and uses the weight of a layer within it as well."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x) + nn.functional.conv2d(x, self.block.conv.weight)
+
+
 class Listed(nn.Module):
     """Calls Sequentials within a Sequential and in a list, whole."""
 
@@ -194,6 +229,8 @@ LEFT = {
     "shared": (shared, "several places"),
     "hooks": (watched, "hooks"),
     "layers of a Sequential used apart": (Taps, "called one by one"),
+    "a layer of a block used by its parent": (ReachesIn, "the code of ReachesIn calls a layer"),
+    "a weight of a block used by its parent": (Borrows, "the code of Borrows calls a layer"),
     "no trace": (Untraceable, "Untraceable, which calls it, could not be traced"),
     "a forward of its own": (
         lambda: nn.Sequential(nn.Conv2d(3, 3, 1), Activated(3)),

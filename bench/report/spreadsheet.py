@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-from typing import Any
 
 from blnet.bench.results import Results
 from blnet.bench.summary import NETWORK_SUITES, BatchRow, model_rows
@@ -47,11 +46,11 @@ def csv_text(results: Results) -> str:
 
     A network's speed-up and realised speed-up stand in the line of its fastest rung of each batch.
     """
-    gains: dict[tuple[str, str, Any, str], BatchRow] = {
-        (suite, row.network.label, batch, found.rung): found
+    gains: dict[tuple[str, str, str, str], BatchRow] = {
+        (suite, found.group, row.network.label, found.rung): found
         for suite in NETWORK_SUITES
         for row in model_rows(results, suite)
-        for batch, found in row.batches.items()
+        for found in row.batches.values()
     }
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -67,7 +66,7 @@ def csv_text(results: Results) -> str:
                 len(m.samples),
                 *quantiles,
                 batch / m.median if m.timed and batch else "",
-                *_csv_gain(gains.get((m.suite, m.family, batch, m.implementation))),
+                *_csv_gain(gains.get((m.suite, m.group, m.family, m.implementation))),
                 m.facts.get("bytes"),
                 m.check.error if m.check else "",
                 m.peak_memory,

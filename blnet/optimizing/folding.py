@@ -8,7 +8,7 @@ goes on as it is.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -24,6 +24,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # What computes the equation above and nothing else; a class derived from those may do more.
 _FORWARDS = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
+_TIMMS = ("BatchNormAct2d", "FrozenBatchNormAct2d")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
@@ -41,13 +42,7 @@ def fold_batch_norms(model: nn.Module, checked: bool = False) -> list[Change]:
     """
     places = Counter(id(part) for _, part in model.named_modules(remove_duplicate=False))
     names = {id(part): name for name, part in model.named_modules()}
-    partners: dict[int, nn.Module] = {}
-    apart: dict[int, str] = {}
-    for name, module in model.named_modules():
-        pairs = {id(norm): conv for conv, norm in _pairs(module) if _is_norm(norm)}
-        if pairs and _runs_in_turn(module):
-            apart |= dict.fromkeys(pairs, _why_not_whole(model, name, checked))
-        partners |= pairs
+    partners, apart = _partners(model, checked)
     changes = []
     for name, norm in list(model.named_modules()):
         if not _is_norm(norm):
@@ -63,14 +58,31 @@ def fold_batch_norms(model: nn.Module, checked: bool = False) -> list[Change]:
     return changes
 
 
+def _partners(model: nn.Module, checked: bool) -> tuple[dict[int, nn.Module], dict[int, str]]:
+    """Return each normalisation's convolution, and why code may call one of the two by itself."""
+    partners: dict[int, nn.Module] = {}
+    apart: dict[int, str] = {}
+    users = _users(model)
+    for name, module in model.named_modules():
+        pairs = {id(norm): conv for conv, norm in _pairs(module) if _is_norm(norm)}
+        whole = _why_not_whole(model, name, checked) if pairs and _runs_in_turn(module) else ""
+        for norm, conv in pairs.items():
+            others = [user for user in users[norm] + users[id(conv)] if user is not module]
+            alone = f"the code of {type(others[0]).__name__} calls a layer of it" if others else ""
+            apart[norm] = whole or alone
+        partners |= pairs
+    return partners, apart
+
+
 def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, _NORMS) or type(module).__name__ == "FrozenBatchNorm2d"
+    frozen = type(module).__name__ == "FrozenBatchNorm2d"
+    return isinstance(module, _NORMS) or frozen or _is_timms(module)
 
 
 def _is_timms(norm: nn.Module) -> bool:
     """Return whether a layer is timm's BatchNorm that goes on with its own dropout and ReLU."""
     kind = type(norm)
-    return (kind.__module__, kind.__name__) == ("timm.layers.norm_act", "BatchNormAct2d")
+    return kind.__module__ == "timm.layers.norm_act" and kind.__name__ in _TIMMS
 
 
 def _rest(norm: nn.Module) -> nn.Module:
@@ -85,6 +97,24 @@ def _rest(norm: nn.Module) -> nn.Module:
 
 def _runs_in_turn(module: nn.Module) -> bool:
     return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
+
+
+def _users(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """Return for each layer the modules whose code calls it or reads its tensors.
+
+    Those are missing whose code cannot be traced, and those that have no layers but their own.
+    """
+    users: dict[int, list[nn.Module]] = defaultdict(list)
+    for module in model.modules():
+        deep = any(any(child.children()) for child in module.children())
+        graph = trace_in_evaluation(module) if deep and not _runs_in_turn(module) else None
+        for node in graph.nodes if graph else ():
+            if node.op == "call_module":
+                users[id(module.get_submodule(str(node.target)))].append(module)
+            elif node.op == "get_attr":
+                holder = str(node.target).rpartition(".")[0]
+                users[id(module.get_submodule(holder))].append(module)
+    return users
 
 
 def _why_not_whole(model: nn.Module, name: str, checked: bool) -> str:
