@@ -198,7 +198,10 @@ def command_line() -> str:
     """Return the command that started this process, as a reader would type it."""
     import shlex
 
-    program = Path(sys.argv[0])
-    # Started as a module (torchrun -m blnet.cli), the program has its file's name.
-    name = "blnet" if program.parts[-2:] == ("blnet", "cli.py") else program.name
-    return shlex.join([name, *sys.argv[1:]])
+    module = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if module is None:
+        words = [Path(sys.argv[0]).name]
+    else:  # started as a module, as torchrun does it; blnet.cli has a name of its own
+        name = module.name.removesuffix(".__main__")
+        words = ["blnet"] if name == "blnet.cli" else ["python", "-m", name]
+    return shlex.join([*words, *sys.argv[1:]])

@@ -26,7 +26,7 @@ from blnet.bench.results import (
     write_text,
 )
 from blnet.bench.settings import Settings, resolve
-from blnet.bench.summary import model_rows, op_rows, op_suites
+from blnet.bench.summary import ModelRow, model_rows, op_rows, op_suites
 from blnet.cli import main
 from blnet.environment import collect
 
@@ -348,6 +348,15 @@ def test_a_group_that_could_not_be_built_is_reported(results, suite: str, tmp_pa
     reasons = {"models": 3, "merge": 2}[suite]
     assert f"{failures} measurements failed, for {reasons} reasons, and got no time" in page
     assert f"<li>{line}</li>" in page
+
+
+def test_a_network_is_named_with_what_sets_it_apart() -> None:
+    for label, text in (
+        ("bl_resnet22 a4 b1", "bl_resnet22"),
+        ("bl_resnet22 a4 b1 pyramid", "bl_resnet22 pyramid"),
+    ):
+        row = ModelRow(Network(label, "bl_resnet22", 4, 1, "resnet22", 3_000_000, 10**9), None)
+        assert cells.model_cells([1], row)[0] == text
 
 
 def test_a_batch_that_was_halved_is_not_mixed_with_another_group(results) -> None:

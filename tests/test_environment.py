@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,3 +53,12 @@ def test_the_commit_is_marked_where_files_differ(tmp_path) -> None:
     assert marked.endswith("+")
     assert clean is not None
     assert len(clean) == 40
+
+
+def test_the_command_is_what_a_reader_would_type(tmp_path: Path) -> None:
+    code = "from blnet.environment import command_line\nprint(command_line())\n"
+    (tmp_path / "measure.py").write_text(code)
+    for start, words in ((["measure.py"], "measure.py"), (["-m", "measure"], "python -m measure")):
+        command = [sys.executable, *start, "--batch", "2 3"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout == f"{words} --batch '2 3'\n"

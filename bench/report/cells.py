@@ -7,7 +7,7 @@ from typing import Any
 
 from blnet.bench import accuracy
 from blnet.bench.intervals import Ratio
-from blnet.bench.results import Measurement, Results
+from blnet.bench.results import Measurement, Network, Results
 from blnet.bench.summary import BatchRow, ModelRow, OpRow
 
 NOTHING = "-"
@@ -97,7 +97,7 @@ def model_cells(batches: Sequence[int], row: ModelRow) -> list[str]:
     low, top = measured[0], measured[-1]
     rungs = [batch.rung if batch else NOTHING for batch in measured]
     return [
-        network.name,
+        _name(network),
         number_text(network.alpha, 0),
         number_text(network.beta, 0),
         f"{network.parameters / 1e6:.2f}",
@@ -109,6 +109,13 @@ def model_cells(batches: Sequence[int], row: ModelRow) -> list[str]:
         megabytes(top.peak_memory if top else None),
         "; ".join(dict.fromkeys(rungs)),
     ]
+
+
+def _name(network: Network) -> str:
+    """Return a network's name with what its label says beyond alpha and beta, as " pyramid"."""
+    known = f"{network.name} a{network.alpha} b{network.beta}"
+    more = network.label.removeprefix(known) if network.label.startswith(known) else ""
+    return network.name + more
 
 
 def _speedup(row: BatchRow | None) -> str:
