@@ -273,6 +273,16 @@ def test_threads_take_images_of_their_own(images):
     assert error(results[0], expected) < TOLERANCE
 
 
+def test_fewer_threads_than_were_asked_for_do_all_the_work():
+    code = (
+        "import torch; from blnet.kernels.native import Builder; torch.set_num_threads(2);"
+        "b = Builder((2, 64, 8, 8)); p = b.build([b.combine(b.input, relu=True)]);"
+        "x = torch.randn(2, 64, 8, 8); assert torch.equal(p(x)[0], torch.where(x > 0, x, 0))"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_THREAD_LIMIT": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environment)
+
+
 @pytest.mark.usefixtures("two_threads")
 def test_two_python_threads_at_once():
     program, x, _ = deep()
@@ -474,8 +484,13 @@ def test_weights_larger_than_the_map_are_read_once() -> None:
     ("channels", "out", "size", "kernel", "stride"),
     [
         *((256, 64, 56, 1, 1), (64, 64, 112, 3, 2), (128, 512, 28, 1, 1), (512, 128, 28, 1, 1)),
-        *((32, 32, 28, 3, 1), (64, 16, 112, 3, 1)),  # Winograd
+        *((32, 32, 28, 3, 1), (64, 16, 112, 3, 1), (192, 192, 35, 3, 1)),  # Winograd
     ],
 )
 def test_two_threads_get_as_many_pieces_each(channels, out, size, kernel, stride) -> None:
     assert cut(channels, out, size, kernel, stride, threads=2).items % 2 == 0
+
+
+def test_small_maps_are_transformed_once() -> None:
+    step = cut(128, 128, 24, 3, 1, threads=2)
+    assert (step.chunks, step.slices) == (2, 1)

@@ -1,8 +1,8 @@
 // The engine: runs a list of steps, each cut into pieces that threads take one at a time.
 //
-// Pieces lie in the order of the pixels that they compute, and each thread has the same share of
-// them in every step, so that it reads what it wrote itself and its core's cache holds; who is done
-// helps the others. Predicted: 1 to 2 % at batch 1. Measured on a Xeon, two threads, against one
+// A convolution's pieces lie in the order of the pixels that they compute, and each thread has the
+// same share of them in every step, so that it reads what it wrote itself and its core's cache
+// holds; who is done helps the others. Predicted: 1 to 2 % at batch 1. Measured on a Xeon, two threads, against one
 // count for all: 1 to 3 % at batch 1, nothing at batch 8.
 //
 // One parallel region runs the whole list, so that threads wake once in a call. OpenMP, because
