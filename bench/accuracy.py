@@ -24,8 +24,8 @@ HEADER = {
     "conversion": ["way", "epochs", "GMACs", "cost, TMACs", "top-1, % [95 %]",
                    "converted over it, points [95 %]", "s/epoch", "seeds"],
     "speech": ["network", "alpha", "beta", "params, M", "GMACs/s", "MAC ratio", "error, % [95 %]",
-               "over plain, points [95 %]", "CER, %", "ms/step", "real-time factor", "epochs",
-               "runs"],
+               "over plain, points [95 %]", "CER, %", "WER with n-grams, %", "ms/step",
+               "real-time factor", "epochs", "runs"],
 }  # fmt: skip
 PLAIN, CONVERTED = "plain", "converted, fine-tuned"  # families of the conversion study
 NOTHING = "-"
@@ -50,6 +50,8 @@ class StudyRow:
         mac_ratio: MACs of the plain network over its own; None where that was not run.
         epoch_seconds: median time of an epoch.
         cer: character error rate, percent; None where nothing is spelled.
+        ngram_wer: word error rate of a beam search with n-grams of the training transcripts,
+            percent; None where there were none.
         real_time_factor: mean of the seconds that a second of speech takes; None of pictures.
     """
 
@@ -60,6 +62,7 @@ class StudyRow:
     mac_ratio: float | None
     epoch_seconds: float | None
     cer: Mean | None = None
+    ngram_wer: Mean | None = None
     real_time_factor: float | None = None
 
 
@@ -87,9 +90,17 @@ def _row(family: str, own: list[Measurement], runs: dict[str, list[Measurement]]
         difference=difference,
         mac_ratio=plain[0].facts["macs"] / facts["macs"] if plain else None,
         epoch_seconds=median_epoch(own),
-        cer=mean([100 * m.facts["cer"] for m in own]) if "cer" in facts else None,
+        cer=_rate(own, "cer"),
+        ngram_wer=_rate(own, "ngram_wer"),
         real_time_factor=_mean_of(own, "real_time_factor"),
     )
+
+
+def _rate(runs: list[Measurement], name: str) -> Mean | None:
+    """Return an error rate in percent, where every run has it."""
+    if not all(name in m.facts for m in runs):
+        return None
+    return mean([100 * m.facts[name] for m in runs])
 
 
 def _mean_of(runs: list[Measurement], name: str) -> float | None:
@@ -128,7 +139,8 @@ def cells(row: StudyRow, suite: str) -> list[str]:
         step = NOTHING
         if row.epoch_seconds is not None:
             step = f"{1000 * row.epoch_seconds / facts['steps']:.1f}"
-        last = [mean_text(row.cer), step, NOTHING if factor is None else f"{factor:.4f}"]
+        rates = [mean_text(row.cer), mean_text(row.ngram_wer)]
+        last = [*rates, step, NOTHING if factor is None else f"{factor:.4f}"]
     return [
         str(facts["network"]),
         *(NOTHING if facts[name] is None else str(facts[name]) for name in ("alpha", "beta")),
@@ -166,7 +178,9 @@ def notes(suite: str) -> str:
         return (
             "Error of the last epoch's network on the evaluation recordings: the share of wrong "
             "words, or of transcripts the word error rate, mean over runs with the 95 % interval "
-            "of Student's t; differences are taken run by run. Runs differ in their seed or, on "
+            "of Student's t; differences are taken run by run. WER and CER are of the likeliest "
+            "path, WER with n-grams of a beam search with a language model of the training "
+            "transcripts' words. Runs differ in their seed or, on "
             "fsdd_speakers, in the speaker that is held out. ms/step is the median over all epochs "
             "of all runs, training alone; the real-time factor is the evaluation's, reading, "
             "features and decoding included. Both are rough where other programs ran beside them; "

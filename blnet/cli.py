@@ -32,6 +32,7 @@ COMMANDS = {
     "predict vision": ("blnet.vision.predict", "say what is on pictures"),
     "predict speech": ("blnet.speech.predict", "say which words recordings are"),
     "transcribe": ("blnet.speech.transcribe", "write down what recordings say"),
+    "ngrams": ("blnet.speech.ngrams_command", "make a language model of transcripts or other text"),
     "align": ("blnet.speech.align", "make frame labels from transcripts with a CTC network"),
     "doctor": ("blnet.doctor", "say what works on this machine and what to do about the rest"),
 }

@@ -14,6 +14,7 @@ from blnet.training.config import TrainingConfig
 TaskName = Literal["keyword", "ctc", "frame"]
 DataName = Literal["synth", "speech_commands", "fsdd", "yesno", "librispeech", "folder", "manifest"]
 Normalize = Literal["utterance", "global", "none"]
+LONGEST = 6  # words of an n-gram; KenLM's own limit
 LETTERS = "abcdefghijklmnopqrstuvwxyz '"
 
 
@@ -205,6 +206,9 @@ class SpeechConfig(TrainingConfig):
         data: which recordings.
         features: how they become maps.
         augment: how they are varied in training.
+        ngrams: ctc and frame: words of the longest n-gram of a language model that is made of the
+            training transcripts; evaluations then give the error rates of a beam search with it as
+            well, beside those of the likeliest path. 0 for none.
         baseline: whether the plain network is trained as well afterwards, the same way, so that
             its figures stand beside.
     """
@@ -214,6 +218,7 @@ class SpeechConfig(TrainingConfig):
     data: DataConfig = DataConfig()
     features: FeatureConfig = FeatureConfig()
     augment: AugmentConfig = AugmentConfig()
+    ngrams: int = 0
     baseline: bool = False
 
     def check(self) -> None:
@@ -227,6 +232,7 @@ class SpeechConfig(TrainingConfig):
         self.data.check()
         self.features.check()
         self.augment.check()
+        _check_range("--ngrams", self.ngrams, 0, LONGEST)
         if not self.model.width > 0:
             raise ValueError(f"--model.width must be above 0, got {self.model.width}; take 1")
         if self.baseline and self.model.start is not None:

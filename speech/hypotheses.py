@@ -168,6 +168,23 @@ def spell(labels: Tensor, log_probs: Tensor, alphabet: Alphabet) -> tuple[Token,
     return (*ended, *collapse.finish())
 
 
+def check_spaced(alphabet: Alphabet, advice: str = "decode without one") -> None:
+    """Check that an alphabet has what parts words.
+
+    Args:
+        alphabet: the characters.
+        advice: what to do if not.
+
+    Raises:
+        ValueError: if not.
+    """
+    if SPACE not in alphabet.classes:
+        raise ValueError(
+            "a language model of words needs an alphabet with a space, and "
+            f"{alphabet.characters!r} has none; {advice}"
+        )
+
+
 def check_log_probs(log_probs: Tensor, alphabet: Alphabet, lengths: Tensor | None = None) -> None:
     """Raise a ValueError if log probabilities do not fit an alphabet or their lengths.
 

@@ -1,4 +1,4 @@
-"""Language models of words: n-grams with back-off, read from ARPA files."""
+"""Language models of words: n-grams with back-off, read from ARPA files and written to them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO, cast
 
-from blnet.files import StrPath, reason
+from blnet.files import StrPath, reason, written_aside
 
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 _NEVER = -100.0  # log10, for words of which a model says nothing; KenLM takes the same
@@ -57,7 +57,7 @@ class LanguageModel:
                 "kenlm and pyctcdecode; install them or give the .arpa file that it was made of"
             )
         try:
-            with _open(path) as file:
+            with _open(path, Path(path).suffix == ".gz") as file:
                 grams, order = _read(_Lines(file, path), lower)
                 file.read()  # to the end, where gzip has its checksum
         except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -66,6 +66,29 @@ class LanguageModel:
                 "anew"
             ) from error
         return cls(grams, order)
+
+    def save(self, path: StrPath) -> None:
+        """Write the model as an ARPA file, packed where its name ends with .gz.
+
+        Raises:
+            OSError: if it cannot be written; what was there before stays.
+        """
+        orders: list[list[str]] = [[] for _ in range(self.order)]
+        for gram in sorted(self._grams):
+            orders[gram.count(" ")].append(gram)
+        packed = Path(path).suffix == ".gz"
+        with written_aside(path) as aside, _open(aside, packed, "w") as file:
+            file.write("\\data\\\n")
+            for length, grams in enumerate(orders, start=1):
+                file.write(f"ngram {length}={len(grams)}\n")
+            for length, grams in enumerate(orders, start=1):
+                file.write(f"\n\\{length}-grams:\n")
+                file.writelines(self._line(gram) for gram in grams)
+            file.write("\n\\end\\\n")
+
+    def _line(self, gram: str) -> str:
+        score, weight = self._grams[gram]
+        return f"{score:.7f}\t{gram}" + (f"\t{weight:.7f}\n" if weight else "\n")
 
     def __contains__(self, word: str) -> bool:
         return word in self._grams
@@ -132,10 +155,10 @@ def is_binary(path: StrPath) -> bool:
         return file.read(len(_BINARY)) == _BINARY
 
 
-def _open(path: StrPath) -> TextIO:
-    if Path(path).suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return Path(path).open(encoding="utf-8")
+def _open(path: StrPath, packed: bool, mode: Literal["r", "w"] = "r") -> TextIO:
+    if packed:
+        return cast("TextIO", gzip.open(path, f"{mode}t", encoding="utf-8"))
+    return cast("TextIO", Path(path).open(mode, encoding="utf-8"))
 
 
 class _Lines:

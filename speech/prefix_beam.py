@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blnet.speech.alignment import write
-from blnet.speech.hypotheses import SPACE, Hypothesis, check_log_probs
+from blnet.speech.hypotheses import SPACE, Hypothesis, check_log_probs, check_spaced
 from blnet.speech.ngrams import END, START, LanguageModel
 from blnet.speech.text import BLANK, Alphabet
 
@@ -69,11 +69,7 @@ def beam(
         raise ValueError(f"the width of a beam must be 1 or more, got {width}")
     words = None
     if language_model is not None:
-        if SPACE not in alphabet.classes:
-            raise ValueError(
-                "a language model of words needs an alphabet with a space, and "
-                f"{alphabet.characters!r} has none; decode without one"
-            )
+        check_spaced(alphabet)
         words = _Words(alphabet, language_model, alpha, beta)
     combine = np.maximum if viterbi else np.logaddexp
     outputs = log_probs.detach().cpu()

@@ -13,7 +13,7 @@ from rich.console import Console
 from blnet.bench import accuracy, progress, runner, studies
 from blnet.bench.ladder import rungs
 from blnet.bench.report import csv_text, markdown
-from blnet.bench.results import Measurement, read_json
+from blnet.bench.results import Measurement, Results, read_json
 from blnet.bench.session import Session
 from blnet.bench.settings import Settings
 from blnet.bench.suites import test_speech as study_suite
@@ -169,3 +169,24 @@ def test_of_transcripts_the_word_error_rate_is_compared() -> None:
         Measurement("speech", "synth", "x", "seed 0", facts=facts)
     ) == pytest.approx(10)
     assert accuracy.score(Measurement("accuracy", "digits", "x", "y", facts=facts)) == 90
+
+
+def test_a_search_with_ngrams_has_its_column_where_every_run_has_it() -> None:
+    facts = {"network": "x", "alpha": None, "beta": None, "baseline": "x", "parameters": 1e6,
+             "macs": 1e9, "epochs": 1, "steps": 1, "wer": 0.5, "cer": 0.25}  # fmt: skip
+    runs = [
+        Measurement("speech", "yesno", "x", f"seed {seed}", status="ok", samples=[1.0],
+                    facts={**facts, "seed": seed, "ngram_wer": rate})
+        for seed, rate in enumerate((0.01, 0.03))
+    ]  # fmt: skip
+    column = accuracy.HEADER["speech"].index("WER with n-grams, %")
+    (row,) = accuracy.rows(_results(runs), "speech")
+    assert accuracy.cells(row, "speech")[column].startswith("2.00 ± ")
+    del runs[1].facts["ngram_wer"]
+    (row,) = accuracy.rows(_results(runs), "speech")
+    assert accuracy.cells(row, "speech")[column] == accuracy.NOTHING
+    assert len(accuracy.cells(row, "speech")) == len(accuracy.HEADER["speech"])
+
+
+def _results(measurements: list[Measurement]) -> Results:
+    return Results(environment={}, settings={}, measurements=measurements)

@@ -477,3 +477,71 @@ def test_a_recording_without_frame_labels_is_named(corpus: Path) -> None:
     few = dataclasses.replace(task.config.data, labels=str(corpus / "few"))
     with pytest.raises(CorruptSample, match=r"has no labels of .*eval-2\.wav"):
         make_task(dataclasses.replace(task.config, data=few)).eval_data[0]
+
+
+# N-grams of the training transcripts -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def phrases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like `corpus` whose transcripts have words, without frame labels."""
+    folder = tmp_path_factory.mktemp("phrases")
+    for name in ("train", "eval"):
+        write_corpus(folder, ("ab ab", "ab"), 4, name)
+    return folder
+
+
+def spaced(folder: Path, **changes: Any) -> SpeechConfig:
+    found = config(folder, "ctc", **changes)
+    return dataclasses.replace(found, data=dataclasses.replace(found.data, alphabet="ab "))
+
+
+def test_with_ngrams_both_ways_of_decoding_are_counted(phrases: Path) -> None:
+    task = make_task(spaced(phrases, ngrams=2))
+    batch = prepared(task, count=2)  # the longest first
+    assert task.references(batch) == ["ab ab", "ab ab"]
+    frames = int(task.answered(batch).max())
+    logits = torch.full((2, frames, task.classes), -9.0)
+    logits[..., 0] = 0.0
+    # "ab ab" with its last letter a hair less likely than an a, and "ab b": no words of training.
+    for place, path in enumerate(([1, 2, 3, 1, 1], [1, 2, 3, 3, 2])):
+        for step, label in enumerate(path):
+            logits[place, 2 * step] = -9.0
+            logits[place, 2 * step, label] = 0.0
+    logits[0, 8, 2] = -0.1
+    logits[1, 6, 1] = -0.1
+    metrics = task.metrics()
+    task.update(metrics, logits, batch)
+    found = {name: float(value) for name, value in metrics.compute().items()}
+    assert task.texts(logits, batch) == ["ab aa", "ab b"]
+    assert task.searched(logits, batch) == ["ab ab", "ab ab"]
+    assert found == {
+        "wer": 2 / 4, "cer": pytest.approx(2 / 10), "ngram_wer": 0, "ngram_cer": 0,
+    }  # fmt: skip
+
+
+def test_without_ngrams_nothing_is_searched(phrases: Path) -> None:
+    task = make_task(spaced(phrases))
+    assert task.language_model is None
+    assert set(task.metrics().keys()) == {"wer", "cer"}
+
+
+def test_the_model_is_of_the_training_transcripts(phrases: Path, corpus: Path) -> None:
+    task = make_task(spaced(phrases, ngrams=2))
+    assert task.language_model.order == 2
+    both, one = (task.language_model.score("ab", h) for h in (("ab",), ("<s>",)))
+    assert both < one < 0  # every sentence begins with it, and half go on with it
+    with pytest.raises(ValueError, match=r"alphabet with a space, and 'ab' has none; .*--ngrams 0"):
+        make_task(config(corpus, "ctc", ngrams=1))
+
+
+@pytest.mark.parametrize(
+    ("task", "ngrams", "message"),
+    [
+        ("ctc", -1, "--ngrams must be from 0 to 6, got -1"),
+        ("frame", 7, "--ngrams must be from 0 to 6, got 7"),
+    ],
+)
+def test_ngrams_out_of_place_are_refused(task: TaskName, ngrams: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SpeechConfig(task=task, ngrams=ngrams).check()

@@ -378,7 +378,7 @@ def _study_row(row: accuracy.StudyRow, suite: str) -> list[Cell]:
     values = [None, facts["alpha"], facts["beta"], facts["parameters"], facts["macs"]]
     values += [row.mac_ratio, score, difference]
     if suite == "speech":
-        values += [row.cer.value if row.cer else None]
+        values += [rate.value if rate else None for rate in (row.cer, row.ngram_wer)]
         values += [None if seconds is None else seconds / facts["steps"], row.real_time_factor]
     else:
         values += [seconds]
