@@ -174,11 +174,14 @@ FLAGS = ("--data.sample-rate", tones.RATE, "--features.bins", 16, "--model.width
 
 
 @pytest.mark.parametrize("task", ["keyword", "ctc"])
-def test_the_figures_are_those_of_training(words, texts, tmp_path, capsys, task):
+def test_the_figures_are_those_of_training(nets, words, texts, tmp_path, capsys, task):
     data = words if task == "keyword" else texts
     kind = "folder" if task == "keyword" else "manifest"
     flags = ("--task", task, "--data.name", kind, "--data.path", data, "--data.eval-path", data,
              "--data.alphabet", "abc ", *FLAGS, "--output", tmp_path / "run")  # fmt: skip
+    if task == "ctc":  # a network that spells already
+        flags += ("--model.start", nets["ctc"], "--features.normalize", "none", "--lr", 1e-4,
+                  "--ngrams", 2)  # fmt: skip
     assert main(["train", "speech", *map(str, flags)]) == 0
     rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     epochs = [row for row in rows if row["kind"] == "epoch"]
@@ -189,6 +192,17 @@ def test_the_figures_are_those_of_training(words, texts, tmp_path, capsys, task)
     (network,) = json.loads((tmp_path / "out" / "results.json").read_text())["networks"]
     for key in {"keyword": ("accuracy",), "ctc": ("wer", "cer")}[task]:
         assert network["metrics"][key] == pytest.approx(best[key], rel=1e-5)
+    if task == "keyword":
+        assert "ngram_wer" not in best
+        return
+    model = tmp_path / "words.arpa"
+    assert main(["ngrams", str(tmp_path / "run"), "--order", "2", "--output", str(model)]) == 0
+    out = tmp_path / "searched"
+    assert run(tmp_path / "run", "--output", out, "--language-model", model) == 0
+    (network,) = json.loads((out / "results.json").read_text())["networks"]
+    for key in ("wer", "cer"):
+        assert network["metrics"][key] == pytest.approx(best[f"ngram_{key}"], rel=1e-5)
+        assert best[f"ngram_{key}"] not in (0, 1, best[key])  # else nothing was compared
 
 
 # What is told -----------------------------------------------------------------------------------
