@@ -42,6 +42,20 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[P
     tuning.forget()
 
 
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[..., Path]:
+    """Save networks for the digits: saved("name", model, **header changes) -> path."""
+    import blnet
+    from blnet.vision.testing import header, network
+
+    def save(name: str = "net", model: torch.nn.Module | None = None, **changes: Any) -> Path:
+        path = tmp_path / f"{name}.safetensors"
+        blnet.save(network() if model is None else model, path, **header(**changes))
+        return path
+
+    return save
+
+
 class NoDriver:
     """Stands for a GPU driver while tracing: only the architecture is asked for."""
 

@@ -1,4 +1,4 @@
-"""``blnet evaluate vision``: counts that are right, readable files, refusals that explain."""
+"""``blnet evaluate vision``: counts that are right, the data that are meant, readable files."""
 
 import contextlib
 import csv
@@ -20,7 +20,6 @@ from torch import nn
 
 import blnet
 from blnet.cli import main
-from blnet.network import BigLittleConfig, BigLittleNet
 from blnet.training.confusion import (
     draw_confusion,
     wilson,
@@ -33,52 +32,7 @@ from blnet.vision.data import load_data
 from blnet.vision.evaluate import evaluation_data, measure
 from blnet.vision.inference import load_trained
 from blnet.vision.preprocessing import IMAGENET, Preprocessing
-
-GREY = Preprocessing(8, 1.0, 1, (0.3,), (0.4,))
-DIGITS = list("0123456789")
-
-
-def network(seed=0, **changes):
-    """Return a tiny untrained network whose answers vary over the digits."""
-    settings = {
-        "block": "basic", "depths": (2, 2), "widths": (8, 16), "stem": "small", "stem_width": 8,
-        "in_channels": 1, "num_classes": 10,
-    }  # fmt: skip
-    torch.manual_seed(seed)
-    model = BigLittleNet(BigLittleConfig(**{**settings, **changes})).train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1)
-            module.momentum = 1.0  # the batch's statistics as they are
-    images = load_data(DataConfig(), parts="evaluation").evaluation
-    batch = GREY.normalize(torch.stack([images[i][0] for i in range(40)]))
-    with torch.no_grad():
-        model(batch)
-        model.fc.bias -= model.eval()(batch).mean(0)  # no class is everybody's favourite
-    return model.eval()
-
-
-def header(**changes):
-    found = {
-        "task": "vision",
-        "network": {"name": "bl_resnet18", "options": {"alpha": 2, "beta": 4, "width": 0.5}},
-        "classes": DIGITS,
-        "preprocessing": GREY.as_dict(),
-        "data": {"name": "digits", "holdout": 0.2, "split_seed": 0},
-    }
-    return {k: v for k, v in {**found, **changes}.items() if v is not None}
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """Save networks with a header: saved("name", model, **header changes) -> path."""
-
-    def save(name="net", model=None, **changes):
-        path = tmp_path / f"{name}.safetensors"
-        blnet.save(network() if model is None else model, path, **header(**changes))
-        return path
-
-    return save
+from blnet.vision.testing import DIGITS, GREY, header, network
 
 
 def by_hand(model, data):
@@ -95,16 +49,6 @@ def by_hand(model, data):
 
 def run(*words):
     return main(["evaluate", "vision", *map(str, words)])
-
-
-def refused(capsys, *words):
-    """Return the one line that a command is refused with."""
-    assert run(*words) == 2
-    found = capsys.readouterr()
-    assert found.out == ""
-    (line,) = found.err.splitlines()
-    assert line.startswith("blnet evaluate vision: error: ")
-    return line.removeprefix("blnet evaluate vision: error: ")
 
 
 # What is counted ----------------------------------------------------------------------------------
@@ -353,6 +297,20 @@ def test_picture_shows_every_cell(tmp_path, classes):
     assert np.abs(pictures[0] - pictures[1]).max() > 50
 
 
+def test_examples_name_flags_that_exist(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    flags = {word for word in text.split("examples:")[1].split() if word.startswith("--")}
+    assert flags - {"--nproc-per-node"} <= set(text.split("examples:")[0].replace(",", " ").split())
+
+
+def test_bfloat16_is_measured_as_such(saved, tmp_path):
+    assert run(saved(), "--precision", "bf16", "--output", Path(tmp_path, "out")) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["precision"] == "bf16"
+
+
 # Which data ---------------------------------------------------------------------------------------
 
 
@@ -414,126 +372,3 @@ def test_more_than_one_in_a_hundred_is_an_error(tmp_path, capsys):
     blnet.save(network(num_classes=2), path, **header(classes=["a", "b"], data={"name": "folder"}))
     assert run(path, "--eval-path", folder) == 2
     assert "of the 300 evaluation images cannot be read, more than 1%" in capsys.readouterr().err
-
-
-# What is refused ----------------------------------------------------------------------------------
-
-
-def test_no_such_checkpoint(capsys, tmp_path):
-    line = refused(capsys, tmp_path / "no.pth")
-    assert "no.pth does not exist; name a .safetensors file, a run's folder" in line
-    (tmp_path / "empty").mkdir()
-    assert "is a folder without best.safetensors" in refused(capsys, tmp_path / "empty")
-
-
-def test_a_checkpoint_that_does_not_tell_its_data(saved, capsys):
-    line = refused(capsys, saved(data=None))
-    assert "does not say what it was trained on; name the data with --data" in line
-
-
-def test_another_task(saved, capsys):
-    line = refused(capsys, saved(task="speech"))
-    assert "was trained for the task 'speech', not on images; use 'blnet evaluate speech'" in line
-
-
-def test_another_number_of_classes(saved, capsys):
-    line = refused(capsys, saved(), "--data", "fake", "--classes", 7, "--eval-images", 8)
-    assert "net.safetensors knows 10 classes and fake (8 test images of random pixels" in line
-    assert "has 7; evaluate it on data with the classes that it was trained on" in line
-
-
-def test_other_names_of_classes(saved, capsys):
-    names = ["nought", *DIGITS[1:]]
-    line = refused(capsys, saved(classes=names))
-    assert "knows class 0 as 'nought' and digits (360" in line
-    assert "has '0' there" in line
-
-
-def test_numbers_are_no_names(saved):
-    path = saved(classes=["nought", *DIGITS[1:]])
-    assert run(path, "--data", "fake", "--classes", 10, "--eval-images", 8) == 0
-
-
-def test_a_header_that_contradicts_the_network(saved, capsys):
-    line = refused(capsys, saved(classes=DIGITS[:9]))
-    assert "its header names 9 classes and the network has 10" in line
-    line = refused(capsys, saved(preprocessing={"size": 8}))
-    assert "preprocessing.crop_ratio is missing" in line
-    line = refused(capsys, saved(preprocessing=IMAGENET.as_dict()))
-    assert "does not take an input of size (1, 3, 224, 224)" in line
-    line = refused(capsys, saved(data={"name": 3}))
-    assert "has data settings that make no sense" in line
-
-
-def test_a_network_that_does_not_classify():
-    model = nn.Sequential(network(), nn.Unflatten(1, (2, 5)))
-    with pytest.raises(ValueError, match="does not give one logit a class"):
-        inference._count_classes(model, (1, 1, 8, 8))
-
-
-def test_data_that_are_not_there(saved, capsys, tmp_path):
-    line = refused(capsys, saved(), "--data", "folder", "--data-path", tmp_path / "none")
-    assert line.startswith("--data.path")
-    # The errors' flags are known to the command as well.
-    line = refused(capsys, saved(), "--data.name", "folder", "--data.path", tmp_path / "none")
-    assert line.startswith("--data.path")
-
-
-def test_outputs_that_are_no_numbers(saved, capsys):
-    model = network()
-    nn.init.constant_(next(m for m in model.modules() if isinstance(m, nn.Linear)).bias, torch.nan)
-    assert "outputs that are not finite numbers" in refused(capsys, saved(model=model))
-
-
-def test_an_output_that_cannot_be_written(saved, capsys, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    # Before any work is done.
-    monkeypatch.setattr(evaluate, "measure", None)
-    line = refused(capsys, saved(), "--output", tmp_path / "file")
-    assert "--output" in line
-    assert "is no folder that can be written to" in line
-
-
-def test_memory_that_runs_out(saved, capsys, monkeypatch):
-    def forward(self, images):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
-
-    path = saved()
-    monkeypatch.setattr(inference, "profile", lambda *_: None)
-    monkeypatch.setattr(inference, "_count_classes", lambda *_: 10)
-    monkeypatch.setattr(BigLittleNet, "forward", forward)
-    assert "memory ran out with 128 images at once; lower --batch" in refused(capsys, path)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu(saved, capsys):
-    assert "--device cuda: PyTorch sees no GPU" in refused(capsys, saved(), "--device", "cuda")
-    assert "--precision fp16 needs a GPU" in refused(capsys, saved(), "--precision", "fp16")
-
-
-@pytest.mark.parametrize(
-    "words", [("--batch", "0"), ("--limit", "x"), ("--data", "mnist"), ("--precision", "int8")]
-)
-def test_flags_that_make_no_sense(saved, capsys, words):
-    with pytest.raises(SystemExit) as stop:
-        run(saved(), *words)
-    assert stop.value.code == 2
-    assert words[0] in capsys.readouterr().err
-
-
-def test_workers_that_make_no_sense(saved, capsys):
-    assert "--workers must be from 0 to 1024" in refused(capsys, saved(), "--workers", "-1")
-
-
-def test_examples_name_flags_that_exist(capsys):
-    with pytest.raises(SystemExit) as stop:
-        run("--help")
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    flags = {word for word in text.split("examples:")[1].split() if word.startswith("--")}
-    assert flags - {"--nproc-per-node"} <= set(text.split("examples:")[0].replace(",", " ").split())
-
-
-def test_bfloat16_is_measured_as_such(saved, tmp_path):
-    assert run(saved(), "--precision", "bf16", "--output", Path(tmp_path, "out")) == 0
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["precision"] == "bf16"

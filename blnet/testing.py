@@ -1,0 +1,69 @@
+"""A small network to save and a residual block to fuse, and what tests compare of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blnet.fusing import fuse, fusions
+from blnet.fusion_sites import Fusion
+from blnet.network import BigLittleConfig, BigLittleNet
+
+SMALL: dict[str, Any] = {
+    "depths": (2, 3, 2), "widths": (32, 64, 64), "stem_width": 16, "num_classes": 10,
+}  # fmt: skip
+
+
+def small(seed: int = 0, **options: Any) -> BigLittleNet:
+    """Return a small network whose running statistics have moved.
+
+    Args:
+        seed: of its weights.
+        options: fields of :class:`BigLittleConfig` that are to be otherwise than in `SMALL`.
+    """
+    torch.manual_seed(seed)
+    model = BigLittleNet(BigLittleConfig(**{**SMALL, **options}))
+    model(torch.randn(2, model.config.in_channels, 16, 16))  # moves the running statistics
+    return model.eval()
+
+
+def assert_same_state(actual: nn.Module, expected: nn.Module) -> None:
+    """Assert that two networks have the same keys, in order, with the same bits."""
+    found, wanted = actual.state_dict(), expected.state_dict()
+    assert list(found) == list(wanted)
+    for key, value in wanted.items():
+        assert found[key].dtype == value.dtype, key
+        assert torch.equal(found[key], value), key
+
+
+class Block(nn.Module):
+    """A residual block whose end tests vary."""
+
+    def __init__(self, channels: int = 8, width: int = 16, **conv: object) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, channels, 1)
+        self.conv = nn.Conv2d(channels, width, **{"kernel_size": 1, "bias": False, **conv})  # type: ignore[arg-type]
+        self.norm: nn.Module = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the ReLU of the sum of the input and what the layers make of it."""
+        result: Tensor = self.relu(self.norm(self.conv(self.conv1(x))) + x)
+        return result
+
+
+def place_of(block: nn.Module) -> Fusion:
+    """Return the only place that is found in a block."""
+    (place,) = fusions(fuse(block))
+    return place
+
+
+def holds(block: nn.Module, x: Tensor | None = None) -> nn.Module:
+    """Assert that a block's fused copy computes what it computes, and return the copy."""
+    x = torch.randn(2, 16, 5, 7) if x is None else x
+    fused = fuse(block)
+    for training in (True, False):
+        assert torch.equal(fused.train(training)(x), block.train(training)(x))
+    return fused
