@@ -224,13 +224,32 @@ def _affine(
 ) -> torch.Tensor:
     """Compute scale conv2d(x, weight) + shift; scale and shift may have a dtype of their own."""
     if scale is None and (shift is None or shift.dtype == weight.dtype):
-        return F.conv2d(x, weight, shift, stride, padding)
-    y = F.conv2d(x, weight, None, stride, padding)
+        return _conv2d(x, weight, shift, stride, padding)
+    y = _conv2d(x, weight, None, stride, padding)
     # BatchNorm with mean 0, variance 0 and eps 1 is this very scale and shift, in one pass over y.
     given = shift if scale is None else scale
     assert given is not None
     zeros = torch.zeros_like(given)
     return F.batch_norm(y, zeros, zeros, scale, shift, False, 0.0, 1.0)
+
+
+def _conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: int,
+    padding: int,
+) -> torch.Tensor:
+    """Compute conv2d, in bfloat16 on CPUs with AMX as well.
+
+    There oneDNN returns memory that nobody wrote where a map of one column comes of a stride above
+    1 (pytorch/pytorch issue 169688, with torch 2.11.0 and its oneDNN). The first column is the same
+    without the stride.
+    """
+    columns = (x.shape[-1] + 2 * padding - weight.shape[-1]) // stride + 1
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and stride > 1 and columns == 1:
+        return F.conv2d(x, weight, bias, (stride, 1), padding)[..., :1]
+    return F.conv2d(x, weight, bias, stride, padding)
 
 
 def bottleneck(

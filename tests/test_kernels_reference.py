@@ -132,3 +132,25 @@ def test_expand_merge_is_written_out():
         (reference.expand_merge(x, weight, relu=False), y),
     ):
         torch.testing.assert_close(got, expected, **close)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_strided_convolutions_of_one_column_in_bfloat16(columns, layout):
+    """On CPUs with AMX PyTorch itself returns memory that nobody wrote (its issue 169688)."""
+    generator = torch.Generator().manual_seed(0)
+    x, little = (torch.randn(1, c, 30, columns, generator=generator) for c in (3, 2))
+    x, little = (part.bfloat16().contiguous(memory_format=layout) for part in (x, little))
+    shapes = ((5, 4, 1, 1), (4, 5, 1, 1), (5, 3, 3, 3), (4, 2, 3, 3))
+    expand, fusion, big, small = (torch.randn(s, generator=generator).bfloat16() for s in shapes)
+    weights = {"weight_big": big, "weight_little": small}
+    wanted = reference.stem(
+        x.double(), little.double(), expand.double(), None, fusion.double(), None,
+        **{name: weight.double() for name, weight in weights.items()},
+    )  # fmt: skip
+    for _ in range(5):
+        spoilt = [torch.full((1 << n,), 3e38).bfloat16() for n in range(4, 16)]
+        del spoilt
+        out = reference.stem(x, little, expand, None, fusion, None, **weights)
+        assert out.shape == wanted.shape
+        assert float((out - wanted).abs().max() / wanted.abs().max()) < 0.02
