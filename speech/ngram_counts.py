@@ -28,8 +28,7 @@ def count_ngrams(texts: Iterable[str], order: int) -> LanguageModel:
 
     Args:
         texts: sentences; white space parts their words, and one without words is left out. They
-            are held as counts only: 10 million
-            words take about 2 GB at order 3.
+            are read once; the counts are held in memory.
         order: words of the longest n-gram, 1 to 6.
 
     Raises:

@@ -46,6 +46,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Count the n-grams, write the language model and return 0."""
     trained = load_trained(args.checkpoint, ("ctc", "frame"))
+    if args.text is not None and data_settings(trained, vars(args)) != trained.data:
+        raise ValueError("--text takes the place of transcripts; leave out the flags of the data")
     spelled = _Spelled(trained.alphabet)
     lines = _transcripts(trained, args) if args.text is None else _lines(args.text)
     model = count_ngrams(map(spelled, lines), args.order)

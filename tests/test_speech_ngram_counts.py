@@ -165,6 +165,7 @@ def test_transcripts_of_the_training_recordings_are_the_default(net: Path, tmp_p
         (("--text", "empty.txt"), "a language model needs words, and the texts have none"),
         (("--text", "noise.txt"), "noise.txt is not UTF-8 text"),
         (("--text", "text.txt", "--output", "none/x.arpa"), "none/x.arpa cannot be written"),
+        (("--text", "text.txt", "--data", "yesno"), "--text takes the place of transcripts"),
         ((), "--data.path"),
     ],
 )
