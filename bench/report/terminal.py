@@ -60,7 +60,7 @@ def print_tables(results: Results, console: Console) -> None:
             table.add_row(*map(Text, op_cells(results, op_row)), style=style)
         console.print(table)
     for suite in accuracy.studies_of(results):
-        table = rich_table(accuracy.title(results, suite), accuracy.HEADER[suite], left=(0,))
+        table = rich_table(accuracy.title(results, suite), accuracy.HEADER[suite], left=(0,), gap=0)
         for row in accuracy.rows(results, suite):
             table.add_row(*map(Text, accuracy.cells(row, suite)))
         console.print(table)
