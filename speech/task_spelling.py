@@ -40,6 +40,7 @@ class SpellingTask(SpeechTask):
             check_spaced(self.alphabet, "train with --ngrams 0")
             texts = (self.alphabet.normalise(one.text) for one in self.train_data.utterances)
             self.language_model = count_ngrams(texts, config.ngrams)
+            self.told = (f"{NGRAM}{self.monitor}",)
 
     @property
     def classes(self) -> int:

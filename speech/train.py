@@ -49,8 +49,12 @@ class TrainSpeech(TrainCommand):
 
     def advice(self, config: SpeechConfig, folder: Path) -> str:
         """Return what to do with the trained network."""
-        command = "predict speech" if config.task == "keyword" else "transcribe"
-        return f"try it: blnet {command} FILE --checkpoint {folder}"
+        if config.task == "keyword":
+            return f"try it: blnet predict speech FILE --checkpoint {folder}"
+        text = f"try it: blnet transcribe FILE --checkpoint {folder}"
+        if not config.ngrams:
+            return text
+        return f"{text}; a --language-model for it: blnet ngrams {folder} --output words.arpa"
 
 
 def _task_of(words: Sequence[str]) -> TaskName:

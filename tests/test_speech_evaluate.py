@@ -187,14 +187,17 @@ def test_the_figures_are_those_of_training(nets, words, texts, tmp_path, capsys,
     epochs = [row for row in rows if row["kind"] == "epoch"]
     name, choose = ("accuracy", max) if task == "keyword" else ("wer", min)
     best = choose(epochs, key=lambda row: row[name])
-    capsys.readouterr()
+    said = capsys.readouterr().out
     assert run(tmp_path / "run", "--output", tmp_path / "out", "--batch", 5) == 0  # its own data
     (network,) = json.loads((tmp_path / "out" / "results.json").read_text())["networks"]
     for key in {"keyword": ("accuracy",), "ctc": ("wer", "cer")}[task]:
         assert network["metrics"][key] == pytest.approx(best[key], rel=1e-5)
     if task == "keyword":
         assert "ngram_wer" not in best
+        assert "ngram" not in said
         return
+    assert f", ngram_wer {epochs[-1]['ngram_wer']:.2%} after the last, in " in said
+    assert f"blnet ngrams {tmp_path / 'run'} --output words.arpa" in said
     model = tmp_path / "words.arpa"
     assert main(["ngrams", str(tmp_path / "run"), "--order", "2", "--output", str(model)]) == 0
     out = tmp_path / "searched"

@@ -198,8 +198,13 @@ def head(trainer: Trainer) -> dict[str, str]:
 def describe(name: str, summary: Summary, task: Task) -> str:
     """Return one line on what a run came to."""
     unit, monitor = task.unit, task.monitor
+    last = "".join(
+        f", {other} {summary.last[other]:.2%} after the last"
+        for other in task.told
+        if other in summary.last
+    )
     return (
-        f"{name}: best {monitor} {summary.best:.2%} after epoch {summary.best_epoch}, in "
+        f"{name}: best {monitor} {summary.best:.2%} after epoch {summary.best_epoch}{last}, in "
         f"{clock(summary.seconds)} ({summary.samples_per_second:,.0f} {unit}/s in training, "
         f"{summary.waiting:.0%} of it waiting for data)"
     )
