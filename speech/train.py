@@ -54,7 +54,8 @@ class TrainSpeech(TrainCommand):
         text = f"try it: blnet transcribe FILE --checkpoint {folder}"
         if not config.ngrams:
             return text
-        return f"{text}; a --language-model for it: blnet ngrams {folder} --output words.arpa"
+        words = f"blnet ngrams {folder} --output words.arpa --order {config.ngrams}"
+        return f"{text}; a --language-model for it: {words}"
 
 
 def _task_of(words: Sequence[str]) -> TaskName:
