@@ -197,7 +197,7 @@ def test_the_figures_are_those_of_training(nets, words, texts, tmp_path, capsys,
         assert "ngram" not in said
         return
     assert f", ngram_wer {epochs[-1]['ngram_wer']:.2%} after the last, in " in said
-    assert f"blnet ngrams {tmp_path / 'run'} --output words.arpa" in said
+    assert f"blnet ngrams {tmp_path / 'run'} --output words.arpa --order 2" in said
     model = tmp_path / "words.arpa"
     assert main(["ngrams", str(tmp_path / "run"), "--order", "2", "--output", str(model)]) == 0
     out = tmp_path / "searched"
