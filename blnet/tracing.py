@@ -302,17 +302,22 @@ def _last(module: nn.Module) -> nn.Module:
     return module
 
 
+def autocast_is_on() -> bool:
+    """Return whether autocast is on for any device."""
+    return any(torch.is_autocast_enabled(device) for device in _AUTOCAST_DEVICES)
+
+
 @contextmanager
 def autocast_switched(on: bool) -> Iterator[None]:
     """Switch autocast on or off on every device for the time being."""
-    before = [(device, torch.is_autocast_enabled(device)) for device in _AUTOCAST_DEVICES]
+    others = [device for device in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device) != on]
     try:
-        for device, _ in before:
+        for device in others:
             torch.set_autocast_enabled(device, on)
         yield
     finally:
-        for device, was in before:
-            torch.set_autocast_enabled(device, was)
+        for device in others:
+            torch.set_autocast_enabled(device, not on)
 
 
 def _trace_once(module: nn.Module, training: bool) -> fx.Graph | None:

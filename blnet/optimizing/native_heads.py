@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from blnet.kernels.native import Output
 from blnet.optimizing.native_lowering import Lowering, is_map, shape_of
 
 aten = torch.ops.aten
@@ -59,19 +60,11 @@ def linear_over_rows(to: Lowering, node: fx.Node) -> bool:
     found = _found(to, node, shape_of(source))
     if found is None:
         return False
-    images, channels, rows, columns = shape_of(source)
+    _, channels, rows, _ = shape_of(source)
     classes, last = found.weight.shape[1], found.nodes[-1]
     weight = found.weight.T.reshape(classes, channels, rows, 1)
     answers = to.builder.conv(to.made(source), weight, found.bias)
-    value = to.output(answers)
-    for target, *arguments in (
-        (aten.view.default, (images, classes, columns)),
-        (aten.permute.default, (0, 2, 1)),
-        (aten.contiguous.default,),
-        (aten.view.default, shape_of(last)),
-    ):
-        value = to.tail.call_function(target, (value, *arguments))
-    to.head[last] = value
+    to.head[last] = to.output(Output(answers, shape_of(last), channels_last=True))
     to.joined |= set(found.nodes)
     return True
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from blnet.kernels.native import Builder, Map, Program
+from blnet.kernels.native import Builder, Map, Output, Program
 
 
 class UnsupportedError(ValueError):
@@ -82,7 +82,7 @@ class Lowering:
         """Return the program, and what takes its outputs to the network's."""
         self.builder = Builder(self.shape)
         self.tail = fx.Graph()
-        self.outputs: list[Map] = []
+        self.outputs: list[Map | Output] = []
         self.root = nn.Module()
         for node in self.graph.nodes:
             self._know(node)
@@ -130,7 +130,7 @@ class Lowering:
                 self.head[node] = self.output(self.made(node))
         return self.head[node]
 
-    def output(self, result: Map) -> fx.Node:
+    def output(self, result: Map | Output) -> fx.Node:
         """Make a map an output of the program; return it as the last operations see it."""
         node = self.tail.placeholder(f"map{len(self.outputs)}")
         self.outputs.append(result)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from blnet.optimizing.engines import Inputs, Run, channels_last, name_of
 from blnet.optimizing.report import Report
-from blnet.tracing import autocast_switched
+from blnet.tracing import autocast_is_on, autocast_switched
 
 OtherInputs = Literal["eager", "error"]
 _Kind = tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
@@ -61,13 +61,11 @@ class OptimizedNetwork(nn.Module):
             ValueError: if the inputs differ from the example and `other_inputs` is "error".
         """
         tensors = all(isinstance(x, Tensor) for x in inputs)
+        if self._run is not None and tensors and not named:
+            own = tuple(map(self._cast, inputs))
+            if self._fits(own):
+                return self._run_engine(self._run, own)
         given, known = tree_map(self._cast, (inputs, named))
-        if self._run is not None and tensors and not named and self._fits(given):
-            # An engine computes in the precision that it was built for.
-            with torch.no_grad(), autocast_switched(False):
-                result = self._run(*given)
-            # An engine may give another dtype for the same numbers, of indices say.
-            return result if self._returned is None else result.to(self._returned)
         if self._run is not None and self.other_inputs == "error":
             raise ValueError(
                 f"the optimised network takes {describe(self._kind)}, got "
@@ -79,6 +77,18 @@ class OptimizedNetwork(nn.Module):
         result = self.network(*given, **known)
         return result if self._dtype is None else self._cast_back(result, (inputs, named))
 
+    def _run_engine(self, run: Run, inputs: Inputs) -> Any:
+        """Return the engine's result in the dtype of the original's."""
+        if torch.is_grad_enabled() or autocast_is_on():
+            # An engine computes in the precision that it was built for.
+            with torch.no_grad(), autocast_switched(False):
+                result = run(*inputs)
+        else:  # as inference mostly is: the two contexts would cost a native engine's call 1 %
+            result = run(*inputs)
+        # An engine may give another dtype for the same numbers, of indices say.
+        other = self._returned is not None and result.dtype != self._returned
+        return result.to(self._returned) if other else result
+
     def _cast_back(self, result: Any, given: Any) -> Any:
         """Cast a result to the dtype that the original gives, as far as that is known."""
         dtype = self._returned or next((x.dtype for x in tree_leaves(given) if _is_float(x)), None)
@@ -86,12 +96,20 @@ class OptimizedNetwork(nn.Module):
 
     def _fits(self, inputs: Inputs) -> bool:
         """Return whether the engine was built for such inputs; it gives no gradients."""
-        wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        strided = all(x.layout == torch.strided for x in inputs)
-        return strided and kind_of(inputs) == self._kind and not wants_gradient
+        if len(inputs) != len(self._kind):
+            return False
+        gradients = torch.is_grad_enabled()
+        for x, (shape, dtype, device) in zip(inputs, self._kind, strict=True):
+            same = x.shape == shape and x.dtype == dtype and x.device == device
+            if not same or x.layout != torch.strided or (gradients and x.requires_grad):
+                return False
+        return True
 
     def _cast(self, value: Any) -> Any:
-        return value.to(self._dtype) if self._dtype is not None and _is_float(value) else value
+        wanted = self._dtype
+        if wanted is None or not _is_float(value) or value.dtype == wanted:
+            return value
+        return value.to(wanted)
 
     def explain(self) -> None:
         """Print what was replaced by what, which engine runs, and what was tried."""

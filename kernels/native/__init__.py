@@ -9,8 +9,17 @@
 """
 
 from blnet.kernels.native.arena import Map
-from blnet.kernels.native.builder import Builder, pixel_table
+from blnet.kernels.native.builder import Builder, Output, pixel_table
 from blnet.kernels.native.library import NativeError, NativeStatus, status
 from blnet.kernels.native.program import Program
 
-__all__ = ["Builder", "Map", "NativeError", "NativeStatus", "Program", "pixel_table", "status"]
+__all__ = [
+    "Builder",
+    "Map",
+    "NativeError",
+    "NativeStatus",
+    "Output",
+    "Program",
+    "pixel_table",
+    "status",
+]

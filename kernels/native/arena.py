@@ -87,7 +87,7 @@ def for_image(draft: Draft, step: Step, image: int, crossing: set[Map], shift: i
     own = Step.from_buffer_copy(step)
     own.first_image = image
     if step.kind == WINOGRAD:
-        tiles = math.ceil(step.out_height / step.tile_h) * math.ceil(step.out_width / step.tile_w)
+        tiles = math.ceil(step.out_height / step.tile) * math.ceil(step.out_width / step.tile)
         own.chunks = math.ceil(tiles / step.chunk)
         own.items = own.chunks * step.slices
     else:
@@ -105,8 +105,9 @@ def for_image(draft: Draft, step: Step, image: int, crossing: set[Map], shift: i
 def plan_arena(drafts: Sequence[Draft], count: int) -> tuple[dict[Map, int], int]:
     """Return where each map lies, in floats, and the arena's size.
 
-    Maps that are needed at the same time do not overlap. Each map takes the lowest place that is
-    free while it lives.
+    Maps that are needed at the same time do not overlap. A sum takes the place of its residual, if
+    nobody reads that again: what is read anyway is written, and the caches hold one map less. Any
+    other map takes the lowest place that is free while it lives.
 
     Args:
         drafts: the steps.
@@ -122,7 +123,12 @@ def plan_arena(drafts: Sequence[Draft], count: int) -> tuple[dict[Map, int], int
     for item in crossing_maps(drafts, count):
         born[item] = 0  # it keeps the first image while the next ones are computed
     places: dict[Map, int] = {}
+    summed = {d.target: (index, d.residual) for index, d in enumerate(drafts) if _in_place(d)}
     for item in sorted(born, key=lambda item: born[item]):
+        index, residual = summed.get(item, (-1, None))
+        if residual in places and dies[residual] == index and sizes[residual] == sizes[item]:
+            places[item] = places[residual]
+            continue
         others = [
             (places[other], places[other] + sizes[other])
             for other in places
@@ -135,3 +141,9 @@ def plan_arena(drafts: Sequence[Draft], count: int) -> tuple[dict[Map, int], int
             place = max(place, end)
         places[item] = place
     return places, max((places[item] + sizes[item] for item in born), default=0)
+
+
+def _in_place(draft: Draft) -> bool:
+    """Return whether each value of the residual is read only where a sum is written."""
+    same = draft.residual is not None and "table" not in draft.tensors
+    return same and draft.residual is not draft.source

@@ -11,23 +11,48 @@ not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from blnet.kernels.native.arena import Draft, Map, Shape
 from blnet.kernels.native.library import MAXIMUM_OUTPUTS, Library, Step, load
-from blnet.kernels.native.packing import BLOCK, TILES, Convolution, blocks_of, pack
+from blnet.kernels.native.packing import (
+    BLOCK,
+    TILES,
+    Convolution,
+    blocks_of,
+    cut_rows,
+    pack,
+    tile_of,
+)
 from blnet.kernels.native.program import Program
 
 Pair = tuple[int, int]
 Windows = Sequence[tuple[int, int, int]]
 
-METHODS = ("direct", *TILES)  # ways to compute a convolution
+METHODS = ("direct", *dict.fromkeys(tile.name for tile in TILES))  # ways to compute a convolution
 
 # As in step.h; packing.py makes the convolutions.
 IMPORT, EXPORT, AVERAGE, MAXIMUM, COMBINE, AFFINE, SIGMOID = 0, 1, 4, 5, 6, 7, 8
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a program gives a map to its caller.
+
+    Attributes:
+        source: the map, (N, C, H, W).
+        shape: of the tensor, with as many values as the map.
+        channels_last: whether it holds them as (N, H, W, C), not as (N, C, H, W).
+    """
+
+    source: Map
+    shape: tuple[int, ...]
+    channels_last: bool = False
 
 
 class Builder:
@@ -82,8 +107,8 @@ class Builder:
             table: the residual's pixel for each pixel of the output, see `pixel_table`; None
                 where sizes are the same.
             relu: whether ReLU follows.
-            method: "direct", or of 3x3 kernels "winograd 2x2" or "winograd 4x4", with a stride of
-                (2, 1) "winograd 2x4"; None for the fastest by count.
+            method: "direct", or of 3x3 kernels with a stride of (1, 1), (2, 1) or (2, 2)
+                "winograd 2x2" or "winograd 4x4"; None for the fastest by count.
 
         Returns:
             Shape (N, C_out, H_out, W_out).
@@ -126,8 +151,8 @@ class Builder:
             Shape (N, C, len(rows), len(columns)).
         """
         x = self._blocked(x)
-        step = self._plain_step(x, AVERAGE if average else MAXIMUM)
-        step.out_height, step.out_width = len(rows), len(columns)
+        size = (len(rows), len(columns))
+        step = self._plain_step(x, AVERAGE if average else MAXIMUM, size)
         target = Map((*x.shape[:2], len(rows), len(columns)))
         name = "average" if average else "maximum"
         draft = Draft(step, f"{name} {_window(rows)}x{_window(columns)}", target, x)
@@ -171,8 +196,7 @@ class Builder:
         """
         x = self._blocked(x)
         # The sum of nothing and x: a step that reads the residual alone.
-        step = self._plain_step(x, COMBINE)
-        step.out_height, step.out_width = size
+        step = self._plain_step(x, COMBINE, size)
         draft = Draft(step, "resize", Map((*x.shape[:2], *size)), None)
         return self._finish(draft, x, table)
 
@@ -214,23 +238,30 @@ class Builder:
             offset += source.image
         return target
 
-    def build(self, outputs: Sequence[Map]) -> Program:
-        """Return the program that computes these maps.
+    def build(self, outputs: Sequence[Map | Output]) -> Program:
+        """Return the program that computes these maps; a bare one comes as (N, C, H, W).
 
         Raises:
-            ValueError: if there are more outputs than a call can have.
+            ValueError: if there are more outputs than a call can have, or a shape does not fit.
         """
         if len(outputs) > MAXIMUM_OUTPUTS:
             raise ValueError(f"a program has at most {MAXIMUM_OUTPUTS} outputs, got {len(outputs)}")
-        sources = [self._blocked(output) for output in outputs]
-        exports = [self._plain_step(source, EXPORT) for source in sources]
-        for index, step in enumerate(exports):
-            step.output = index
-        drafts = list(self._drafts)
-        for source, step in zip(sources, exports, strict=True):
-            drafts.append(Draft(step, "write the output", None, source))
-        shapes = [output.shape for output in outputs]
+        whole = [out if isinstance(out, Output) else Output(out, out.shape) for out in outputs]
+        sources = [self._blocked(output.source) for output in whole]
+        exports = [
+            self._export(source, index, output)
+            for index, (source, output) in enumerate(zip(sources, whole, strict=True))
+        ]
+        shapes = [output.shape for output in whole]
+        drafts = [*self._drafts, *exports]
         return Program(self.library, self.input.shape, drafts, shapes, self.threads)
+
+    def _export(self, source: Map, index: int, output: Output) -> Draft:
+        if math.prod(output.shape) != math.prod(source.shape):
+            raise ValueError(f"an output of shape {output.shape} does not hold {source.shape}")
+        step = self._plain_step(source, EXPORT)
+        step.output, step.channels_last = index, output.channels_last
+        return Draft(step, "write the output", None, source)
 
     def _blocked(self, x: Map) -> Map:
         """Return a map in blocks: the input is brought to them once."""
@@ -241,13 +272,14 @@ class Builder:
             self._imported = self._finish(draft)
         return self._imported
 
-    def _plain_step(self, x: Map, kind: int) -> Step:
-        """Return a step that works block by block and keeps the sizes."""
+    def _plain_step(self, x: Map, kind: int, size: Pair | None = None) -> Step:
+        """Return a step that works block by block, to a map of this size; None for x's own."""
         images, channels, height, width = x.shape
-        step = Step(kind=kind, items=images * blocks_of(channels), batch=images, channels=channels)
+        step = Step(kind=kind, batch=images, channels=channels)
         step.blocks = step.out_blocks = blocks_of(channels)
-        step.height = step.out_height = height
-        step.width = step.out_width = width
+        step.height, step.width = height, width
+        step.out_height, step.out_width = size or (height, width)
+        cut_rows(step, self.threads if kind != EXPORT else 1)
         return step
 
     def _finish(
@@ -311,11 +343,11 @@ def _check_method(method: str | None, weight: Tensor, stride: Pair, groups: int)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     kernel = tuple(weight.shape[2:])
-    wanted = TILES[method].stride
-    if kernel != (3, 3) or tuple(stride) != wanted or groups != 1:
+    if kernel != (3, 3) or tile_of(method, (stride[0], stride[1])) is None or groups != 1:
+        strides = ", ".join(str(tile.stride) for tile in TILES if tile.name == method)
         raise ValueError(
-            f"conv: {method} is for kernels of 3x3, stride {wanted} and one group, got a kernel of "
-            f"{kernel}, stride {tuple(stride)} and {groups} groups; leave method out"
+            f"conv: {method} is for kernels of 3x3, a stride of {strides} and one group, got a "
+            f"kernel of {kernel}, stride {tuple(stride)} and {groups} groups; leave method out"
         )
 
 

@@ -229,8 +229,9 @@ void direct(const Step& s, const Call& call, int64_t item, float* scratch) {
                         !s.pad_w && !s.planar;
   const int64_t out_pixels = s.out_height * s.out_width, step = s.planar ? 1 : kBlock;
   // In place, a chunk is a run of pixels; else it is rows, which lie end to end if pointwise.
-  const int64_t first = chunk * s.chunk;
-  int64_t rows = std::min(s.chunk, (in_place ? out_pixels : s.out_height) - first);
+  const Cut cut(in_place ? out_pixels : s.out_height, chunk, s.chunks);
+  const int64_t first = cut.begin;
+  int64_t rows = cut.size();
   const int64_t pixel = in_place ? first : first * s.out_width;
 
   Tile tile{};

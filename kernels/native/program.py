@@ -63,7 +63,7 @@ class Program:
         library: Library,
         shape: Shape,
         drafts: Sequence[Draft],
-        outputs: Sequence[Shape],
+        outputs: Sequence[tuple[int, ...]],
         threads: int = 1,
     ) -> None:
         self.steps = [draft.text for draft in drafts]
@@ -79,7 +79,11 @@ class Program:
         self._scratch_floats = -(-max(d.scratch for d in drafts) // _ALIGNMENT) * _ALIGNMENT
         self._scratch = torch.empty(0)
         self._taken = torch.empty(0, dtype=torch.int64)
+        self._prepared = 0
         self._lock = threading.Lock()
+        # One for all calls: after each, the caches hold maps and weights and nothing of Python, so
+        # that every line of memory that a call goes through first costs it time.
+        self._call = Call(scratch_floats=self._scratch_floats)
         steps = [self._place(draft, places) for draft in drafts]
         crossing = crossing_maps(drafts, count)
 
@@ -114,25 +118,21 @@ class Program:
             raise ValueError(
                 f"this program reads strided tensors, got one of layout {x.layout}; call to_dense()"
             )
-        x = x.resolve_neg()  # the library reads memory as it is
-        if tuple(x.shape) != self.shape or x.dtype != torch.float32 or x.device.type != "cpu":
+        if x.shape != self.shape or x.dtype != torch.float32 or not x.is_cpu:
             raise ValueError(
                 f"this program takes float32 tensors of shape {self.shape} on the CPU, got "
                 f"{x.dtype} of shape {tuple(x.shape)} on {x.device}; build one for this shape"
             )
+        x = x.resolve_neg()  # the library reads memory as it is
         outputs = [torch.empty(shape) for shape in self._outputs]
         threads = torch.get_num_threads() if self._library.threaded and not _forked else 1
-        call = Call(input=x.data_ptr(), scratch_floats=self._scratch_floats, threads=threads)
-        call.strides[:] = x.stride()
-        for index, output in enumerate(outputs):
-            call.outputs[index] = output.data_ptr()
         with self._lock:
-            if len(self._scratch) < threads * self._scratch_floats:
-                self._scratch = reserve(threads * self._scratch_floats)
-            counters = len(self._steps) * threads * COUNTERS
-            if len(self._taken) < counters:
-                self._taken = torch.empty(counters, dtype=torch.int64)
-            call.scratch, call.taken = self._scratch.data_ptr(), self._taken.data_ptr()
+            call = self._call
+            if threads > self._prepared:
+                self._prepare(threads)
+            call.threads, call.input = threads, x.data_ptr()
+            call.strides[:] = x.stride()
+            call.outputs[: len(outputs)] = [output.data_ptr() for output in outputs]
             self._library.handle.blnet_native_run(
                 self._steps,
                 self._lanes,
@@ -142,6 +142,13 @@ class Program:
                 threads,
             )
         return outputs
+
+    def _prepare(self, threads: int) -> None:
+        """Reserve what so many threads need beside the arena."""
+        self._scratch = reserve(threads * self._scratch_floats)
+        self._taken = torch.empty(len(self._steps) * threads * COUNTERS, dtype=torch.int64)
+        self._call.scratch, self._call.taken = self._scratch.data_ptr(), self._taken.data_ptr()
+        self._prepared = threads
 
     def _place(self, draft: Draft, places: dict[Map, int]) -> Step:
         """Return the draft's step with its pointers."""

@@ -13,7 +13,7 @@ enum Kind : int64_t {
   kImport = 0,    // the caller's tensor -> blocked map
   kExport = 1,    // blocked map -> the caller's tensor
   kDirect = 2,    // convolution, summed as it is written
-  kWinograd = 3,  // 3x3 convolution with stride 1
+  kWinograd = 3,  // 3x3 convolution with strides of 1 and 2
   kAverage = 4,   // window averages: pools, adaptive pools, the global mean
   kMaximum = 5,   // window maxima
   kCombine = 6,   // source (+ or *) residual, pixel by pixel, then ReLU
@@ -45,12 +45,22 @@ struct Step {
   int64_t residual_block;  // floats from one block of the residual to the next
   int64_t relu, multiply;
   // How the work is cut.
-  int64_t chunk, chunks;  // rows (pixels of a 1x1 convolution, tiles of Winograd) in a piece
+  int64_t chunk, chunks;  // rows (pixels of a 1x1 convolution, tiles of Winograd): most in a piece
   int64_t slice, slices;  // groups of output channels (see kGroup) in a piece
   int64_t segment_count;  // for one group of output channels
   int64_t planar;         // the source is the call's input, read as it is
-  int64_t tile_h, tile_w;  // Winograd: outputs of a tile, 2x2, 4x4 or, of stride (2, 1), 2x4
+  int64_t tile;           // Winograd: outputs along the side of a tile, 2 or 4
   int64_t output;         // kExport: which of the call's outputs
+  int64_t channels_last;  // kExport: written pixel by pixel, not channel by channel
+};
+
+// What a piece of work covers of `all` rows, pixels or tiles: as much as any other, or one less.
+struct Cut {
+  int64_t begin, end;
+
+  Cut(int64_t all, int64_t piece, int64_t pieces)
+      : begin(all * piece / pieces), end(all * (piece + 1) / pieces) {}
+  int64_t size() const { return end - begin; }
 };
 
 struct Call {

@@ -1,14 +1,15 @@
-// 3x3 convolutions with stride 1, or (2, 1), by Winograd's minimal filtering F(m x n, 3 x 3).
+// 3x3 convolutions with strides of 1 and 2 by Winograd's minimal filtering F(m x m, 3 x 3).
 //
 // Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016. A tile
 // of m x m outputs reads (m + 2) x (m + 2) inputs d. With B, A their transforms at the points
 // 0, 1, -1 (, 2, -2) and infinity, U the transformed weights and V = B^T d B, the outputs are
 // A^T (sum over channels U * V) A: 36 products in place of 144 for m = 4, 16 in place of 36 for
-// m = 2. Of rows with a stride of 2 an output reads two even inputs and an odd one: F(2, 2) on the
-// even ones, the odd ones as they are, 5 products in place of 6; tiles of 2x4 outputs, as speech
-// networks have them, take 30 products in place of 72. The sums over channels are products of
-// matrices, one for each of these points, done by the kernel of conv.cpp as 1x1 convolutions over
-// tiles.
+// m = 2. The sums over channels are products of matrices, one for each of these points, done by the
+// kernel of conv.cpp as 1x1 convolutions over tiles.
+//
+// Along a side with a stride of 2, an output reads two even inputs and an odd one: F(m, 2) on the
+// even ones at the points 0, 1(, -1, 2) and infinity, the odd ones as they are; 9 products in place
+// of 12 for m = 4, 5 in place of 6 for m = 2.
 
 #include <algorithm>
 #include <utility>
@@ -32,10 +33,27 @@ inline void transform_input(Vec& d0, Vec& d1, Vec& d2, Vec& d3, Vec& d4, Vec& d5
   d1 = even + odd, d2 = even - odd, d3 = outer + twice, d4 = outer - twice;
 }
 
-// Two outputs with a stride of 2: what is made of the even inputs, then the odd ones.
+// With a stride of 2, two outputs and four: what is made of the even inputs, then the odd ones.
 inline void transform_input(Vec& d0, Vec& d1, Vec& d2, Vec& d3, Vec& d4) {
   const Vec t0 = d0 - d2, t2 = d2 - d4;
   d4 = d3, d3 = d1, d1 = d2, d0 = t0, d2 = t2;
+}
+
+inline void transform_input(Vec& d0, Vec& d1, Vec& d2, Vec& d3, Vec& d4, Vec& d5, Vec& d6, Vec& d7,
+                            Vec& d8) {
+  const Vec outer = d6 - d2, inner = d2 - d4;
+  const Vec t0 = 2.0f * (d0 - d4) + outer, t1 = outer - d2 - d4, t2 = 3.0f * inner + outer;
+  const Vec t4 = d8 - d4 - 2.0f * outer;
+  d8 = d7, d7 = d5, d6 = d3, d5 = d1;
+  d0 = t0, d1 = t1, d2 = t2, d3 = outer, d4 = t4;
+}
+
+inline void transform_output(const Vec (&m)[9], Vec (&y)[4]) {
+  const Vec sum = m[1] + m[2], difference = m[1] - m[2];
+  y[0] = m[0] + sum + m[3] + m[5];
+  y[1] = difference + 2.0f * m[3] + m[6];
+  y[2] = sum + 4.0f * m[3] + m[7];
+  y[3] = difference + 8.0f * m[3] + m[4] + m[8];
 }
 
 inline void transform_output(const Vec (&m)[5], Vec (&y)[2]) {
@@ -60,11 +78,11 @@ inline void transform_output(const Vec (&m)[6], Vec (&y)[4]) {
 // Products along a side of a tile, as many as inputs.
 constexpr int side(int64_t tile, int64_t stride) { return stride == 1 ? tile + 2 : 2 * tile + 1; }
 
-// A tile of outputs; rows may have a stride of 2.
-template <int Height, int Width, int Stride>
+// A tile of outputs, and the strides that it is for.
+template <int Tile, int Down, int Across>
 struct Shape {
-  static constexpr int kHeight = Height, kWidth = Width, kStride = Stride;
-  static constexpr int kRows = side(Height, Stride), kColumns = side(Width, 1);
+  static constexpr int kTile = Tile, kDown = Down, kAcross = Across;
+  static constexpr int kRows = side(Tile, Down), kColumns = side(Tile, Across);
 };
 
 template <int Apart, int... I>
@@ -85,11 +103,11 @@ struct Place {
   int64_t image, y, x;
 
   Place(const Step& s, int64_t tile) {
-    const int64_t across = (s.out_width + s.tile_w - 1) / s.tile_w;
-    const int64_t down = (s.out_height + s.tile_h - 1) / s.tile_h;
+    const int64_t across = (s.out_width + s.tile - 1) / s.tile;
+    const int64_t down = (s.out_height + s.tile - 1) / s.tile;
     image = tile / (across * down);
-    y = tile / across % down * s.tile_h;
-    x = tile % across * s.tile_w;
+    y = tile / across % down * s.tile;
+    x = tile % across * s.tile;
   }
 };
 
@@ -98,16 +116,16 @@ template <class T>
 inline void scatter_tile(const Step& s, const Place& place, int64_t block, float* to,
                          int64_t point_stride) {
   constexpr int kRows = T::kRows, kColumns = T::kColumns;
-  const int64_t top = place.y * T::kStride - s.pad_h, left = place.x - s.pad_w;
+  const int64_t top = place.y * T::kDown - s.pad_h, left = place.x * T::kAcross - s.pad_w;
   const bool inside =
       top >= 0 && left >= 0 && top + kRows <= s.height && left + kColumns <= s.width;
   const float* from = s.source + place.image * s.source_image + block * s.height * s.width * kBlock;
   for (int part = 0; part < kParts; ++part) {
     Vec d[kRows * kColumns];
     const float* corner = from + (top * s.width + left) * kBlock + part * kLanes;
-#pragma GCC unroll 6
+#pragma GCC unroll 9
     for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 6
+#pragma GCC unroll 9
       for (int j = 0; j < kColumns; ++j) {
         const bool here = inside || (top + i >= 0 && top + i < s.height && left + j >= 0 &&
                                      left + j < s.width);
@@ -115,10 +133,10 @@ inline void scatter_tile(const Step& s, const Place& place, int64_t block, float
       }
       transform_line<1>(d + i * kColumns, std::make_integer_sequence<int, kColumns>());
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 9
     for (int j = 0; j < kColumns; ++j) {
       transform_line<kColumns>(d + j, std::make_integer_sequence<int, kRows>());
-#pragma GCC unroll 6
+#pragma GCC unroll 9
       for (int i = 0; i < kRows; ++i)
         store(to + (i * kColumns + j) * point_stride + part * kLanes, d[i * kColumns + j]);
     }
@@ -131,33 +149,33 @@ inline void gather_tile(const Step& s, const Place& place, int64_t block, const 
                         int64_t point_stride) {
   constexpr int kRows = T::kRows, kColumns = T::kColumns;
   const int64_t pixels = s.out_height * s.out_width;
-  const int64_t height = std::min<int64_t>(T::kHeight, s.out_height - place.y);
-  const int64_t width = std::min<int64_t>(T::kWidth, s.out_width - place.x);
+  const int64_t height = std::min<int64_t>(T::kTile, s.out_height - place.y);
+  const int64_t width = std::min<int64_t>(T::kTile, s.out_width - place.x);
   float* out = s.target + place.image * s.target_image + block * pixels * kBlock;
   const float* add = s.residual ? s.residual + place.image * s.residual_image +
                                       block * s.residual_block
                                 : nullptr;
   for (int part = 0; part < kParts; ++part) {
     const Vec bias = load(s.bias + block * kBlock + part * kLanes);
-    Vec half[T::kHeight][kColumns];
-#pragma GCC unroll 6
+    Vec half[T::kTile][kColumns];
+#pragma GCC unroll 9
     for (int j = 0; j < kColumns; ++j) {
-      Vec m[kRows], y[T::kHeight];
-#pragma GCC unroll 6
+      Vec m[kRows], y[T::kTile];
+#pragma GCC unroll 9
       for (int i = 0; i < kRows; ++i)
         m[i] = load(from + (i * kColumns + j) * point_stride + part * kLanes);
       transform_output(m, y);
 #pragma GCC unroll 4
-      for (int i = 0; i < T::kHeight; ++i) half[i][j] = y[i];
+      for (int i = 0; i < T::kTile; ++i) half[i][j] = y[i];
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < T::kHeight; ++i) {
+    for (int i = 0; i < T::kTile; ++i) {
       if (i >= height) break;
-      Vec y[T::kWidth];
+      Vec y[T::kTile];
       transform_output(half[i], y);
       const int64_t first = (place.y + i) * s.out_width + place.x;
 #pragma GCC unroll 4
-      for (int j = 0; j < T::kWidth; ++j) {
+      for (int j = 0; j < T::kTile; ++j) {
         if (j >= width) break;
         Vec value = y[j] + bias;
         const int64_t at = (first + j) * kBlock;
@@ -172,7 +190,7 @@ inline void gather_tile(const Step& s, const Place& place, int64_t block, const 
 inline void multiply(const Step& s, int64_t tiles, const float* V, float* products, int64_t slice,
                      int64_t end) {
   static const float zeros alignas(64)[kGroup] = {};
-  const int64_t points = side(s.tile_h, s.stride_h) * side(s.tile_w, 1);
+  const int64_t points = side(s.tile, s.stride_h) * side(s.tile, s.stride_w);
   const int64_t group_blocks = kGroup / kBlock;
   const int64_t weights = s.blocks * kBlock * s.out_blocks * kBlock;  // of a point
   const int64_t slice_blocks = s.slice * group_blocks;
@@ -199,34 +217,43 @@ inline void multiply(const Step& s, int64_t tiles, const float* V, float* produc
 // A piece of work is a chunk of tiles and a slice of output channels.
 template <class T>
 void winograd_piece(const Step& s, int64_t item, float* scratch) {
-  const int64_t chunk = item / s.slices * s.chunk, group_blocks = kGroup / kBlock;
-  const int64_t down = (s.out_height + T::kHeight - 1) / T::kHeight;
-  const int64_t across = (s.out_width + T::kWidth - 1) / T::kWidth, all = s.batch * down * across;
-  const int64_t tiles = std::min(s.chunk, all - chunk);
+  const int64_t group_blocks = kGroup / kBlock;
+  const int64_t down = (s.out_height + T::kTile - 1) / T::kTile;
+  const int64_t across = (s.out_width + T::kTile - 1) / T::kTile, all = s.batch * down * across;
+  const Cut chunk(all, item / s.slices, s.chunks);
+  const int64_t tiles = chunk.size();
   const int64_t groups = (s.out_blocks + group_blocks - 1) / group_blocks;
   const int64_t slice = item % s.slices * s.slice, end = std::min(slice + s.slice, groups);
   const int64_t point_stride = point_floats(s, s.blocks);
   for (int64_t block = 0; block < s.blocks; ++block)
     for (int64_t t = 0; t < tiles; ++t)
-      scatter_tile<T>(s, Place(s, chunk + t), block, scratch + (block * s.chunk + t) * kBlock,
+      scatter_tile<T>(s, Place(s, chunk.begin + t), block, scratch + (block * s.chunk + t) * kBlock,
                       point_stride);
   float* products = scratch + T::kRows * T::kColumns * point_stride;
   multiply(s, tiles, scratch, products, slice, end);
   const int64_t first = slice * group_blocks, last = std::min(end * group_blocks, s.out_blocks);
   for (int64_t block = first; block < last; ++block)
     for (int64_t t = 0; t < tiles; ++t)
-      gather_tile<T>(s, Place(s, chunk + t), block,
+      gather_tile<T>(s, Place(s, chunk.begin + t), block,
                      products + ((block - first) * s.chunk + t) * kBlock,
                      point_floats(s, s.slice * group_blocks));
 }
 
-void winograd(const Step& s, int64_t item, float* scratch) {
-  if (s.stride_h == 2)
-    winograd_piece<Shape<2, 4, 2>>(s, item, scratch);
-  else if (s.tile_h == 4)
-    winograd_piece<Shape<4, 4, 1>>(s, item, scratch);
+template <int Tile>
+void winograd_tiles(const Step& s, int64_t item, float* scratch) {
+  if (s.stride_w == 2)
+    winograd_piece<Shape<Tile, 2, 2>>(s, item, scratch);
+  else if (s.stride_h == 2)
+    winograd_piece<Shape<Tile, 2, 1>>(s, item, scratch);
   else
-    winograd_piece<Shape<2, 2, 1>>(s, item, scratch);
+    winograd_piece<Shape<Tile, 1, 1>>(s, item, scratch);
+}
+
+void winograd(const Step& s, int64_t item, float* scratch) {
+  if (s.tile == 4)
+    winograd_tiles<4>(s, item, scratch);
+  else
+    winograd_tiles<2>(s, item, scratch);
 }
 
 }  // namespace blnet

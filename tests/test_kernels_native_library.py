@@ -1,0 +1,105 @@
+"""The native engine's library: what compiles it, where it is kept, what is said without one."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from blnet.kernels.native import Builder, NativeError, status
+from blnet.kernels.native import library as libraries
+
+pytestmark = pytest.mark.skipif(not status().works, reason=f"{status().reason}")
+
+
+def test_a_compiler_may_be_several_words(monkeypatch):
+    path = libraries.compiler()[0]
+    monkeypatch.setenv("CXX", f"{path} '-D A=1'")
+    assert libraries.compiler() == (path, "-D A=1")
+    monkeypatch.setenv("CXX", f"{path} '")
+    with pytest.raises(NativeError, match="CXX cannot be read"):
+        libraries.compiler()
+
+
+def test_no_home_is_said(monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(libraries.Path, "home", nowhere)
+    libraries.load.cache_clear()
+    try:
+        found = status()
+    finally:
+        libraries.load.cache_clear()
+    assert not found.works
+    assert "finds no folder" in found.reason
+
+
+def test_flags_for_another_cpu_give_another_library_that_is_right():
+    """Built for CPUs with AVX2 and no AVX-512, as most are."""
+    flags = "-march=x86-64-v3"
+    try:
+        known = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        known = ""
+    if platform.machine() != "x86_64" or " avx2 " not in known or " fma " not in known:
+        pytest.skip("this CPU does not run code for x86-64-v3")
+    command = [*libraries.compiler(), flags, "-E", "-x", "c++", os.devnull, "-o", os.devnull]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("this compiler does not know x86-64-v3")
+    code = (
+        "import torch; from torch.nn.functional import conv2d;"
+        "from blnet.kernels.native import Builder, library as l;"
+        "x = torch.randn(2, 20, 19, 23); w = torch.randn(40, 20, 3, 3);"
+        "b = Builder((2, 20, 19, 23));"
+        "ways = ['direct', 'winograd 2x2', 'winograd 4x4'];"
+        "p = b.build([b.conv(b.input, w, padding=(1, 1), method=way) for way in ways]);"
+        "right = conv2d(x.double(), w.double(), padding=1);"
+        "assert all((y - right).abs().max() < 2e-5 * right.abs().max() for y in p(x));"
+        "print(l.load().path.stem)"
+    )
+    environment = {**os.environ, libraries.MACHINE_VARIABLE: flags, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
+                          timeout=240, env=environment)  # fmt: skip
+    assert done.stdout.strip() != libraries.load().path.stem
+
+
+def test_no_compiler_is_said(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    libraries.load.cache_clear()
+    try:
+        found = status()
+        assert not found.works
+        assert "there is no no-such-compiler on PATH" in found.reason
+        assert "install g++ or clang" in found.advice
+        with pytest.raises(NativeError, match="needs a C\\+\\+ compiler"):
+            Builder((1, 1, 1, 1))
+    finally:
+        libraries.load.cache_clear()
+
+
+def test_a_compiler_that_fails_is_said_and_leaves_nothing(monkeypatch, tmp_path):
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho 'x.cpp:1: error: nothing works' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    libraries.load.cache_clear()
+    try:
+        with pytest.raises(NativeError, match="error: nothing works"):
+            libraries.load()
+    finally:
+        libraries.load.cache_clear()
+    assert list((tmp_path / "cache").rglob("*.so")) == []
+
+
+def test_the_key_follows_sources_and_flags(monkeypatch):
+    compiling = libraries.compiler()
+    before = libraries._key(compiling)
+    monkeypatch.setattr(libraries, "FLAGS", (*libraries.FLAGS, "-g"))
+    assert libraries._key(compiling) != before
