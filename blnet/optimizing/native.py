@@ -31,10 +31,12 @@ class NativeRun:
     """
 
     def __init__(self, program: Program, head: fx.GraphModule) -> None:
-        self.steps = [*program.steps, *(f"torch: {label_of(n)}" for n in calls_of(head.graph))]
+        calls = calls_of(head.graph)
+        self.steps = [*program.steps, *(f"torch: {label_of(call)}" for call in calls)]
         self._program = program
         (result,) = (node.args[0] for node in head.graph.nodes if node.op == "output")
-        self._head = None if result.op == "placeholder" else head  # nothing is left to be done
+        done = not calls and result.op == "placeholder"  # by the program, whose one output it is
+        self._head = None if done else head
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the network's output; threads of Python take turns.
