@@ -60,10 +60,11 @@ def _checked_output(args: argparse.Namespace) -> Path:
 
 
 def _told(done: Exported, size: int) -> str:
-    sizes = "batch and sizes free" if done.dynamic else "batch and sizes fixed"
+    free = "free" if done.parity is not None else "free as traced"
+    sizes = f"batch and sizes {free if done.dynamic else 'fixed'}"
     text = (f"wrote {done.path} ({size / 1e6:.1f} MB, {done.format}; {', '.join(done.inputs)} -> "
             f"{', '.join(done.outputs)}; {sizes})\n")  # fmt: skip
     if done.parity is None:
-        return f"{text}not checked"
+        return f"{text}not checked: nothing was run, neither at the example's size nor at another"
     shapes = ", ".join("x".join(map(str, shape)) for shape in done.parity.shapes)
     return f"{text}checked at {shapes}: largest relative error {done.parity.error:.1e}"

@@ -27,7 +27,7 @@ class Exported:
         inputs: names of its inputs.
         outputs: names of its outputs.
         dynamic: whether batch and sizes are free; not where the network itself ran at none of the
-            other shapes of the check.
+            other shapes of the check. Without a check, whether they were traced so.
         parity: how far it is from the network; None where that was not checked.
     """
 
