@@ -23,7 +23,7 @@ GATHERED_PIECES = 2  # the same where each of them first gathers its input
 # What decides between the ways to compute a 3x3 convolution, in cycles of one core: products, bytes
 # of weights, and transforms for a tile and a block of channels. Transforms of stride 1 were
 # measured on a Zen 5, those of strides of 2 are counted by the vectors that they move. These two
-# numbers were chosen on a Zen 4, two threads, among 58 convolutions of ResNets and speech networks
+# numbers were chosen on a Zen 4, two threads, among 61 convolutions of ResNets and speech networks
 # timed in every way: what they choose takes 0.4 % longer than the fastest on average, at most 11 %.
 PRODUCTS_PER_CYCLE = 24.0
 WEIGHT_BYTES_PER_CYCLE = 16.0
