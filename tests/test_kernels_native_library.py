@@ -57,10 +57,10 @@ def test_flags_for_another_cpu_give_another_library_that_is_right():
         "from blnet.kernels.native import Builder, library as l;"
         "x = torch.randn(2, 20, 19, 23); w = torch.randn(40, 20, 3, 3);"
         "b = Builder((2, 20, 19, 23));"
-        "ways = ['direct', 'winograd 2x2', 'winograd 4x4'];"
+        "ways = ['direct', *(f'winograd {tile}' for tile in ('2x2', '4x4', '5x5', '4x6'))];"
         "p = b.build([b.conv(b.input, w, padding=(1, 1), method=way) for way in ways]);"
         "right = conv2d(x.double(), w.double(), padding=1);"
-        "assert all((y - right).abs().max() < 2e-5 * right.abs().max() for y in p(x));"
+        "assert all((y - right).abs().max() < 4e-5 * right.abs().max() for y in p(x));"
         "print(l.load().path.stem)"
     )
     environment = {**os.environ, libraries.MACHINE_VARIABLE: flags, "OMP_NUM_THREADS": "1"}

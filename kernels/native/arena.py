@@ -87,7 +87,7 @@ def for_image(draft: Draft, step: Step, image: int, crossing: set[Map], shift: i
     own = Step.from_buffer_copy(step)
     own.first_image = image
     if step.kind == WINOGRAD:
-        tiles = math.ceil(step.out_height / step.tile) * math.ceil(step.out_width / step.tile)
+        tiles = math.ceil(step.out_height / step.tile_h) * math.ceil(step.out_width / step.tile_w)
         own.chunks = math.ceil(tiles / step.chunk)
         own.items = own.chunks * step.slices
     else:

@@ -107,8 +107,9 @@ class Builder:
             table: the residual's pixel for each pixel of the output, see `pixel_table`; None
                 where sizes are the same.
             relu: whether ReLU follows.
-            method: "direct", or of 3x3 kernels with a stride of (1, 1), (2, 1) or (2, 2)
-                "winograd 2x2" or "winograd 4x4"; None for the fastest by count.
+            method: one of `METHODS`; Winograd's are of 3x3 kernels, "winograd 2x2" and "winograd
+                4x4" with a stride of (1, 1), (2, 1) or (2, 2), "winograd 4x6" of (1, 1) or (2, 1),
+                "winograd 5x5" of (1, 1). None for the fastest by count.
 
         Returns:
             Shape (N, C_out, H_out, W_out).

@@ -52,7 +52,7 @@ _NUMBERS = (
     *("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w"),
     *("source_image", "target_image", "residual_image", "residual_block"),
     *("relu", "multiply", "chunk", "chunks", "slice", "slices"),
-    *("segment_count", "planar", "tile", "output", "channels_last"),
+    *("segment_count", "planar", "tile_h", "tile_w", "output", "channels_last"),
 )
 
 

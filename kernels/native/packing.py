@@ -17,14 +17,19 @@ CACHE_BYTES = 256 * 1024  # of a core's second cache, for the input of a piece o
 PATCH_BYTES = 512 * 1024  # the same where the input is gathered: each cut reads all weights anew
 WINOGRAD_BYTES = 768 * 1024  # the same for transformed tiles, input and products together
 ALONE_BYTES = 1024 * 1024  # of an image's map, from where the third cache would not hold the batch
+WEIGHTS_TO_MAPS = (
+    12  # from where threads share Winograd's weights, not its tiles; see _least_chunks
+)
+LEAST_TILES = 4  # in a piece of them
 PIECES = 4  # of work for each thread, so that the last one to finish is not far behind
 GATHERED_PIECES = 2  # the same where each of them first gathers its input
 
 # What decides between the ways to compute a 3x3 convolution, in cycles of one core: products, bytes
-# of weights, and transforms for a tile and a block of channels. Transforms of stride 1 were
-# measured on a Zen 5, those of strides of 2 are counted by the vectors that they move. These two
-# numbers were chosen on a Zen 4, two threads, among 61 convolutions of ResNets and speech networks
-# timed in every way: what they choose takes 0.4 % longer than the fastest on average, at most 11 %.
+# of weights, and transforms for a tile and a block of channels. Transforms of 2x2 and 4x4 with a
+# stride of 1 were measured on a Zen 5, others are counted by the vectors that they move. These two
+# numbers were chosen on a Zen 4, two threads, among 77 convolutions of ResNets and speech networks
+# timed with each tile, weights coming from memory: what they choose takes 0.6 % longer than the
+# fastest on average, at most 10 %.
 PRODUCTS_PER_CYCLE = 24.0
 WEIGHT_BYTES_PER_CYCLE = 16.0
 
@@ -34,38 +39,39 @@ class Tile:
     """One of Winograd's ways, see winograd.cpp.
 
     Attributes:
-        outputs: along each side of a tile.
+        outputs: of a tile, down and across.
         stride: in height and width, that it is for.
         cycles: of the transforms of a block's inputs and of its outputs.
     """
 
-    outputs: int
+    outputs: tuple[int, int]
     stride: tuple[int, int]
     cycles: tuple[float, float]
 
     @property
     def name(self) -> str:
         """What `method` calls it."""
-        return f"winograd {self.outputs}x{self.outputs}"
+        return f"winograd {self.outputs[0]}x{self.outputs[1]}"
 
     @property
     def transforms(self) -> tuple[Tensor, Tensor]:
         """What makes U = G_h g G_w^T of weights g: (points, 3) of each side, float64."""
-        down, across = (
-            torch.tensor(_TRANSFORMS[self.outputs, step], dtype=torch.float64)
-            for step in self.stride
-        )
+        down, across = (torch.tensor(rows, dtype=torch.float64) for rows in self._sides)
         return down, across
 
     @property
     def points(self) -> int:
         """Products of matrices for a tile."""
-        return math.prod(len(_TRANSFORMS[self.outputs, step]) for step in self.stride)
+        return math.prod(len(rows) for rows in self._sides)
+
+    @property
+    def _sides(self) -> list[tuple[tuple[float, ...], ...]]:
+        return [_TRANSFORMS[side] for side in zip(self.outputs, self.stride, strict=True)]
 
 
 _ODD = (0.0, 1.0, 0.0)  # an odd input with a stride of 2, as it is
 
-# G of Lavin and Gray for so many outputs along a side and a stride.
+# G of Lavin and Gray for so many outputs along a side and a stride, at the points of winograd.cpp.
 _TRANSFORMS = {
     (2, 1): ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0)),
     (4, 1): (
@@ -74,6 +80,25 @@ _TRANSFORMS = {
         (-1 / 6, 1 / 6, -1 / 6),
         (1 / 24, 1 / 12, 1 / 6),
         (1 / 24, -1 / 12, 1 / 6),
+        (0.0, 0.0, 1.0),
+    ),
+    (5, 1): (
+        (-1 / 2, 0.0, 0.0),
+        (-1 / 3, -1 / 3, -1 / 3),
+        (1 / 9, -1 / 9, 1 / 9),
+        (1 / 36, 1 / 18, 1 / 9),
+        (-1 / 60, 1 / 30, -1 / 15),
+        (32 / 45, 16 / 45, 8 / 45),
+        (0.0, 0.0, 1.0),
+    ),
+    (6, 1): (
+        (1.0, 0.0, 0.0),
+        (-2 / 9, -2 / 9, -2 / 9),
+        (-2 / 9, 2 / 9, -2 / 9),
+        (1 / 90, 1 / 45, 2 / 45),
+        (1 / 90, -1 / 45, 2 / 45),
+        (32 / 45, 16 / 45, 8 / 45),
+        (32 / 45, -16 / 45, 8 / 45),
         (0.0, 0.0, 1.0),
     ),
     (2, 2): ((1.0, 0.0, 0.0), (1.0, 0.0, 1.0), (0.0, 0.0, 1.0), *[_ODD] * 2),
@@ -87,12 +112,15 @@ _TRANSFORMS = {
     ),
 }
 TILES = (
-    Tile(2, (1, 1), (45.0, 40.0)),
-    Tile(4, (1, 1), (150.0, 120.0)),
-    Tile(2, (2, 1), (60.0, 50.0)),
-    Tile(4, (2, 1), (225.0, 160.0)),
-    Tile(2, (2, 2), (70.0, 60.0)),
-    Tile(4, (2, 2), (340.0, 220.0)),
+    Tile((2, 2), (1, 1), (45.0, 40.0)),
+    Tile((4, 4), (1, 1), (150.0, 120.0)),
+    Tile((5, 5), (1, 1), (205.0, 165.0)),
+    Tile((4, 6), (1, 1), (200.0, 160.0)),
+    Tile((2, 2), (2, 1), (60.0, 50.0)),
+    Tile((4, 4), (2, 1), (225.0, 160.0)),
+    Tile((4, 6), (2, 1), (300.0, 215.0)),
+    Tile((2, 2), (2, 2), (70.0, 60.0)),
+    Tile((4, 4), (2, 2), (340.0, 220.0)),
 )
 
 
@@ -229,7 +257,9 @@ def _winograd_cycles(conv: Convolution, tile: Tile) -> float:
 
 def _tiles(conv: Convolution, tile: Tile) -> int:
     images, _, *size = conv.out_shape
-    return images * math.prod(math.ceil(n / tile.outputs) for n in size)
+    return images * math.prod(
+        math.ceil(n / side) for n, side in zip(size, tile.outputs, strict=True)
+    )
 
 
 def _sizes(conv: Convolution) -> Step:
@@ -323,10 +353,14 @@ def _shared(chunks: int, step: Step, weights: int, threads: int) -> int:
     Threads then have the pixels that they have of the steps around it. Where there is more to read
     of weights, they rather share those: each has its output channels.
     """
-    maps = (
-        step.blocks * step.height * step.width + step.out_blocks * step.out_height * step.out_width
-    )
-    return threads if chunks == 1 and step.batch < threads and weights < BLOCK * maps else chunks
+    sharing = chunks == 1 and step.batch < threads and weights < _floats(step)
+    return threads if sharing else chunks
+
+
+def _floats(step: Step) -> int:
+    """Return how many an image's two maps hold, read and written."""
+    read, written = step.height * step.width, step.out_height * step.out_width
+    return BLOCK * (step.blocks * read + step.out_blocks * written)
 
 
 def cut_rows(step: Step, threads: int) -> None:
@@ -379,11 +413,25 @@ def _order_weights(
     return torch.cat(parts)
 
 
+def _least_chunks(step: Step, weights: int, tiles: int, pieces: int) -> int:
+    """Return how many chunks of tiles to make at least: a piece's each, or one for all.
+
+    With one for all, pieces differ in their output channels. Each then transforms all of the input,
+    half of which another core has just written, but reads its own weights only. Timed on a Zen 4 in
+    chains of 14 convolutions: chunks are 7 to 40 % faster up to 8 times as many weights as maps'
+    numbers, as fast at 16 times, 20 % slower from there.
+    """
+    images = 1 if alone(step) else step.batch
+    share = weights < WEIGHTS_TO_MAPS * images * _floats(step) and tiles >= LEAST_TILES * pieces
+    return pieces if share else 1
+
+
 def _pack_winograd(
     library: Library, conv: Convolution, weight: Tensor, bias: Tensor, threads: int, tile: Tile
 ) -> Packed:
     step = _sizes(conv)
-    step.kind, step.tile = WINOGRAD, tile.outputs
+    step.kind = WINOGRAD
+    step.tile_h, step.tile_w = tile.outputs
     points, tiles = tile.points, _tiles(conv, tile)
     floats = points * (step.blocks + step.out_blocks) * BLOCK
     most = max(2 * library.pixels, WINOGRAD_BYTES // (4 * floats))
@@ -391,7 +439,8 @@ def _pack_winograd(
     together = tiles // step.batch if alone(step) else tiles
     groups = math.ceil(step.out_channels / library.group)
     pieces = _pieces(step, threads, 1)
-    cuts = _even(max(math.ceil(together / most), math.ceil(pieces / groups)), step, threads)
+    least = _least_chunks(step, points * weight[:, :, 0, 0].numel(), together, pieces)
+    cuts = _even(max(math.ceil(together / most), math.ceil(pieces / groups), least), step, threads)
     step.chunks = min(cuts, together)
     step.chunk = math.ceil(together / step.chunks)
     # Slices transform the same input once more: there are as many as threads need, not more.

@@ -49,7 +49,7 @@ struct Step {
   int64_t slice, slices;  // groups of output channels (see kGroup) in a piece
   int64_t segment_count;  // for one group of output channels
   int64_t planar;         // the source is the call's input, read as it is
-  int64_t tile;           // Winograd: outputs along the side of a tile, 2 or 4
+  int64_t tile_h, tile_w;  // Winograd: outputs along the sides of a tile
   int64_t output;         // kExport: which of the call's outputs
   int64_t channels_last;  // kExport: written pixel by pixel, not channel by channel
 };
