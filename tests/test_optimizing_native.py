@@ -144,57 +144,6 @@ def test_one_operation_at_a_time(name):
     check(Odd(PIECES[name]), torch.randn(2, 5, 11, 7))
 
 
-class Answers(nn.Module):
-    """Maps of 20 channels, 7 rows and 11 columns, and an end of the caller's."""
-
-    def __init__(self, end):
-        super().__init__()
-        self.end = end
-        self.conv, self.fc = nn.Conv2d(5, 20, 3, padding=1), nn.Linear(140, 6)
-        self.columns, self.pixels = nn.Linear(11, 6), nn.Linear(77, 6)
-
-    def forward(self, x):
-        maps = self.conv(x).relu()
-        return self.end(self, maps, maps.flatten(1, 2).transpose(1, 2))
-
-
-def twice(answers):
-    return answers + answers.relu()
-
-
-FOR_EACH_COLUMN = {
-    "linear": lambda m, x, f: m.fc(f),
-    "no bias": lambda m, x, f: F.linear(f, m.fc.weight),
-    "a product and a sum": lambda m, x, f: m.fc.bias + f @ m.fc.weight.T,
-    "one bias for all": lambda m, x, f: torch.addmm(
-        m.fc.bias[:1], f.reshape(-1, 140), m.fc.weight.T
-    ),
-    "a bias for each column": lambda m, x, f: f @ m.fc.weight.T + m.columns.weight.T,
-    "and then": lambda m, x, f: m.fc(f).log_softmax(-1),
-    "answers read twice": lambda m, x, f: twice(m.fc(f)),
-}
-OTHERS = {
-    "features read twice": lambda m, x, f: m.fc(f) + m.fc(f).relu(),
-    "features read as well": lambda m, x, f: m.fc(f) + f.mean(2, keepdim=True),
-    "columns, not rows": lambda m, x, f: m.columns(x.flatten(1, 2)),
-    "pixels": lambda m, x, f: m.pixels(x.flatten(2)),
-    "a mean": lambda m, x, f: m.fc(f.mean(1)),
-    "nothing": lambda m, x, f: f,
-}
-
-
-@pytest.mark.parametrize("images", [1, 3])
-@pytest.mark.parametrize("name", [*FOR_EACH_COLUMN, *OTHERS])
-def test_one_linear_layer_for_every_column_is_a_convolution(name, images):
-    run = check(Answers({**FOR_EACH_COLUMN, **OTHERS}[name]), torch.randn(images, 5, 7, 11))
-    assert ("conv 7x1 20->6" in run.steps) == (name in FOR_EACH_COLUMN)
-
-
-def test_answers_are_contiguous_as_pytorchs_are():
-    out = build(Answers(FOR_EACH_COLUMN["linear"]).eval(), torch.randn(2, 5, 7, 11))
-    assert out(torch.randn(2, 5, 7, 11)).is_contiguous()
-
-
 REFUSED = {
     "tanh": lambda x, m: x.tanh(),
     "convolution": lambda x, m: F.conv2d(x, m.last.weight, dilation=2),

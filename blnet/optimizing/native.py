@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 from blnet.exporting.programs import quiet
 from blnet.files import reason
 from blnet.kernels.native import Program
-from blnet.optimizing.native_heads import linear_over_rows
+from blnet.optimizing.native_heads import linear_layer
 from blnet.optimizing.native_lowering import Lowering, UnsupportedError, calls_of, label_of
 from blnet.optimizing.native_ops import HEAD, LOWERED
 
-JOINS = {torch.ops.aten.view.default: linear_over_rows}
+JOINS = {torch.ops.aten.view.default: linear_layer}
 
 __all__ = ["NativeRun", "UnsupportedError", "build"]
 

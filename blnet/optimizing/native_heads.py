@@ -1,9 +1,14 @@
-"""One linear layer for every column of a map, as a step of a native program.
+"""Linear layers at a network's end as steps of a native program.
 
 Acoustic models flatten (N, C, H, W) to (N, C H, W) and give every frame's features to one linear
 layer. That is a convolution whose kernel is as high as the map, H x 1. Left to PyTorch, all of the
 features would be written anew, column by column, and multiplied by one more library. Predicted on a
 Xeon at batch 1: 0.5 of bL-ResNet-22's 8.6 ms; measured: 0.4.
+
+Classifiers flatten one image's map to a vector, and their layer is a convolution with a kernel of
+the map's size. Its time is that of reading the weights, which the engine fetches ahead. Predicted
+on a Zen 4 at batch 1: 0.4 of ResNet-50's 31 ms and of bL-ResNet-50's 23; measured: 0.5. A larger
+batch is left to PyTorch, which reads the weights once for all images.
 """
 
 from __future__ import annotations
@@ -35,16 +40,18 @@ class _Linear:
 
     Attributes:
         nodes: the operations that it is made of, in order.
-        weight: shape (C H, K).
+        kernel: (C, H, 1) or (C, H, W), the inputs of an answer.
+        weight: shape (inputs, K).
         bias: shape (K,); None for 0.
     """
 
-    nodes: list[fx.Node] = field(default_factory=list)
+    nodes: list[fx.Node]
+    kernel: tuple[int, int, int]
     weight: Tensor = field(default_factory=Tensor)
     bias: Tensor | None = None
 
 
-def linear_over_rows(to: Lowering, node: fx.Node) -> bool:
+def linear_layer(to: Lowering, node: fx.Node) -> bool:
     """Add the step for a linear layer that begins with this flattening of a map, if one does.
 
     Args:
@@ -60,9 +67,7 @@ def linear_over_rows(to: Lowering, node: fx.Node) -> bool:
     found = _found(to, node, shape_of(source))
     if found is None:
         return False
-    _, channels, rows, _ = shape_of(source)
-    classes, last = found.weight.shape[1], found.nodes[-1]
-    weight = found.weight.T.reshape(classes, channels, rows, 1)
+    weight, last = found.weight.T.reshape(-1, *found.kernel), found.nodes[-1]
     answers = to.builder.conv(to.made(source), weight, found.bias)
     to.head[last] = to.output(Output(answers, shape_of(last), channels_last=True))
     to.joined |= set(found.nodes)
@@ -72,17 +77,20 @@ def linear_over_rows(to: Lowering, node: fx.Node) -> bool:
 def _found(to: Lowering, node: fx.Node, shape: tuple[int, ...]) -> _Linear | None:
     """Return the layer: view, permute, product with a weight and a bias, nothing else read."""
     images, channels, rows, columns = shape
-    inputs = channels * rows
-    if shape_of(node) != (images, inputs, columns):
+    if images == 1 and shape_of(node) == (1, channels * rows * columns):
+        found = _Linear([node], (channels, rows, columns))
+    elif shape_of(node) == (images, channels * rows, columns):
+        found = _Linear([node], (channels, rows, 1))
+        permute = _only_user(node)
+        if permute is None or permute.target != aten.permute.default:
+            return None
+        axes: Any = permute.args[1]
+        if list(axes) != [0, 2, 1]:
+            return None
+        found.nodes.append(permute)
+    else:
         return None
-    permute = _only_user(node)
-    if permute is None or permute.target != aten.permute.default:
-        return None
-    axes: Any = permute.args[1]
-    if list(axes) != [0, 2, 1]:
-        return None
-    found = _Linear([node, permute])
-    _pass_on(found, inputs)
+    _pass_on(found, prod(found.kernel))
     product = _only_user(found.nodes[-1])
     if product is None or product.target not in _PRODUCTS or product.kwargs:
         return None
