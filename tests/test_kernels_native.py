@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blnet.kernels.native import Builder, Output, pixel_table, status
-from blnet.kernels.native.packing import TILES
+from blnet.kernels.native.packing import METHODS as ALL_METHODS
+from blnet.kernels.native.winograd import TILES
 from blnet.kernels.reference import nearest_index, upsample_nearest
 
 pytestmark = pytest.mark.skipif(not status().works, reason=f"{status().reason}")
@@ -102,7 +103,55 @@ def test_3x3_convolution_each_way(way, images, channels, out, size, padding):
     assert wrong < tolerance(method) * max(float(expected.abs().max()), (9 * channels) ** 0.5)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    images=st.integers(1, 3),
+    channels=st.integers(1, 4),
+    out=st.integers(1, 70),
+    size=st.tuples(st.integers(7, 50), st.integers(7, 150)),
+    padding=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    table=st.sampled_from([None, "same", "upsampled"]),
+    relu=st.booleans(),
+    last=st.booleans(),
+)
+def test_stem_by_winograd(images, channels, out, size, padding, table, relu, last):
+    x, weight = drawn(0, images, channels, *size), drawn(1, out, channels, 7, 7)
+    bias = drawn(2, out)
+    builder = Builder(tuple(x.shape))
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), 2, padding)
+    options = {}
+    if table:
+        shape = expected.shape[2:] if table == "same" else (1, 3)
+        windows = [[(0, 1, 1)] * n for n in shape]
+        first = drawn(3, out, channels, 1, 1)
+        small = builder.pool(builder.conv(builder.input, first), *windows, average=True)
+        options["residual"] = small
+        if table == "upsampled":
+            options["table"] = nearest_table(shape, tuple(expected.shape[2:]))
+        corner = F.conv2d(x.double(), first.double())[:, :, :1, :1]
+        expected = expected + corner
+    y = builder.conv(
+        builder.input, weight, bias, stride=(2, 2), padding=padding, relu=relu,
+        method="winograd 1x4", **options,
+    )  # fmt: skip
+    program = builder.build([y])
+    result = program(x.contiguous(memory_format=torch.channels_last) if last else x)[0]
+    wrong = (result - (expected.relu() if relu else expected)).abs().max()
+    assert wrong < 4e-6 * max(float(expected.abs().max()), (49 * channels) ** 0.5)
+
+
+def test_stem_of_large_maps_image_by_image():
+    x, weight = drawn(0, 2, 3, 224, 224), drawn(1, 64, 3, 7, 7)
+    builder = Builder(tuple(x.shape))
+    y = builder.conv(builder.input, weight, stride=(2, 2), padding=(3, 3))
+    program = builder.build([y])
+    assert program.steps[0] == "conv 7x7 3->64/2 winograd 1x4"
+    expected = F.conv2d(x.double(), weight.double(), None, 2, 3)
+    assert error(program(x)[0], expected) < 2e-6
+
+
 def test_every_way_is_tested():
+    assert set(ALL_METHODS) == {*METHODS, "winograd 1x4"}
     assert set(WAYS) == {("direct", s) for s in ALL} | {(t.name, t.stride) for t in TILES}
 
 
@@ -256,12 +305,34 @@ def test_wrong_inputs_are_refused():
         ("winograd 5x5", (16, 16, 3, 3), {"stride": (2, 1)}),
         ("winograd 2x2", (16, 8, 3, 3), {"groups": 2}),
         ("winograd 2x2", (16, 16, 5, 5), {"padding": (2, 2)}),
+        ("winograd 1x4", (16, 16, 7, 7), {"stride": (2, 2), "padding": (3, 3)}),
     ],
 )
 def test_a_method_that_does_not_fit_is_refused(method, shape, options):
     builder = Builder((1, 16, 9, 9))
-    with pytest.raises(ValueError, match=r"method must be|is for kernels of 3x3"):
+    with pytest.raises(ValueError, match=r"method must be|is for kernels of"):
         builder.conv(builder.input, drawn(0, *shape), method=method, **options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((16, 3, 3, 3), {"stride": (2, 2)}),
+        ((16, 3, 7, 7), {"stride": (2, 1)}),
+        ((3, 1, 7, 7), {"stride": (2, 2), "groups": 3}),
+    ],
+)
+def test_a_stem_that_is_none_is_refused(shape, options):
+    with pytest.raises(ValueError, match="is for kernels of 7x7"):
+        Builder((1, 3, 19, 19)).conv(
+            Builder((1, 3, 19, 19)).input, drawn(0, *shape), method="winograd 1x4", **options
+        )
+
+
+def test_a_stem_of_short_rows_is_summed_as_it_is():
+    builder = Builder((1, 1, 61, 12))
+    y = builder.conv(builder.input, drawn(0, 40, 1, 7, 7), stride=(2, 2), padding=(3, 3))
+    assert builder.build([y]).steps[0] == "conv 7x7 1->40/2"
 
 
 def test_winograd_of_three_channels():

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 from blnet.kernels.native import Builder, packing, status
 from blnet.kernels.native import library as libraries
+from blnet.kernels.native.convolution import Convolution
+from blnet.kernels.native.cutting import ALONE_BYTES
 from blnet.kernels.native.library import Step
-from blnet.kernels.native.packing import ALONE_BYTES
 
 pytestmark = pytest.mark.skipif(not status().works, reason=f"{status().reason}")
 
@@ -175,7 +176,7 @@ def test_a_sum_takes_the_place_of_a_residual_that_is_read_no_more():
 def cut(channels: int, out: int, size: int, kernel: int, stride: int, threads: int) -> Step:
     pad = kernel // 2
     shape, weight = (1, channels, size, size), (out, channels, kernel, kernel)
-    conv = packing.Convolution(shape, weight, (stride, stride), (pad, pad), 1, False)
+    conv = Convolution(shape, weight, (stride, stride), (pad, pad), 1, False)
     return packing.pack(libraries.load(), conv, torch.zeros(weight), None, threads).step
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from blnet.kernels.native import winograd
+from blnet.kernels.native.cutting import BLOCK, alone, blocks_of
 from blnet.kernels.native.library import Step
-from blnet.kernels.native.packing import BLOCK, WINOGRAD, alone, blocks_of
 
 Shape = tuple[int, int, int, int]
 
@@ -86,7 +87,7 @@ def for_image(draft: Draft, step: Step, image: int, crossing: set[Map], shift: i
     """
     own = Step.from_buffer_copy(step)
     own.first_image = image
-    if step.kind == WINOGRAD:
+    if step.kind == winograd.KIND:
         tiles = math.ceil(step.out_height / step.tile_h) * math.ceil(step.out_width / step.tile_w)
         own.chunks = math.ceil(tiles / step.chunk)
         own.items = own.chunks * step.slices

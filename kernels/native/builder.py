@@ -18,25 +18,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blnet.kernels.native import direct, stem
 from blnet.kernels.native.arena import Draft, Map, Shape
+from blnet.kernels.native.convolution import Convolution
+from blnet.kernels.native.cutting import BLOCK, blocks_of, cut_rows
 from blnet.kernels.native.library import MAXIMUM_OUTPUTS, Library, Step, load
-from blnet.kernels.native.packing import (
-    BLOCK,
-    TILES,
-    Convolution,
-    blocks_of,
-    cut_rows,
-    pack,
-    tile_of,
-)
+from blnet.kernels.native.packing import METHODS, pack
 from blnet.kernels.native.program import Program
+from blnet.kernels.native.winograd import TILES, tile_of
 
 Pair = tuple[int, int]
 Windows = Sequence[tuple[int, int, int]]
 
-METHODS = ("direct", *dict.fromkeys(tile.name for tile in TILES))  # ways to compute a convolution
-
-# As in step.h; packing.py makes the convolutions.
+# As in step.h; the convolutions' are in their modules.
 IMPORT, EXPORT, AVERAGE, MAXIMUM, COMBINE, AFFINE, SIGMOID = 0, 1, 4, 5, 6, 7, 8
 
 
@@ -107,9 +101,10 @@ class Builder:
             table: the residual's pixel for each pixel of the output, see `pixel_table`; None
                 where sizes are the same.
             relu: whether ReLU follows.
-            method: one of `METHODS`; Winograd's are of 3x3 kernels, "winograd 2x2" and "winograd
-                4x4" with a stride of (1, 1), (2, 1) or (2, 2), "winograd 4x6" of (1, 1) or (2, 1),
-                "winograd 5x5" of (1, 1). None for the fastest by count.
+            method: one of `packing.METHODS`: "direct"; of 3x3 kernels "winograd 2x2" and "winograd
+                4x4" with a stride of (1, 1), (2, 1) or (2, 2), "winograd 4x6" of (1, 1) or (2, 1)
+                and "winograd 5x5" of (1, 1); of 7x7 kernels with a stride of (2, 2) over a
+                program's input of up to 4 channels "winograd 1x4". None for the fastest by count.
 
         Returns:
             Shape (N, C_out, H_out, W_out).
@@ -118,7 +113,7 @@ class Builder:
             ValueError: if sizes do not fit each other, or the method does not fit them.
         """
         _check_method(method, weight, stride, groups)
-        planar = x.is_input and x.shape[1] <= 4 and method in (None, METHODS[0])
+        planar = x.is_input and x.shape[1] <= 4 and method in (None, direct.METHOD, stem.METHOD)
         if x.is_input and not planar:
             x = self._blocked(x)
         sizes: Shape = tuple(weight.shape)  # type: ignore[assignment]
@@ -126,6 +121,12 @@ class Builder:
         if planar and not conv.planar:
             x = self._blocked(x)
         _check_conv(conv)
+        if method == stem.METHOD and not stem.fits(conv):
+            raise ValueError(
+                f"conv: {method} is for kernels of 7x7, a stride of (2, 2), one group and a "
+                f"program's input of up to 4 channels, got a weight of shape {sizes}, stride "
+                f"{tuple(stride)} and {groups} groups; leave method out"
+            )
         packed = pack(self.library, conv, weight.detach(), bias, self.threads, method)
         tensors = {"weight": packed.weight, "bias": packed.bias, "segments": packed.segments}
         if packed.starts is not None:
@@ -134,7 +135,7 @@ class Builder:
         text = f"conv {height}x{width} {x.shape[1]}->{sizes[0]}"
         text += f"/{stride[0]}" if stride[0] == stride[1] != 1 else ""
         text += f" groups {groups}" if groups > 1 else ""
-        text += f" {packed.method}" if packed.method != "direct" else ""
+        text += f" {packed.method}" if packed.method != direct.METHOD else ""
         draft = Draft(packed.step, text, Map(conv.out_shape), x, scratch=packed.scratch)
         draft.tensors = tensors
         return self._finish(draft, residual, table, relu)
@@ -339,7 +340,7 @@ def _check_conv(conv: Convolution) -> None:
 
 
 def _check_method(method: str | None, weight: Tensor, stride: Pair, groups: int) -> None:
-    if method is None or method == METHODS[0]:
+    if method in (None, direct.METHOD, stem.METHOD):
         return
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")

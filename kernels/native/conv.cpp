@@ -66,7 +66,7 @@ constexpr int kSecondCache = 2;  // __builtin_prefetch's name for it
 // only: the first tile of a group would wait for them. So all tiles together fetch the next group's
 // meanwhile. Predicted: 8 to 10 % of a network at batch 1, by the rates of steps with small maps
 // over those with large ones. Measured on a Xeon: 8 to 9 % there, 6 to 8 % at batch 8, with the
-// cuts of packing.py that read weights fewer times 12 to 14 % and 6 to 9 %.
+// cuts of direct.py that read weights fewer times 12 to 14 % and 6 to 9 %.
 //
 // Blocked input has 16 channels in a segment and 16 floats from pixel to pixel, planar input 1.
 template <int Vectors, int Rows, int Pixels, int Step>
@@ -157,7 +157,7 @@ inline void rectangle(Tile tile, const Kernels& kernels, int64_t rows, int64_t w
   }
 }
 
-// How a chunk's input lies in scratch memory, in pixels. program.py computes the same.
+// How a chunk's input lies in scratch memory, in pixels. direct.py computes the same.
 struct Patch {
   int64_t rows, phases, phase;  // a row holds `phases` runs of `phase` pixels
   int64_t row_step, column_step;

@@ -13,6 +13,7 @@
 
 #include "conv.cpp"
 #include "pool.cpp"
+#include "stem.cpp"
 #include "winograd.cpp"
 
 #ifdef _OPENMP
@@ -32,6 +33,7 @@ void piece(const Step& s, const Call& call, int64_t item, float* scratch) {
     case kCombine: return combine(s, item);
     case kAffine: return affine(s, item);
     case kSigmoid: return sigmoid(s, item);
+    case kStem: return stem(s, call, item, scratch);
   }
 }
 

@@ -19,6 +19,7 @@ enum Kind : int64_t {
   kCombine = 6,   // source (+ or *) residual, pixel by pixel, then ReLU
   kAffine = 7,    // source * weight[channel] + bias[channel], then ReLU
   kSigmoid = 8,
+  kStem = 9,  // 7x7 convolution of the call's input with a stride of 2
 };
 
 struct Step {
