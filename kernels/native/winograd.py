@@ -29,9 +29,7 @@ from blnet.kernels.native.library import Library, Step
 
 KIND = 3  # of step, as in step.h
 CACHE_BYTES = 768 * 1024  # of a core's second cache, for a piece's transformed tiles and products
-WEIGHTS_TO_MAPS = (
-    12  # from where threads share Winograd's weights, not its tiles; see _least_chunks
-)
+WEIGHTS_TO_MAPS = 12  # from where threads share the weights, not the tiles; see _least_chunks
 LEAST_TILES = 4  # in a piece of them
 
 
@@ -181,17 +179,23 @@ def pack(
     cut_slices(library, step, pieces, 1)
     step.chunks = math.ceil(tiles / step.chunk)  # they go on from image to image
     step.items = step.chunks * step.slices
-    rows, columns = tile.transforms
-    transformed = (rows @ weight.double() @ columns.T).float()
-    product = Convolution(conv.shape, (*conv.weight[:2], 1, 1), (1, 1), (0, 0), 1, False)
-    starts = [0] * math.ceil(conv.weight[0] / library.group)
-    by_point = [
-        order_weights(library, product, plane[:, :, None, None], starts, step.blocks)
-        for plane in transformed.flatten(2).unbind(2)
-    ]
     segments = torch.arange(step.blocks, dtype=torch.int32) * step.chunk * BLOCK
     slice_blocks = step.slice * library.group // BLOCK
     # As point_floats in winograd.cpp: a line of memory between points.
     lines = step.chunk * (step.blocks + slice_blocks) + 2
     scratch = points * lines * BLOCK
-    return Packed(step, torch.cat(by_point), bias, segments, None, scratch, tile.name)
+    weights = _transformed(library, conv, weight, tile)
+    return Packed(step, weights, bias, segments, None, scratch, tile.name)
+
+
+def _transformed(library: Library, conv: Convolution, weight: Tensor, tile: Tile) -> Tensor:
+    """Return the weights of each point, in the order of `order_weights`."""
+    rows, columns = tile.transforms
+    transformed = (rows @ weight.double() @ columns.T).float()
+    product = Convolution(conv.shape, (*conv.weight[:2], 1, 1), (1, 1), (0, 0), 1, False)
+    starts = [0] * math.ceil(conv.weight[0] / library.group)
+    by_point = [
+        order_weights(library, product, plane[:, :, None, None], starts, blocks_of(conv.shape[1]))
+        for plane in transformed.flatten(2).unbind(2)
+    ]
+    return torch.cat(by_point)
