@@ -75,7 +75,10 @@ def linear_layer(to: Lowering, node: fx.Node) -> bool:
 
 
 def _found(to: Lowering, node: fx.Node, shape: tuple[int, ...]) -> _Linear | None:
-    """Return the layer: view, permute, product with a weight and a bias, nothing else read."""
+    """Return the layer: view, permute for columns, product with a weight and a bias.
+
+    Nothing else may read what lies between.
+    """
     images, channels, rows, columns = shape
     if images == 1 and shape_of(node) == (1, channels * rows * columns):
         found = _Linear([node], (channels, rows, columns))

@@ -117,6 +117,7 @@ class Builder:
         if x.is_input and not planar:
             x = self._blocked(x)
         sizes: Shape = tuple(weight.shape)  # type: ignore[assignment]
+        stride, padding = (stride[0], stride[1]), (padding[0], padding[1])  # of any sequence
         conv = Convolution(x.shape, sizes, stride, padding, groups, planar and groups == 1)
         if planar and not conv.planar:
             x = self._blocked(x)

@@ -11,12 +11,11 @@ from torch import Tensor
 from blnet.kernels.native.cutting import BLOCK, blocks_of
 from blnet.kernels.native.library import Library, Step
 
-# What decides between the ways to compute a 3x3 convolution, in cycles of one core: products, bytes
-# of weights, and transforms for a tile and a block of channels. Transforms of 2x2 and 4x4 with a
-# stride of 1 were measured on a Zen 5, others are counted by the vectors that they move. These two
-# numbers were chosen on a Zen 4, two threads, among 77 convolutions of ResNets and speech networks
-# timed with each tile, weights coming from memory: what they choose takes 0.6 % longer than the
-# fastest on average, at most 10 %.
+# What decides between the ways to compute a convolution, in cycles of one core: products, bytes of
+# weights, and Winograd's transforms, which stand beside its tiles. These two numbers were chosen on
+# a Zen 4, two threads, among 77 convolutions of ResNets and speech networks timed with each tile,
+# weights coming from memory: what they choose takes 0.6 % longer than the fastest on average, at
+# most 10 %.
 PRODUCTS_PER_CYCLE = 24.0
 WEIGHT_BYTES_PER_CYCLE = 16.0
 

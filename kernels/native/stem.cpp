@@ -97,7 +97,8 @@ inline void write_tile(const Step& s, const float* from, int64_t image, int64_t 
                        int64_t x) {
   const int64_t pixel = y * s.out_width + x, width = std::min(kStemTile, s.out_width - x);
   float* out = s.target + image * s.target_image + block * s.out_height * s.out_width * kBlock;
-  const float* add = s.residual + image * s.residual_image + block * s.residual_block;
+  const float* add =
+      s.residual ? s.residual + image * s.residual_image + block * s.residual_block : nullptr;
   for (int part = 0; part < kParts; ++part) {
     Vec even[kEven], odd[kOdd], y_even[kStemTile], y_odd[kStemTile];
 #pragma GCC unroll 7
@@ -111,8 +112,8 @@ inline void write_tile(const Step& s, const float* from, int64_t image, int64_t 
     for (int j = 0; j < kStemTile; ++j) {
       if (j >= width) break;
       Vec value = y_even[j] + y_odd[j] + bias;
-      const int64_t at = (s.table ? s.table[pixel + j] : pixel + j) * kBlock + part * kLanes;
-      if (s.residual) value += load(add + at);
+      const int64_t at = s.table ? s.table[pixel + j] : pixel + j;
+      if (add) value += load(add + at * kBlock + part * kLanes);
       store(out + (pixel + j) * kBlock + part * kLanes, s.relu ? relu(value) : value);
     }
   }

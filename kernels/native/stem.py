@@ -22,7 +22,7 @@ KIND = 9  # of step, as in step.h
 CACHE_BYTES = 128 * 1024  # of a core's second cache, for a piece's transformed rows
 METHOD = "winograd 1x4"
 KERNEL, STRIDE, OUTPUTS = (7, 7), (2, 2), 4
-CYCLES = 60.0  # of the transform of a block's outputs, counted by vectors as above
+CYCLES = 60.0  # of the transform of a block's outputs, counted as those of winograd.py
 # G of the kernel's even columns and of its odd ones.
 _EVEN = (
     (-1 / 2, 0.0, 0.0, 0.0),

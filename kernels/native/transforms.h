@@ -5,7 +5,7 @@
 
 namespace blnet {
 
-// One row or column of B^T d, and of A^T m. Both read all their inputs before they write.
+// One row or column of B^T d, in place, and below of A^T m.
 inline void transform_input(Vec& d0, Vec& d1, Vec& d2, Vec& d3) {
   const Vec t0 = d0 - d2, t1 = d1 + d2, t2 = d2 - d1, t3 = d3 - d1;
   d0 = t0, d1 = t1, d2 = t2, d3 = t3;
