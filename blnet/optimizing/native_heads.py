@@ -80,7 +80,7 @@ def _found(to: Lowering, node: fx.Node, shape: tuple[int, ...]) -> _Linear | Non
     Nothing else may read what lies between.
     """
     images, channels, rows, columns = shape
-    if images == 1 and shape_of(node) == (1, channels * rows * columns):
+    if shape_of(node) == (1, channels * rows * columns):  # of a single image
         found = _Linear([node], (channels, rows, columns))
     elif shape_of(node) == (images, channels * rows, columns):
         found = _Linear([node], (channels, rows, 1))

@@ -101,10 +101,8 @@ class Builder:
             table: the residual's pixel for each pixel of the output, see `pixel_table`; None
                 where sizes are the same.
             relu: whether ReLU follows.
-            method: one of `packing.METHODS`: "direct"; of 3x3 kernels "winograd 2x2" and "winograd
-                4x4" with a stride of (1, 1), (2, 1) or (2, 2), "winograd 4x6" of (1, 1) or (2, 1)
-                and "winograd 5x5" of (1, 1); of 7x7 kernels with a stride of (2, 2) over a
-                program's input of up to 4 channels "winograd 1x4". None for the fastest by count.
+            method: one of `packing.METHODS`, if it is for such a kernel and stride (see
+                `winograd.TILES` and stem.py); None for the fastest by count.
 
         Returns:
             Shape (N, C_out, H_out, W_out).

@@ -87,24 +87,17 @@ inline void transform_output(const Vec (&m)[6], Vec (&y)[4]) {
   y[3] = difference1 + 8.0f * difference2 + m[5];
 }
 
-// Four outputs of a kernel of four, at the points of seven inputs.
-inline void transform_output(const Vec (&m)[7], Vec (&y)[4]) {
-  const Vec sum1 = m[1] + m[2], difference1 = m[1] - m[2];
-  const Vec sum2 = m[3] + m[4], difference2 = m[3] - m[4];
-  y[0] = m[0] + sum1 + sum2 + m[5];
-  y[1] = difference1 + 2.0f * difference2 + 0.5f * m[5];
-  y[2] = sum1 + 4.0f * sum2 + 0.25f * m[5];
-  y[3] = difference1 + 8.0f * difference2 + 0.125f * m[5] + m[6];
-}
-
-inline void transform_output(const Vec (&m)[7], Vec (&y)[5]) {
+// Four outputs of a kernel of four, or five of a kernel of three.
+template <int Outputs>
+inline void transform_output(const Vec (&m)[7], Vec (&y)[Outputs]) {
   const Vec sum1 = m[1] + m[2], difference1 = m[1] - m[2];
   const Vec sum2 = m[3] + m[4], difference2 = m[3] - m[4];
   y[0] = m[0] + sum1 + sum2 + m[5];
   y[1] = difference1 + 2.0f * difference2 + 0.5f * m[5];
   y[2] = sum1 + 4.0f * sum2 + 0.25f * m[5];
   y[3] = difference1 + 8.0f * difference2 + 0.125f * m[5];
-  y[4] = sum1 + 16.0f * sum2 + 0.0625f * m[5] + m[6];
+  if constexpr (Outputs == 5) y[4] = sum1 + 16.0f * sum2 + 0.0625f * m[5];
+  y[Outputs - 1] += m[6];
 }
 
 inline void transform_output(const Vec (&m)[8], Vec (&y)[6]) {

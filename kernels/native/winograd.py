@@ -152,7 +152,7 @@ def _least_chunks(step: Step, weights: int, tiles: int, pieces: int) -> int:
     With one for all, pieces differ in their output channels. Each then transforms all of the input,
     half of which another core has just written, but reads its own weights only. Timed on a Zen 4 in
     chains of 14 convolutions: chunks are 7 to 40 % faster up to 8 times as many weights as maps'
-    numbers, as fast at 16 times, 20 % slower from there.
+    numbers, as fast or 20 % slower at 16 times, half as fast at 32 times.
     """
     images = 1 if alone(step) else step.batch
     share = weights < WEIGHTS_TO_MAPS * images * map_floats(step) and tiles >= LEAST_TILES * pieces
