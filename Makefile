@@ -52,7 +52,7 @@ interpreter: $(INSTALLED)  ## the kernels on the CPU, in Triton's interpreter
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter $(ARGS)
 
 # On a machine with a GPU and no network, whose own Python has torch, triton, torchvision, rich,
-# scikit-learn and pytest-benchmark: make gpu GPU_PYTHON=python3 OUT=folder
+# scikit-learn, pytest-benchmark, accelerate, timm and torchmetrics: make gpu GPU_PYTHON=python3 OUT=folder
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 OUT ?= results/gpu
 gpu:  ## everything that needs a GPU: correctness, sanitizer, suites (GPU_PYTHON=, OUT=)
@@ -66,13 +66,14 @@ gpu:  ## everything that needs a GPU: correctness, sanitizer, suites (GPU_PYTHON
 	    { echo "$$name failed ($$?)"; status=1; }; \
 	  tail -n 12 $(OUT)/$$name.txt; }; \
 	run check 80 $(GPU_PYTHON) -m blnet.cli kernels check --device cuda --jobs $$jobs; \
-	run tests 100 $(GPU_PYTHON) -m pytest -q tests/test_gpu.py; \
+	run tests 90 $(GPU_PYTHON) -m pytest -q tests/test_gpu.py; \
+	run training 60 $(GPU_PYTHON) -m pytest -q tests/test_gpu_training.py; \
 	if command -v compute-sanitizer >/dev/null; then \
-	  run sanitizer 50 compute-sanitizer --error-exitcode 9 \
+	  run sanitizer 40 compute-sanitizer --error-exitcode 9 \
 	    $(GPU_PYTHON) -m blnet.cli kernels check --device cuda --dtype bfloat16 --op expand_merge; \
 	else echo "compute-sanitizer is not installed here: not run"; fi; \
-	run kernels 100 $(GPU_PYTHON) -m blnet.cli bench kernels --device cuda --output $(OUT)/kernels; \
-	run models 200 $(GPU_PYTHON) -m blnet.cli bench models --device cuda --alpha 2 --beta 4 \
+	run kernels 90 $(GPU_PYTHON) -m blnet.cli bench kernels --device cuda --output $(OUT)/kernels; \
+	run models 175 $(GPU_PYTHON) -m blnet.cli bench models --device cuda --alpha 2 --beta 4 \
 	  --output $(OUT)/models; \
 	exit $$status
 

@@ -117,6 +117,31 @@ def test_a_spoilt_archive_is_refused(tmp_path):
     refused(small(path), "cannot be read as an .npz archive")
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("digits", "path", "pictures"),
+        ("digits", "eval_path", "pictures"),
+        ("digits", "download", True),
+        ("digits", "classes", 3),
+        ("fake", "path", "pictures"),
+        ("folder", "train_images", 20),
+        ("folder", "download", True),
+        ("npz", "classes", 7),
+        ("cifar10", "eval_images", 20),
+        ("webdataset", "download", True),
+    ],
+)
+def test_what_a_set_does_not_read_is_refused(name, field, value):
+    flag = f"--data.{field.replace('_', '-')}"
+    refused(DataConfig(name=name, **{field: value}), f"{flag} is not read with --data.name {name}")
+
+
+def test_official_files_have_their_own_test_part(tmp_path):
+    config = DataConfig(name="cifar10", path=str(tmp_path), eval_path=str(tmp_path))
+    refused(config, "--data.eval-path is not read with the official files")
+
+
 @pytest.mark.parametrize("name", ["npz", "folder", "imagenet"])
 def test_a_path_is_needed_and_must_exist(tmp_path, name):
     refused(DataConfig(name=name), "--data.path is missing")

@@ -332,6 +332,15 @@ def test_data_are_those_of_training_changed_by_flags():
     assert settings_of({}, data="imagenet", path="/i") == DataConfig(name="imagenet", path="/i")
 
 
+def test_flags_that_the_set_does_not_read_are_refused():
+    recorded = {"data": {"name": "digits", "path": "left from a run that passed it over"}}
+    assert settings_of(recorded).name == "digits"
+    for field, value in {"path": "/a", "eval_path": "/b", "classes": 3, "eval_images": 5}.items():
+        flag = f"--data.{field.replace('_', '-')} is not read with --data.name digits"
+        with pytest.raises(ValueError, match=flag):
+            settings_of(recorded, **{field: value})
+
+
 def test_held_out_images_are_those_of_the_run(saved, tmp_path):
     path = saved(data={"name": "digits", "holdout": 0.1, "split_seed": 5})
     assert run(path, "--output", tmp_path / "out") == 0

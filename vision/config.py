@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,6 +13,16 @@ DataName = Literal[
     "digits", "cifar10", "cifar100", "folder", "imagenet", "npz", "webdataset", "fake"
 ]
 Crop = Literal["none", "padded", "resized"]
+
+# Settings that say which pictures, and the sets that read each.
+_READ_BY: dict[str, tuple[DataName, ...]] = {
+    "path": ("cifar10", "cifar100", "folder", "imagenet", "npz", "webdataset"),
+    "eval_path": ("cifar10", "cifar100", "folder", "imagenet", "npz", "webdataset"),
+    "download": ("cifar10", "cifar100"),
+    "train_images": ("webdataset", "fake"),
+    "eval_images": ("webdataset", "fake"),
+    "classes": ("webdataset", "fake"),
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,21 @@ class DataConfig:
             raise ValueError(
                 f"--data.split-seed must be from 0 to 2^32 - 1, got {self.split_seed}; take 0"
             )
+
+    def check_read(self, given: Collection[str] = tuple(_READ_BY)) -> None:
+        """Raise a ValueError that names the first setting that the set does not read.
+
+        What was measured would otherwise not be what was asked for.
+
+        Args:
+            given: the settings to look at; others may be left from another set.
+        """
+        for field, sets in _READ_BY.items():
+            if field in given and getattr(self, field) and self.name not in sets:
+                raise ValueError(
+                    f"{_flag('data', field)} is not read with --data.name {self.name}, only with "
+                    f"{', '.join(sets)}; leave it out, or name one of those"
+                )
 
 
 @dataclass(frozen=True)

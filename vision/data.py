@@ -86,6 +86,8 @@ def load_data(
     data.check()
     augment.check()
     evaluation_only = parts == "evaluation"
+    if not evaluation_only:  # else they may be a trained network's, from a run that passed over some
+        data.check_read()
     if data.name == "webdataset":
         return _load_streams(data, augment, preprocessing or _preprocessing(data),
                              evaluation_only, seed)  # fmt: skip
@@ -171,6 +173,11 @@ def _load_cifar(data: DataConfig, evaluation_only: bool) -> Parts:
         return parts
     from torchvision import datasets
 
+    if data.eval_path is not None:
+        raise ValueError(
+            f"--data.eval-path is not read with the official files of {data.name}, which have a "
+            "test part; leave it out, or name an .npz archive with --data.path"
+        )
     root = "data" if data.path is None else data.path
     kind = datasets.CIFAR10 if data.name == "cifar10" else datasets.CIFAR100
     try:

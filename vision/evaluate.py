@@ -152,10 +152,12 @@ def data_settings(trained: Trained, given: Mapping[str, Any]) -> DataConfig:
         for field in ("path", "eval_path", "download", "limit", "eval_images", "classes")
         if given.get(field) is not None
     }
+    named = tuple(changes)
     if "path" in changes:  # the evaluation part that was beside the old path is not meant
         changes.setdefault("eval_path", None)
     settings = dataclasses.replace(settings, **changes)
     settings.check()
+    settings.check_read(named)
     return settings
 
 

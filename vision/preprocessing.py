@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -19,6 +20,13 @@ LARGEST_SIDE = 16384
 # Pixels that a picture may have once resized: a strip of 1 x 10,000 pixels with its shorter side
 # resized to 256 would have 655 million. It is PIL's own limit for a picture from outside.
 LARGEST_RESIZED = 2 * 89_478_485
+
+
+@functools.lru_cache(maxsize=32)
+def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return numbers as (channels, 1, 1); kept, as a copy to a GPU waits for all it has to do."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -120,10 +128,7 @@ class Preprocessing:
         Args:
             images: uint8 (N, channels, H, W).
         """
-        mean, std = (
-            torch.tensor(values, dtype=torch.float32, device=images.device)[:, None, None]
-            for values in (self.mean, self.std)
-        )
+        mean, std = (_by_channel(tuple(values), images.device) for values in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
 
     def as_dict(self) -> dict[str, Any]:

@@ -38,8 +38,9 @@ class ShardStream:
     there are fewer shards than readers, all read all of them and take turns sample by sample.
     Evaluation reads every shard once, to its end, in order, each by one reader.
 
-    A sample that cannot be read is yielded as a `CorruptSample`. So is a shard, once, that cannot
-    be opened or that breaks off: what came before the break is used.
+    A sample that cannot be read is yielded as a `CorruptSample`. So is in training a shard, once,
+    that cannot be opened or that breaks off: what came before the break is used. In evaluation
+    that is an error, as nobody knows how many samples were lost.
 
     Args:
         pattern: path or URL of the shards, with braces for several: 'train-{000..099}.tar'; with
@@ -87,13 +88,23 @@ class ShardStream:
             skip: items to leave out, corrupt ones counted; they are read but not decoded.
 
         Raises:
-            ValueError: in training, if the shards hold no samples for this reader.
+            ValueError: in training, if the shards hold no samples for this reader; in evaluation,
+                if a shard cannot be opened or breaks off.
         """
         if self.training:
             entries = self._shuffled(epoch, reader, readers)
         else:
-            entries = itertools.chain.from_iterable(map(_entries, self.urls[reader::readers]))
+            entries = itertools.chain.from_iterable(map(self._whole, self.urls[reader::readers]))
         yield from map(self._sample, itertools.islice(entries, skip, None))
+
+    def _whole(self, url: str) -> Iterator[Entry]:
+        for entry in _entries(url):
+            if isinstance(entry, CorruptSample):
+                raise ValueError(
+                    f"{self.flag}: {entry.name}: {entry.reason}, and what was evaluated would not "
+                    "be the whole set; fetch or write it again"
+                )
+            yield entry
 
     def _shuffled(self, epoch: int, reader: int, readers: int) -> Iterator[Entry | CorruptSample]:
         from webdataset.filters import _shuffle as shuffle

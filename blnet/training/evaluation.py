@@ -69,7 +69,7 @@ def evaluate(
                 outputs = task.forward(model, batch).float()
             count = task.samples(batch)
             loss = task.loss(outputs, batch, training=False).double()
-            sums += torch.stack([loss * count, loss.new_tensor(count)])
+            sums += torch.stack([loss * count, torch.full_like(loss, count)])
             task.update(metrics, outputs, batch)
     finally:
         model.train(training)

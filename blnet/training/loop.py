@@ -34,7 +34,7 @@ from blnet.training.stopping import Interrupted, Stopper
 from blnet.training.task import Batch, Task, count_of, to_device
 
 # Seconds of training that a stop or a failure in an evaluation may cost, at most.
-MOST_LOST = 5.0
+MOST_LOST = 30.0
 
 
 class Trainer:

@@ -28,8 +28,10 @@ class Sums:
         """Add a micro-batch: its mean loss, its size, and how many were right."""
         loss = loss.detach().double()
         right = loss.new_zeros(()) if correct is None else correct.detach().double()
-        counted = loss.new_tensor(0 if correct is None else samples)
-        self.values += torch.stack([loss * samples, loss.new_tensor(samples), counted, right])
+        # Filled on the device: a number copied there would wait for all that it has to do.
+        seen = torch.full_like(loss, samples)
+        counted = torch.zeros_like(loss) if correct is None else seen
+        self.values += torch.stack([loss * samples, seen, counted, right])
 
 
 @dataclass(frozen=True)
