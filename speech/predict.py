@@ -50,11 +50,11 @@ def run(args: argparse.Namespace) -> int:
     """Tell every recording's word, print or write it; return 0, or 1 if one could not be read."""
     trained = load_trained(args.checkpoint, ("keyword",))
     trained.to(make_accelerator(TrainingConfig(device=args.device)).device)
-    files, empty = RECORDINGS.expand(args.files)
+    files, failed = RECORDINGS.expand(args.files)
     unread = RECORDINGS.answer(
         predict(trained, files, args.top, args.batch), args.format, args.output
     )
-    return 1 if empty or unread else 0
+    return 1 if failed or unread else 0
 
 
 def predict(

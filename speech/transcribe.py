@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     plan(args.window, args.overlap, trained.features.sample_rate, trained.step, trained.lacking)
     decoder = decoder_of(args, trained)
     trained.to(make_accelerator(TrainingConfig(device=args.device)).device)
-    files, empty = RECORDINGS.expand(args.files)
+    files, failed = RECORDINGS.expand(args.files)
     print(f"{PROG}: {trained.title}, decoder: {decoder.title}", file=sys.stderr)
 
     def transcripts() -> tuple[str, int]:
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
         with written_aside(args.output) as aside:
             text, unread = transcripts()
             aside.write_text(text, encoding="utf-8")
-    return 1 if empty or unread else 0
+    return 1 if failed or unread else 0
 
 
 def _transcripts(

@@ -340,10 +340,11 @@ def test_an_evaluation_folder_without_training_folder_is_refused(tmp_path):
     refused(small(tmp_path, name="folder"), "folder val but no train")
 
 
-@pytest.mark.parametrize("which", ["", "cat"])
+@pytest.mark.parametrize("which", ["", "cat", "cat/more"])
 def test_an_unreadable_folder_is_named(tmp_path, monkeypatch, which):
     """Tests may run as root, whom no permission stops."""
     folder_of(tmp_path, cat=[1, 2], dog=[3, 4])
+    folder_of(tmp_path / "cat", more=[5])
     closed = tmp_path / which if which else tmp_path
     scandir = os.scandir
 

@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -299,6 +301,30 @@ def test_answers_tell_what_is_wrong(pictures, tmp_path):
     assert first == Answer(str(files[0]), problem="No such file or directory")
     assert second.problem is None
     assert len(second.predictions) == 1
+
+
+@pytest.mark.parametrize("which", ["", "below"])
+def test_a_folder_that_cannot_be_read_is_named(
+    pictures, checkpoint, tmp_path, capsys, monkeypatch, which
+):
+    """Tests may run as root, whom no permission stops."""
+    folder = tmp_path / "folder"
+    (folder / "below").mkdir(parents=True)
+    shutil.copy(pictures / "4.png", folder)
+    closed, scandir = folder / which, os.scandir
+
+    def refuse(path="."):
+        if os.fspath(path) == str(closed):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    words = ("--checkpoint", checkpoint, "--format", "json")
+    assert run(folder, pictures / "4.png", *words) == 1
+    found = capsys.readouterr()
+    told = f"{closed} is a folder that cannot be read (Permission denied)"
+    assert found.err == f"blnet predict vision: {told}\n"
+    assert len(json.loads(found.out)) == (2 if which else 1)
 
 
 def test_a_folder_without_pictures_is_named(pictures, checkpoint, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,9 +41,18 @@ class _ClassFolders(ImageFolder):
                 f"{self.flag}: folder {directory} holds no folders; put the pictures of each class "
                 "into a folder of its own there"
             )
-        for name in classes:  # os.walk, which reads them, passes over what it cannot open
-            _folders(Path(directory, name), self.flag)
+        for name in classes:
+            self._check_open(os.path.join(directory, name))
         return classes, {name: index for index, name in enumerate(classes)}
+
+
+    def _check_open(self, folder: str) -> None:
+        """Raise ValueError if a folder or one below it, which are read later, cannot be opened.
+
+        ImageFolder passes over those, and follows links, so that this does too.
+        """
+        for _ in os.walk(folder, onerror=lambda error: _refuse(error, self.flag), followlinks=True):
+            pass
 
 
 class Folder:
@@ -168,10 +178,14 @@ def _folders(folder: Path, flag: str) -> list[str]:
         with os.scandir(folder) as entries:
             return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     except OSError as error:
-        raise ValueError(
-            f"{flag}: folder {folder} cannot be read ({error.strerror or reason(error)}); "
-            "see to its permissions"
-        ) from error
+        _refuse(error, flag)
+
+
+def _refuse(error: OSError, flag: str) -> NoReturn:
+    raise ValueError(
+        f"{flag}: folder {error.filename} cannot be read ({error.strerror or reason(error)}); see "
+        "to its permissions"
+    ) from error
 
 
 def _is_picture(path: str) -> bool:

@@ -75,10 +75,10 @@ def run(args: argparse.Namespace) -> int:
     device = make_accelerator(TrainingConfig(device=args.device)).device
     trained = load_trained(args.checkpoint)
     model = trained.model.to(device)
-    files, empty = PICTURES.expand(args.files)
+    files, failed = PICTURES.expand(args.files)
     found = predict(model, trained.extra, files, args.top, args.batch)
     unread = PICTURES.answer(found, args.format, args.output)
-    return 1 if empty or unread else 0
+    return 1 if failed or unread else 0
 
 
 @torch.inference_mode()

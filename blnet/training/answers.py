@@ -71,26 +71,31 @@ class Kind:
         print(f"{self.prog}: {file} {what}", file=sys.stderr)
 
     def expand(self, names: Sequence[StrPath]) -> tuple[list[str], int]:
-        """Return the files that files and folders stand for, and how many folders hold none.
+        """Return the files that files and folders stand for, and how many folders gave none.
 
         A folder stands for all files of the kind below it, in the order of their names; hidden ones
-        are passed over, and a folder without any is named on standard error.
+        are passed over. Folders without any are named on standard error and counted, and so are
+        those that cannot be read, each with what the system said.
         """
         files: list[str] = []
-        empty = 0
+        failed = 0
         for name in (os.fspath(name) for name in names):
             if not os.path.isdir(name):
                 files.append(name)
                 continue
-            found = sorted(self._below(name))
+            closed: list[OSError] = []
+            found = sorted(self._below(name, closed.append))
             files += found
-            if not found:
-                empty += 1
+            failed += len(closed) or not found
+            for error in closed:
+                what = f"is a folder that cannot be read ({error.strerror})"
+                self.complain(shown(str(error.filename)), what)
+            if not found and not closed:
                 self.complain(shown(name), f"is a folder without {self.plural}")
-        return files, empty
+        return files, failed
 
-    def _below(self, folder: str) -> Iterator[str]:
-        for place, folders, names in os.walk(folder):
+    def _below(self, folder: str, closed: Callable[[OSError], None]) -> Iterator[str]:
+        for place, folders, names in os.walk(folder, onerror=closed):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for name in names:
                 if name.lower().endswith(self.endings) and not name.startswith("."):
