@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from torch import Tensor
 from blnet.training.checkpoints import BEST, MODEL, CheckpointFolder, Saved
 from blnet.training.config import OptimizerConfig
 from blnet.training.journal import METRICS, read_rows
-from blnet.training.testing import train_tiny
+from blnet.training.testing import report_tiny, train_tiny
+
+Launch = Callable[..., Any]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -109,6 +113,26 @@ def test_a_start_that_fails_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="more than the 11"):
         train_tiny(str(tmp_path / "mine"), {"train": 11})
     assert (tmp_path / "mine").is_dir(), "only what this run made is removed"
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_a_folder_is_one_runs_at_a_time(launch: Launch, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = launch(report_tiny, str(folder), {"trouble": "stuck", "at": 6})
+    deadline = time.monotonic() + 60
+    while CheckpointFolder(folder).latest() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for resume in ("auto", "never"):
+        with pytest.raises(ValueError, match=r"run is in use by another run.*another folder"):
+            train_tiny(str(folder), resume=resume)
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert before == after
+    process.kill()
+    process.join()
+    train_tiny(str(folder))  # a run that ended, however it did, holds nothing
+    assert [row["epoch"] for row in read_rows(folder, "epoch")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_checkpoint_of_another_network_is_left_alone(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import IO
 
 from accelerate import Accelerator
 from rich.console import Console
@@ -25,6 +26,7 @@ from blnet.training.reporting import Summary
 from blnet.training.stopping import Interrupted
 from blnet.training.task import Task
 
+LOCK = ".lock"  # in the folder of a run; whoever trains there holds it
 _PACKAGES = ("torch", "torchvision", "torchaudio", "timm", "accelerate", "numpy")
 
 
@@ -128,35 +130,69 @@ def _draw(trainer: Trainer) -> None:
 
 @contextlib.contextmanager
 def _opened(folder: Path, config: TrainingConfig, accelerator: Accelerator) -> Iterator[None]:
-    """Make a run's folder, and remove it again where the run fails before anything is in it.
+    """Make a run's folder and hold it; remove it again where the run fails before it is used.
 
     Raises:
-        ValueError: if it holds a run and the configuration does not say to go on with it, or
-            nothing is left to go on from.
+        ValueError: if it holds a run and the configuration does not say to go on with it, nothing
+            is left to go on from, or another process holds it.
         OSError: if it cannot be made or written to.
     """
     made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
+    held: list[IO[str]] = []
+
+    def begin() -> None:
+        held.append(_hold(folder))
+        _check_resumable(folder, config)
+
     try:
-        by_first(lambda: _open(folder, config), accelerator)
+        by_first(begin, accelerator)
         yield
     except BaseException:
-        if accelerator.is_main_process:
-            with contextlib.suppress(OSError):  # raised by the first that holds anything
-                for place in made:
-                    place.rmdir()
+        with contextlib.suppress(OSError):  # raised by the first that holds anything
+            if held and [path.name for path in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+            for place in made if accelerator.is_main_process else ():
+                place.rmdir()
         raise
+    finally:
+        for lock in held:
+            lock.close()
 
 
-def _open(folder: Path, config: TrainingConfig) -> None:
+def _hold(folder: Path) -> IO[str]:
+    """Make a folder and return its file whose lock this process has until it closes it.
+
+    The lock ends with the process, however it ends, and its loading processes, which may live a
+    little longer, do not have it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        lock = (folder / LOCK).open("a")
+    except OSError as error:
+        raise _closed(folder, error) from error
+    try:
+        import fcntl
+
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        lock.close()
+        raise ValueError(f"--output {folder} is in use by another run, and each would damage the "
+                         "other's files; wait for its end, or name another folder") from error  # fmt: skip # noqa: E501
+    except (ImportError, OSError):  # a system or a file system without locks
+        pass
+    return lock
+
+
+def _closed(folder: Path, error: OSError) -> OSError:
+    return OSError(f"--output {folder} cannot be written to ({error.strerror}); choose a folder "
+                   "that you may write to")  # fmt: skip
+
+
+def _check_resumable(folder: Path, config: TrainingConfig) -> None:
+    try:
         latest = CheckpointFolder(folder).latest()
     except OSError as error:
-        raise OSError(f"--output {folder} cannot be written to ({error.strerror}); choose a folder "
-                      "that you may write to") from error  # fmt: skip
+        raise _closed(folder, error) from error
     if latest is None and _has_ended_epoch(folder):
         raise ValueError(f"--output {folder} holds a run whose checkpoints are gone, so that it "
                          "cannot be gone on with; name another folder")  # fmt: skip
