@@ -86,7 +86,7 @@ def load_data(
     data.check()
     augment.check()
     evaluation_only = parts == "evaluation"
-    if not evaluation_only:  # else they may be a trained network's, from a run that passed over some
+    if not evaluation_only:  # else some may be left from a run that passed them over
         data.check_read()
     if data.name == "webdataset":
         return _load_streams(data, augment, preprocessing or _preprocessing(data),

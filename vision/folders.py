@@ -45,7 +45,6 @@ class _ClassFolders(ImageFolder):
             self._check_open(os.path.join(directory, name))
         return classes, {name: index for index, name in enumerate(classes)}
 
-
     def _check_open(self, folder: str) -> None:
         """Raise ValueError if a folder or one below it, which are read later, cannot be opened.
 

@@ -43,6 +43,7 @@ class Measurement:
         corrupt: (name, reason) of the images that could not be read; in a run of several processes
             the first has them all, the others none.
         seconds: wall-clock time of the evaluation, loading included.
+        waiting: share of it that the first process spent waiting for images.
     """
 
     confusion: Counts
@@ -50,6 +51,7 @@ class Measurement:
     loss: float
     corrupt: tuple[tuple[str, str], ...]
     seconds: float
+    waiting: float
 
     @property
     def images(self) -> int:
@@ -139,7 +141,7 @@ def measure(
         # torchmetrics gives shares in float32, of which counts below 2^23 come back exactly.
         shares = metrics[_TOP5].compute().cpu().numpy().astype(np.float64)
         hits = np.rint(shares * confusion.sum(axis=1)).astype(np.int64)
-    return Measurement(confusion, hits, loss, corrupt, seconds)
+    return Measurement(confusion, hits, loss, corrupt, seconds, found.waiting)
 
 
 def _metrics(classes: int) -> MetricCollection:

@@ -60,12 +60,12 @@ def as_table(evaluations: Sequence[Evaluation], device: str, precision: str) -> 
         precision: "fp32" or the like.
     """
     data = list(dict.fromkeys(one.data.name for one in evaluations))
-    caption = f"{device}, {precision}; images/s with loading"
+    caption = f"{device}, {precision}; images/s with loading; waiting for it"
     table = Table(title="; ".join(data), caption=caption, title_justify="left",
                   caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fmt: skip
     table.add_column("network\ncheckpoint", overflow="fold")
     # Two figures in a cell: a terminal may have but 80 columns.
-    names = ["images\nimages/s", "top-1 %\n95 % interval", "top-5 %", "error %",
+    names = ["images\nimages/s\nwaiting", "top-1 %\n95 % interval", "top-5 %", "error %",
              "parameters\nGMACs"]  # fmt: skip
     with_top5 = any(one.measured.top5 is not None for one in evaluations)
     for name in names if with_top5 else [name for name in names if name != "top-5 %"]:
@@ -81,7 +81,7 @@ def _cells(one: Evaluation, with_top5: bool) -> list[str]:
     top5 = _MISSING if measured.top5 is None else f"{100 * measured.top5:.2f}"
     return [
         f"{one.trained.title}\n{one.trained.source}",
-        f"{measured.images:,}\n{measured.images_per_second:,.0f}",
+        f"{measured.images:,}\n{measured.images_per_second:,.0f}\n{measured.waiting:.0%}",
         f"{100 * measured.accuracy:.2f}\n{low:.2f} to {high:.2f}",
         *([top5] if with_top5 else []),
         f"{100 * (1 - measured.accuracy):.2f}",
@@ -185,4 +185,5 @@ def _facts(one: Evaluation, place: str) -> dict[str, Any]:
         "corrupt": [{"name": name, "reason": why} for name, why in measured.corrupt],
         "seconds": measured.seconds,
         "images_per_second": measured.images_per_second,
+        "waiting": measured.waiting,
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from blnet.training.loading import Loader
+from blnet.training.loading import Loaded, Loader
 from blnet.training.task import Task, to_device
 
 
@@ -22,11 +23,20 @@ class Findings:
         values: metric -> number, "loss" among them.
         samples: how many were evaluated.
         corrupt: (name, reason) of those that this process could not read.
+        seconds: how long it took this process.
+        waited: how long of that it waited for data.
     """
 
     values: dict[str, float]
     samples: int
     corrupt: list[tuple[str, str]]
+    seconds: float
+    waited: float
+
+    @property
+    def waiting(self) -> float:
+        """Share of the time that was spent waiting for data."""
+        return self.waited / max(self.seconds, 1e-9)
 
 
 @torch.no_grad()
@@ -58,8 +68,15 @@ def evaluate(
     corrupt: list[tuple[str, str]] = []
     training = model.training
     model.eval()
+    waited, start = 0.0, time.monotonic()
     try:
-        for loaded in _batches(task, loader, accelerator, batch_size):
+        batches = _batches(task, loader, accelerator, batch_size)
+        while True:
+            asked = time.monotonic()
+            loaded = next(batches, None)
+            waited += time.monotonic() - asked
+            if loaded is None:
+                break
             before_batch()
             corrupt += loaded.corrupt
             if loaded.batch is None:
@@ -77,10 +94,11 @@ def evaluate(
     if not samples:
         raise ValueError("the evaluation data has no sample that could be read; check its path")
     values = {name: float(value) for name, value in metrics.compute().items() if value.ndim == 0}
-    return Findings({"loss": loss / samples, **values}, int(samples), corrupt)
+    seconds = time.monotonic() - start
+    return Findings({"loss": loss / samples, **values}, int(samples), corrupt, seconds, waited)
 
 
-def _batches(task: Task, loader: Loader, accelerator: Accelerator, size: int) -> Any:
+def _batches(task: Task, loader: Loader, accelerator: Accelerator, size: int) -> Iterator[Loaded]:
     if loader.is_stream:
         return loader.stream(size, epoch=0)
     own = range(accelerator.process_index, len(task.eval_data), accelerator.num_processes)

@@ -138,6 +138,8 @@ class Reporter:
             seconds=spent,
             samples_per_second=rate,
             waiting=waiting,
+            evaluation_seconds=found.seconds,
+            evaluation_waiting=found.waiting,
         )
         shown = "  ".join(f"{name} {value:.4f}" for name, value in found.values.items())
         self.display.spoken()
@@ -146,8 +148,12 @@ class Reporter:
             f"evaluation: {shown}{' (best)' if best else ''}  "
             f"{rate:,.0f} {self.task.unit}/s, {waiting:.0%} of the time waiting for data"
         )
+        self._warn("training", waiting, waited)
+        self._warn("evaluation", found.waiting, found.waited)
+
+    def _warn(self, part: str, waiting: float, waited: float) -> None:
         if waiting > WAITING_TOLD and waited > 1:
             self.display.say(
-                f"warning: data is the bottleneck: {waiting:.0%} of the training time went into "
+                f"warning: data is the bottleneck: {waiting:.0%} of the {part} time went into "
                 f"waiting for it; raise --workers (now {self.workers})"
             )
