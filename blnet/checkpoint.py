@@ -157,6 +157,7 @@ def _opened(path: StrPath) -> Iterator[Any]:
         raise FileNotFoundError(f"{path} does not exist; check the path of the checkpoint")
     if not file.is_file():
         raise ValueError(f"{path} is not a file; give the checkpoint file itself")
+    file.open("rb").close()  # one that may not be read safetensors takes for missing
     try:
         with safetensors.safe_open(file, framework="pt", device="cpu") as opened:
             yield opened

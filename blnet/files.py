@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import re
 import secrets
 from collections.abc import Iterator, Mapping
@@ -47,10 +46,10 @@ def read_torch_file(path: StrPath) -> Mapping[str, Any]:
         try:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # the unpickler raises nearly anything on bytes of another kind
-            # Of its own errors PyTorch makes a page of advice, to load without this care first.
-            why = "" if isinstance(error, pickle.UnpicklingError) else f" ({reason(error)})"
+            # PyTorch makes a page of advice of it, to load without this care first, or a number.
             raise ValueError(
-                f"{path} is not a torch checkpoint of plain tensors, which is all that is read{why}"
+                f"{path} is not a torch checkpoint of plain tensors, which is all that is "
+                "read; it is cut short, damaged or of another kind"
             ) from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}; a checkpoint holds a dict")

@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from blnet.files import reason
+from blnet.limits import out_of_memory
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ def _not_built(name: str, options: dict[str, Any]) -> str:
 
 
 def _told(error: BaseException) -> str:
+    if out_of_memory(error):
+        return "it does not fit into memory; choose a smaller one"
     kind, said = type(error).__name__, reason(error)
     return kind if said == kind else f"{kind}: {said}"
 

@@ -346,3 +346,14 @@ def test_torch_file_is_told_where_to_go(path):
 def test_missing_file_and_folder(tmp_path):
     refused(tmp_path / "none.safetensors", "does not exist; check the path", error=OSError)
     refused(tmp_path, "is not a file; give the checkpoint file itself")
+
+
+def test_a_file_that_may_not_be_read_is_there_all_the_same(path, monkeypatch):
+    """Tests may run as root, whom no permission stops; safetensors says "No such file"."""
+    path.write_bytes(b"x")
+
+    def refuse(self, *_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(type(path), "open", refuse)
+    refused(path, "Permission denied", error=PermissionError)

@@ -135,6 +135,7 @@ def test_user_function(own_module):
         ("my_networks:not_a_module", {}, "must return a torch.nn.Module, it returned int"),
         ("my_networks:fails", {}, "my_networks:fails cannot be built: RuntimeError: boom and more"),
         ("my_networks:fails", {"error": KeyError("a")}, "built with .*: KeyError: 'a'"),
+        ("my_networks:fails", {"error": MemoryError()}, "it does not fit into memory; choose a"),
         ("my_networks:fails", {"error": SystemExit()}, "built with .*: SystemExit"),
         ("my_networks:fails", {"error": SilentError()}, "built with .*: SilentError"),
         ("no_such_package.models:net", {}, "'no_such_package.models' cannot be imported"),

@@ -115,6 +115,9 @@ def test_a_spoilt_archive_is_refused(tmp_path):
     content[200:220] = b"x" * 20
     path.write_bytes(content)
     refused(small(path), "cannot be read as an .npz archive")
+    path.write_bytes(b"no archive")  # which NumPy takes for a pickle, and advises to load that
+    with pytest.raises(ValueError, match="plain arrays; fetch or write it again"):
+        load_data(small(path))
 
 
 @pytest.mark.parametrize(
@@ -135,6 +138,10 @@ def test_a_spoilt_archive_is_refused(tmp_path):
 def test_what_a_set_does_not_read_is_refused(name, field, value):
     flag = f"--data.{field.replace('_', '-')}"
     refused(DataConfig(name=name, **{field: value}), f"{flag} is not read with --data.name {name}")
+
+
+def test_a_size_that_no_network_has_is_refused_by_its_flag():
+    refused(DataConfig(size=20_000), "--data.size must be at most 16384 pixels, got 20000")
 
 
 def test_official_files_have_their_own_test_part(tmp_path):
@@ -327,6 +334,16 @@ def test_an_empty_folder_is_refused(tmp_path):
     refused(small(tmp_path, name="folder"), "--data.path", "holds no folders")
     (tmp_path / "a.png").write_bytes(encoded(red(1)))
     refused(small(tmp_path, name="folder"), "holds no folders")
+
+
+@pytest.mark.parametrize(
+    ("ending", "kind"), [("GIF", "GIF"), ("jfif", "JPEG"), ("jp2", "JPEG2000")]
+)
+def test_pictures_of_other_endings_count(tmp_path, ending, kind):
+    folder_of(tmp_path, cat=[1, 2], dog=[3])
+    (tmp_path / "dog" / f"4.{ending}").write_bytes(encoded(red(4), kind))
+    data = load_data(small(tmp_path, name="folder", holdout=0.5))
+    assert sum(data.counts) == 4
 
 
 def test_a_class_without_pictures_is_named(tmp_path):

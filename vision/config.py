@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from blnet.training.config import TrainingConfig
+from blnet.vision.preprocessing import LARGEST_SIDE
 
 DataName = Literal[
     "digits", "cifar10", "cifar100", "folder", "imagenet", "npz", "webdataset", "fake"
@@ -70,6 +71,10 @@ class DataConfig:
         _check_choice("--data.name", self.name, get_args(DataName))
         for field in ("size", "limit", "train_images", "eval_images", "classes"):
             _check_count(_flag("data", field), getattr(self, field))
+        if self.size is not None and self.size > LARGEST_SIDE:
+            raise ValueError(
+                f"--data.size must be at most {LARGEST_SIDE} pixels, got {self.size}; take 224"
+            )
         if self.crop_ratio is not None and not 0 < self.crop_ratio <= 1:
             raise ValueError(
                 f"--data.crop-ratio must be above 0 and at most 1, got {self.crop_ratio}; "

@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from blnet.files import reason
 from blnet.vision.classes import class_names
 from blnet.vision.config import DataConfig
-from blnet.vision.sources import Integers, Part, Parts
+from blnet.vision.sources import PICTURE_ENDINGS, Integers, Part, Parts
 from blnet.vision.splits import hold_out
 
 EVALUATION_FOLDERS = ("val", "valid", "test")
@@ -31,7 +30,7 @@ class _ClassFolders(ImageFolder):
         if empty:
             raise ValueError(
                 f"{flag}: folder {root / self.classes[min(empty)]} holds no pictures "
-                f"({', '.join(IMG_EXTENSIONS[:3])}, ...); put some there or remove it"
+                f"({', '.join(PICTURE_ENDINGS[:3])}, ...); put some there or remove it"
             )
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
@@ -189,7 +188,7 @@ def _refuse(error: OSError, flag: str) -> NoReturn:
 
 def _is_picture(path: str) -> bool:
     name = os.path.basename(path)
-    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+    return name.lower().endswith(PICTURE_ENDINGS) and not name.startswith(".")
 
 
 def _check_same(train: Folder, evaluation: Folder) -> None:

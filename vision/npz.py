@@ -128,9 +128,11 @@ def _read_arrays(path: Path, title: str) -> dict[str, NDArray[Any]]:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in _ARRAYS if name in archive.files}
     except Exception as error:  # of spoilt bytes zipfile, zlib and NumPy raise nearly anything
+        # What is no archive NumPy takes for a pickle, and advises to load it without care.
+        why = "" if "unsafely" in str(error) else f" ({reason(error)})"
         raise ValueError(
-            f"{title} cannot be read as an .npz archive of plain arrays ({reason(error)}); "
-            "fetch or write it again"
+            f"{title} cannot be read as an .npz archive of plain arrays{why}; fetch or write it "
+            "again"
         ) from error
 
 

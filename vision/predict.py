@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from blnet.checks import positive
 from blnet.environment import core_count
@@ -30,12 +29,12 @@ from blnet.vision.inference import (
     preprocessing_of,
 )
 from blnet.vision.preprocessing import Preprocessing
-from blnet.vision.sources import decode, read
+from blnet.vision.sources import PICTURE_ENDINGS, decode, read
 
 PROG = "blnet predict vision"
 STANDARD_INPUT = "-"
 _BATCH, _TOP = 32, 5
-PICTURES = Kind(PROG, "picture", "pictures", (*IMG_EXTENSIONS, ".gif"),
+PICTURES = Kind(PROG, "picture", "pictures", PICTURE_ENDINGS,
                 "name pictures (JPEG, PNG, ...) or folders that hold some")  # fmt: skip
 _EXAMPLES = """examples:
   blnet predict vision cat.jpg dog.png --checkpoint results/pets

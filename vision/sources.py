@@ -12,10 +12,14 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from blnet.files import reason
 from blnet.training.loading import CorruptSample
 
+# Of the files that count as pictures in a folder, in small letters: torchvision's, and what else
+# Pillow reads and cameras, telephones and browsers write.
+PICTURE_ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jp2", ".avif")
 Integers = NDArray[np.int64]
 Transform = Callable[[Image.Image], Tensor]
 Convert = Callable[[Image.Image], Image.Image]

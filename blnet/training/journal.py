@@ -165,7 +165,7 @@ def plot(folder: Path, monitor: str, title: str) -> Path | None:
     if all(row.get(name, 1) is None or row.get(name, 1) > 0 for row in rows
            for name in ("train_loss", "loss")):  # fmt: skip
         loss.set_yscale("log")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     path = folder / PLOT
     with written_aside(path) as aside:
         figure.savefig(aside, format="png", dpi=120)

@@ -71,6 +71,8 @@ def run(
                 return trainer.summary()
             try:
                 summary = _recorded(trainer)
+            except OSError:  # a full disk takes no picture either
+                raise
             except Exception:  # stopped or failed: what there is, is drawn
                 _draw(trainer)
                 raise
