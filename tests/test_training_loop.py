@@ -257,13 +257,15 @@ class Slow(TinyTask):
 def test_waiting_for_data_is_measured_and_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    summary = run(Slow(evaluation=1), tiny_config(str(tmp_path), epochs=1), tmp_path / "run")
+    summary = run(Slow(evaluation=48), tiny_config(str(tmp_path), epochs=1), tmp_path / "run")
     assert 0.8 < summary.waiting <= 1
     (row,) = read_rows(tmp_path / "run", "epoch")
     assert row["waiting"] == pytest.approx(summary.waiting)
+    assert 0.8 < row["evaluation_waiting"] <= 1
+    assert row["evaluation_seconds"] > 1.2
     told = capsys.readouterr().out
-    assert "data is the bottleneck" in told
-    assert "raise --workers (now 0)" in told
+    for part in ("training", "evaluation"):
+        assert f"of the {part} time went into waiting for it; raise --workers (now 0)" in told
 
 
 def test_corrupt_samples_are_skipped_counted_and_named_once(
