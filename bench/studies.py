@@ -104,7 +104,8 @@ def check(settings: Settings, kind: str) -> None:
     """Check a study's settings before anything is trained.
 
     Raises:
-        ValueError: if the scale is not one of the study's kind, or its data were not named.
+        ValueError: if the scale is not one of the study's kind, or its data were not named or are
+            not there.
     """
     name = scale_name(settings, kind)
     fitting = [scale for scale, about in SCALES.items() if about.kind == kind]
@@ -114,6 +115,16 @@ def check(settings: Settings, kind: str) -> None:
         )
     if SCALES[name].needs_data and settings.data is None:
         raise ValueError(f"--scale {name} needs --data PATH, what to train and evaluate on")
+    if settings.data is None:
+        return
+    path, separator, _ = settings.data.partition("::")
+    if not Path(path).exists():
+        raise ValueError(f"--data {path} does not exist; name what to train and evaluate on")
+    if SCALES[name].evaluation and path.endswith(".zip") and not separator:
+        raise ValueError(
+            f"--data {path} is an archive; name the training manifest in it, as in "
+            f"{path}::train.tsv"
+        )
 
 
 def goes_on(settings: Settings, folder: Path, studies: Collection[str]) -> bool:

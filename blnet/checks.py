@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -15,6 +16,21 @@ def check_count(name: str, value: object, least: int) -> None:
     """Raise a ValueError unless a value is a whole number of at least so much."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def finite(text: str) -> float:
+    """Return a finite number, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: if the text is none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a finite number")
+    return value
 
 
 def positive(text: str) -> int:

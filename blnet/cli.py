@@ -43,11 +43,22 @@ _SPEECH = "--speech"
 _EXTRAS = {
     **dict.fromkeys(("torchvision", "PIL", "webdataset"), "vision"),
     **dict.fromkeys(
-        ("accelerate", "jsonargparse", "matplotlib", "tensorboard", "timm", "torchmetrics"), "train"
+        (
+            "accelerate",
+            "jsonargparse",
+            "matplotlib",
+            "rich",
+            "tensorboard",
+            "timm",
+            "torchmetrics",
+        ),
+        "train",
     ),
-    **dict.fromkeys(("torchaudio", "librosa", "soundfile", "espeakng_loader"), "speech"),
+    **dict.fromkeys(
+        ("torchaudio", "librosa", "soundfile", "soxr", "scipy", "espeakng_loader"), "speech"
+    ),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
-    **dict.fromkeys(("plotly", "pytest", "pytest_benchmark", "rich", "sklearn"), "bench"),
+    **dict.fromkeys(("plotly", "pytest", "pytest_benchmark", "sklearn"), "bench"),
 }
 # Command -> modules that register the networks it takes by name, where they are installed.
 _NETWORKS = {

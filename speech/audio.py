@@ -22,8 +22,10 @@ _BLOCK = 1 << 16  # frames that are decoded at once while streaming
 _BLOCK_SECONDS = 30  # and how long these may be: at a low rate, resampling makes many of few
 _MP3_LEAST = 0.95  # share of the samples
 _TOLERANCE = 0.01  # seconds; times in manifests are rounded
-# Programs that write WAV into a pipe do not know its length and put one of these in its place.
-_UNKNOWN_LENGTH = 0x7FFF0000
+# Programs that write WAV into a pipe do not know its length and put one of these in its place:
+# the largest numbers there are, or those less a header of some kilobytes.
+_UNKNOWN_LENGTHS = (range(0x7FFF0000, 0x80000001), range(0xFFFF0000, 0x100000000))
+_PAGE = 65_307  # bytes of the largest page of an Ogg file
 _UNKNOWN_FRAMES = 1 << 60  # likewise of FLAC, where libsndfile says the largest number there is
 _LOUDEST = 1e15  # of full scale; what is louder by far has no power spectrum in float32
 
@@ -78,8 +80,8 @@ def audio_seconds(file: StrPath) -> float:
     """Return the duration of a recording, seconds, from its header.
 
     Raises:
-        AudioError: if it is missing, empty, cut off (WAV), of another format, has no samples or
-            does not say how many.
+        AudioError: if it is missing, empty, cut off (WAV, OGG), of another format, has no samples
+            or does not say how many.
     """
     with _opened(file) as sound:
         return float(sound.frames / sound.samplerate)
@@ -223,18 +225,20 @@ def _check_length(file: StrPath, sound: soundfile.SoundFile, promised: int, foun
 
 
 def _check_bytes(file: StrPath, data: BinaryIO) -> None:
-    """Raise AudioError of what libsndfile passes over: nothing at all, and a WAV file cut off."""
+    """Raise AudioError of what libsndfile passes over: nothing at all, and files cut off."""
     size = data.seek(0, os.SEEK_END)
     data.seek(0)
     if not size:
         raise AudioError(file, "the file is empty")
     head = data.read(12)
-    if head[:4] == b"RIFF" and head[8:] == b"WAVE":
+    if head[:4] in (b"RIFF", b"RF64") and head[8:] == b"WAVE":
         missing = _missing_bytes(data, size)
         if missing:
             raise AudioError(
                 file, f"it is cut off: its header promises {missing:,} bytes more than are there"
             )
+    if head[:4] == b"OggS" and not _ends_as_ogg(data, size):
+        raise AudioError(file, "it is cut off: its last page is not whole, or not marked as such")
     data.seek(0)
 
 
@@ -243,15 +247,38 @@ def _missing_bytes(data: BinaryIO, size: int) -> int:
 
     A RIFF file is a list of chunks: a name of four letters, a length of four bytes, little-endian,
     and as many bytes, and one more where that is odd (Microsoft and IBM, Multimedia Programming
-    Interface and Data Specifications 1.0, 1991).
+    Interface and Data Specifications 1.0, 1991). Where files of 4 GB and more, which begin with
+    RF64, have -1 for the samples' length, the chunk ds64 has it in its second eight bytes (EBU
+    Tech 3306).
     """
-    place = 12
+    place, long = 12, None
     while place + 8 <= size:
         data.seek(place)
         head = data.read(8)
         length = int.from_bytes(head[4:], "little")
         place += 8
+        if head[:4] == b"ds64":
+            long = int.from_bytes(data.read(16)[8:], "little")
         if head[:4] == b"data":
-            return 0 if length >= _UNKNOWN_LENGTH else max(0, place + length - size)
+            if length == 0xFFFFFFFF and long is not None:
+                length = long
+            elif any(length in unknown for unknown in _UNKNOWN_LENGTHS):
+                return 0
+            return max(0, place + length - size)
         place += length + length % 2
     return 0
+
+
+def _ends_as_ogg(data: BinaryIO, size: int) -> bool:
+    """Return whether the last page of an Ogg file is whole and marked as a stream's last.
+
+    A page begins with OggS; byte 5 has the mark, byte 26 the number of segments, and so many bytes
+    follow with the length of each (RFC 3533).
+    """
+    data.seek(max(0, size - 2 * _PAGE))
+    rest = data.read()
+    page = rest[rest.rfind(b"OggS") :]
+    if len(page) < 27 or len(page) < 27 + page[26]:
+        return False
+    whole = 27 + page[26] + sum(page[27 : 27 + page[26]])
+    return bool(page[5] & 4) and len(page) >= whole

@@ -109,14 +109,16 @@ def load_librispeech(data: DataConfig, evaluation_only: bool = False) -> Parts:
 def load_folder(data: DataConfig, evaluation_only: bool = False) -> Parts:
     """Return the recordings of a folder (or archive) of folders, one for each word.
 
-    The evaluation part is `data.eval_path`; else a folder val, valid or test beside a folder train;
-    else a share of each word's recordings.
+    The evaluation part is `data.eval_path`, of which a folder val, valid or test beside a folder
+    train, if it has them; else such a folder of data.path; else a share of each word's recordings.
 
     Raises:
         ValueError: if there are no such folders, or no recordings in them.
     """
     if data.eval_path is not None:
-        evaluation = _word_folders(Tree.of(data.eval_path, "--data.eval-path"), "--data.eval-path")
+        tree = Tree.of(data.eval_path, "--data.eval-path")
+        parts = _train_and_evaluation(tree)
+        evaluation = _word_folders(parts[1] if parts else tree, "--data.eval-path")
         train = [] if evaluation_only else _word_folders(tree_of(data), "--data.path")
     else:
         tree = tree_of(data)
@@ -296,5 +298,5 @@ def _check_librispeech(data: DataConfig, root: Path, part: str, flag: str) -> No
     if not data.download and not (root / "LibriSpeech" / part).is_dir():
         raise ValueError(
             f"{flag}: folder {root / 'LibriSpeech' / part} does not exist; fetch it with "
-            "--data.download true, or name the folder that holds LibriSpeech with --data.path"
+            "--data.download, or name the folder that holds LibriSpeech with --data.path"
         )

@@ -99,6 +99,11 @@ def load_data(
     train = [] if parts == "evaluation" else found.train
     for utterances in (train, found.evaluation):
         _check(utterances, data, task, words)
+    if task == "keyword" and parts == "both" and len(words) < 2:
+        raise ValueError(
+            f"{data.name} has {len(words)} word{'s' * (len(words) != 1)}, and there is nothing to "
+            "tell apart below two; name data of two words at least with --data.path"
+        )
     chosen = target or _ClassIndex(words)
     sets = []
     for utterances, answer, variation in (
@@ -173,7 +178,8 @@ def _check(
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         raise ValueError(
             f"{data.name} has a class {strange[0]!r}{more} to evaluate on that is not trained on; "
-            "give both parts the same classes"
+            "give both parts the same classes, or take another --data.split-seed if a share of the "
+            "speakers is held out"
         )
 
 

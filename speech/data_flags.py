@@ -13,6 +13,7 @@ from blnet.speech.inference import Trained
 
 _FIELDS = ("path", "eval_path", "download", "limit", "holdout_speaker", "words", "subset",
            "max_seconds", "longer")  # fmt: skip
+_OWN = ("folder", "manifest")  # corpora of the user's own, of which a share may be held out
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -21,9 +22,10 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data", "--data.name", dest="data", choices=get_args(DataName),
                        metavar="NAME", help=", ".join(get_args(DataName)))  # fmt: skip
     group.add_argument("--data-path", "--data.path", dest="path", metavar="PATH",
-                       help="folder or .zip archive of the corpus, or a manifest")  # fmt: skip
+                       help="folder or .zip archive of the corpus, or a manifest; of the corpus "
+                       "that was trained on what is held out of it")  # fmt: skip
     group.add_argument("--eval-path", "--data.eval-path", dest="eval_path", metavar="PATH",
-                       help="the part to evaluate on, where --data-path does not hold it")  # fmt: skip # noqa: E501
+                       help="what to evaluate on, all of it: folder, archive or manifest")  # fmt: skip # noqa: E501
     group.add_argument("--download", "--data.download", dest="download", action="store_true",
                        default=None, help="fetch the corpus into --data-path")  # fmt: skip
     group.add_argument("--limit", "--data.limit", dest="limit", type=positive, metavar="N",
@@ -43,6 +45,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 def data_settings(trained: Trained, given: Mapping[str, Any]) -> DataConfig:
     """Return which data a network meets: what it was trained on, changed by flags.
 
+    Of a folder or manifest that the network was not trained on, all is evaluated.
+
     Args:
         trained: the network.
         given: flag -> value; None where it was not given.
@@ -57,6 +61,8 @@ def data_settings(trained: Trained, given: Mapping[str, Any]) -> DataConfig:
             name=name, sample_rate=settings.sample_rate, alphabet=settings.alphabet
         )
     changes = {field: given[field] for field in _FIELDS if given.get(field) is not None}
+    if settings.name != trained.data.name and settings.name in _OWN and "path" in changes:
+        changes.setdefault("eval_path", changes["path"])  # all of it: none was trained on
     if "path" in changes and settings.name != "librispeech":
         # Another path has another part to evaluate on beside it; of LibriSpeech that is a name.
         changes.setdefault("eval_path", None)

@@ -24,7 +24,7 @@ from blnet.speech.data_flags import add_data_flags, data_settings
 from blnet.speech.inference import Trained, configuration, load_trained
 from blnet.speech.measurement import Line, Measurement, measure
 from blnet.speech.tasks import make_target, make_task
-from blnet.speech.transcribe import add_decoder_flags, decoder_of
+from blnet.speech.transcribe import add_decoder_flags, check_no_decoder, decoder_of
 from blnet.training.answers import shown
 from blnet.training.config import TrainingConfig
 from blnet.training.confusion import (
@@ -44,7 +44,7 @@ _BATCH = 32
 _EXAMPLES = """examples:
   blnet evaluate speech results/words
   blnet evaluate speech results/words results/words/baseline --output results/words/evaluation
-  blnet evaluate speech results/english --data manifest --data-path mine.tsv --beam-width 16"""
+  blnet evaluate speech results/english --data manifest --eval-path mine.tsv --beam-width 16"""
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         make_folder(args.output)
     loaded = [load_trained(name) for name in args.checkpoints]  # whatever is wrong shows first
+    if all(trained.head == "keyword" for trained in loaded):
+        check_no_decoder(args)
     found = [evaluate(trained.to(device), args) for trained in loaded]
     environment = collect("cpu" if device.type == "cpu" else None)
     console = plain_console()

@@ -138,7 +138,10 @@ def read_lines(file: StrPath) -> list[str]:
             text = opened.read().decode("utf-8-sig")
         return [line.removesuffix("\r") for line in text.split("\n")]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text; write it as such") from error
+        told = "write it as such"
+        if zipfile.is_zipfile(file):
+            told = f"name a text file in the archive, as in {file}{SEPARATOR}train.tsv"
+        raise ValueError(f"{file} is not UTF-8 text; {told}") from error
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or reason(error)
         raise ValueError(f"{file} cannot be read: {why}; check the name") from error

@@ -64,7 +64,8 @@ def predict(
 
     Args:
         trained: the network.
-        files: recordings, none longer than those that the network was trained on may be.
+        files: recordings, none longer than those that the network was trained on may be; if longer
+            ones were cut in training, they are here.
         top: how many words to name; all, where there are fewer.
         batch_size: recordings that go through the network at once.
 
@@ -93,6 +94,8 @@ def _samples(file: str, trained: Trained) -> Tensor | str:
     try:
         seconds = audio_seconds(file)
         if seconds > longest:
+            if trained.data.longer == "cut":  # as in training
+                return read_audio(file, trained.features.sample_rate, end=longest)
             return (
                 f"it is {seconds:.1f} s long, and the network was trained on recordings of one "
                 f"word, up to {longest:g} s; cut it into words"

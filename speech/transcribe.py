@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from blnet.checks import positive
+from blnet.checks import finite, positive
 from blnet.files import written_aside
 from blnet.speech.audio import AudioError, audio_seconds, stream_audio
 from blnet.speech.decode import Decoder, DecoderName, make_decoder
@@ -110,10 +110,24 @@ def add_decoder_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--beam-width", type=positive, metavar="N", help="texts that are followed")
     group.add_argument("--language-model", metavar="FILE",
                        help="n-grams of words: .arpa, .arpa.gz, or KenLM's own format")  # fmt: skip
-    group.add_argument("--lm-weight", type=float, default=0.5, metavar="W",
+    group.add_argument("--lm-weight", type=finite, default=0.5, metavar="W",
                        help="weight of the language model (0.5)")  # fmt: skip
-    group.add_argument("--word-bonus", type=float, default=1.0, metavar="B",
+    group.add_argument("--word-bonus", type=finite, default=1.0, metavar="B",
                        help="bonus of every word beside a language model (1)")  # fmt: skip
+
+
+def check_no_decoder(args: argparse.Namespace) -> None:
+    """Raise ValueError, naming the flag, if one of a decoder was given to networks of words."""
+    given = {
+        "--decoder": args.decoder != "auto",
+        "--beam-width": args.beam_width is not None,
+        "--language-model": args.language_model is not None,
+    }
+    for flag, there in given.items():
+        if there:
+            raise ValueError(
+                f"{flag} is for networks that spell, and these tell words apart; leave it out"
+            )
 
 
 def decoder_of(args: argparse.Namespace, trained: Trained) -> Decoder:

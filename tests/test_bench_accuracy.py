@@ -169,6 +169,8 @@ def test_runs_of_a_scale_are_those_of_its_recipe() -> None:
         (["accuracy", "--scale", "mnist"], "invalid choice"),
         (["accuracy", "--scale", "synth"], "of a study of vision must be one of digits, cifar10"),
         (["speech", "--scale", "fsdd"], "--scale fsdd needs --data"),
+        (["speech", "--scale", "fsdd", "--data", "no.zip"], "--data no.zip does not exist"),
+        (["speech", "--scale", "so762", "--data", "no::x"], "--data no does not exist"),
         (["speech", "--scale", "digits"], "of a study of speech must be one of synth, fsdd"),
         (["accuracy", "--seeds", "0"], "--seeds must be at least 1"),
         (["accuracy", "--epochs", "0"], "--epochs must be at least 1"),

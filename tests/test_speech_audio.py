@@ -262,11 +262,14 @@ def test_a_flac_file_of_unknown_length_is_refused(tmp_path):
             reads(path)
 
 
-@pytest.mark.parametrize("kind", ["WAV", "FLAC", "MP3"])
+@pytest.mark.parametrize("kind", ["WAV", "RF64", "FLAC", "MP3", "OGG", "OPUS"])
 def test_a_recording_that_is_cut_off_is_refused(tmp_path, kind):
     path = tmp_path / "a"
     noise = np.random.RandomState(0).uniform(-0.5, 0.5, 100_000)
-    whole = encoded(noise, kind=kind)
+    options = {"kind": "OGG", "subtype": "OPUS"} if kind == "OPUS" else {"kind": kind}
+    whole = encoded(noise, **options)
+    path.write_bytes(whole)
+    assert len(read_audio(path, 16000)) == pytest.approx(100_000, abs=4000)
     for share in (0.3, 0.7):
         path.write_bytes(whole[: round(share * len(whole))])
         refused(path)
@@ -283,13 +286,37 @@ def test_a_wav_file_cut_by_a_byte_is_refused_from_its_header(tmp_path):
         audio_seconds(path)
 
 
-def test_a_wav_file_of_unknown_length_is_read_to_its_end(tmp_path):
+# As programs write them into a pipe: SoX, FFmpeg, and others less their header.
+@pytest.mark.parametrize("length", [0xFFFFFFFF, 0xFFFFFFFF - 36, 0x7FFFFFFF, 0x7FFFFFFF - 36])
+def test_a_wav_file_of_unknown_length_is_read_to_its_end(tmp_path, length):
     path = tmp_path / "a.wav"
     whole = bytearray(encoded(tone()))
     place = whole.index(b"data") + 4
-    whole[place : place + 4] = b"\xff\xff\xff\xff"  # as programs write it into a pipe
+    whole[place : place + 4] = length.to_bytes(4, "little")
     path.write_bytes(whole)
     assert len(read_audio(path, 16000)) == 8000
+
+
+def test_a_large_wav_file_that_is_cut_off_is_refused(tmp_path):
+    path = tmp_path / "a.wav"
+    whole = bytearray(encoded(tone()))
+    place = whole.index(b"data") + 4
+    whole[place : place + 4] = (3 << 30).to_bytes(4, "little")
+    path.write_bytes(whole)
+    refused(path, "its header promises 3,221,209,472 bytes more than are there")
+
+
+@pytest.mark.parametrize("tail", [b"", b"TAG" + bytes(125)])
+def test_an_ogg_file_ends_with_its_last_page(tmp_path, tail):
+    """What taggers append does not count."""
+    path = tmp_path / "a.ogg"
+    whole = encoded(tone(), kind="OGG")
+    path.write_bytes(whole + tail)
+    assert len(read_audio(path, 16000)) == 8000
+    last = whole.rindex(b"OggS")
+    for spoilt in (whole[:last], whole[: last + 20], whole[: last + 27], whole[:-1]):
+        path.write_bytes(spoilt)
+        refused(path, "it is cut off: its last page")
 
 
 def test_an_error_survives_the_way_between_processes():

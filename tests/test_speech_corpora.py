@@ -322,6 +322,8 @@ def test_a_folder_may_have_its_evaluation_elsewhere(words, tmp_path):
     (tmp_path / "held").rename(both / "val")
     data = load(name="folder", path=both)
     assert (len(data.train), names(data.evaluation)) == (30, ["x.wav", "x.wav"])
+    given = load(name="folder", path=tmp_path, eval_path=both, parts="evaluation")
+    assert names(given.evaluation) == ["x.wav", "x.wav"]
     for number in range(2):  # words, not parts
         recorded(tmp_path / "odd" / "test" / f"{number}.wav")
         recorded(tmp_path / "odd" / "val" / f"{number}.wav")

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -201,6 +202,14 @@ def test_an_item_that_cannot_be_read_is_named(folder):
     )
 
 
+def test_a_recording_longer_than_a_manifest_says_is_told(folder):
+    said = Utterance(str(folder / "3.wav"), 0.5)
+    assert len(Recordings([said], one, RATE, 20, "skip")[0][0]) == 2 * RATE
+    for longer in ("skip", "cut"):
+        with pytest.raises(CorruptSample, match=r"it is 2 s long, and is said to be 0.5 s"):
+            Recordings([said], one, RATE, 1.5, longer)[0]
+
+
 def test_the_training_loader_reads_past_what_is_broken(folder):
     utterances = [Utterance(str(folder / name), 0.5) for name in ("bad.wav", "0.wav")]
     loader = Loader(
@@ -289,6 +298,20 @@ def test_a_recording_without_what_the_task_needs_is_named(folder):
     refused(
         DataConfig("manifest", mixed, mixed), "1 of manifest have none", "bad.wav", task="frame"
     )
+
+
+def test_a_single_word_is_refused(folder):
+    (folder / "lone.jsonl").write_text('{"audio": "0.wav", "label": "a"}\n' * 2)
+    lone = str(folder / "lone.jsonl")
+    refused(DataConfig("manifest", lone, lone), "manifest has 1 word", "below two")
+
+
+def test_an_archive_in_place_of_a_manifest_is_told(folder):
+    with zipfile.ZipFile(folder / "all.zip", "w") as archive:
+        archive.writestr("train.tsv", "audio\ttext\n")
+        archive.writestr("noise", np.random.RandomState(0).bytes(5000))
+    path = str(folder / "all.zip")
+    refused(DataConfig("manifest", path, path), f"as in {path}::train.tsv", task="ctc")
 
 
 def test_unknown_settings_are_refused(folder):

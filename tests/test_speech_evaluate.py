@@ -358,6 +358,21 @@ def test_data_that_are_not_there_or_do_not_fit(nets, words, texts, tmp_path, cap
     assert "--data.max-seconds" in line
     line = refused(capsys, nets["ctc"], *on(texts), "--decoder", "greedy", "--beam-width", 3)
     assert "--decoder greedy takes no language model" in line
+    for flag, value in (
+        ("--language-model", "none.arpa"),
+        ("--beam-width", 4),
+        ("--decoder", "beam"),
+    ):
+        line = refused(capsys, nets["keyword"], *on(words), flag, value)
+        assert line.startswith(f"{flag} is for networks that spell")
+
+
+@pytest.mark.parametrize("flag", ["--lm-weight", "--word-bonus"])
+@pytest.mark.parametrize("value", ["nan", "inf", "much"])
+def test_weights_are_finite_numbers(nets, texts, capsys, flag, value):
+    with pytest.raises(SystemExit):
+        run(nets["ctc"], *on(texts), flag, value)
+    assert f"'{value}' is not a finite number" in capsys.readouterr().err
 
 
 def test_an_output_that_cannot_be_written_shows_first(nets, texts, tmp_path, capsys, monkeypatch):
@@ -390,6 +405,11 @@ def given(*flags):
         ({"name": "fsdd", "path": "p", "limit": 5, "sample_rate": 8000, "alphabet": "abc"},
          ("--data", "yesno", "--data-path", "q"),
          {"name": "yesno", "path": "q", "sample_rate": 8000, "alphabet": "abc"}),
+        ({"name": "fsdd", "path": "p"}, ("--data", "manifest", "--data-path", "q"),
+         {"name": "manifest", "path": "q", "eval_path": "q"}),
+        ({"name": "fsdd", "path": "p"},
+         ("--data", "folder", "--data-path", "q", "--eval-path", "r"),
+         {"name": "folder", "path": "q", "eval_path": "r"}),
     ],
 )  # fmt: skip
 def test_data_are_those_of_training_but_for_the_flags(nets, before, flags, after):

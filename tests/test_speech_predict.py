@@ -199,6 +199,17 @@ def test_long_recordings_are_refused_not_cut(tmp_path, capsys):
     assert found.err.endswith("recordings of one word, up to 0.5 s; cut it into words\n")
 
 
+def test_long_recordings_are_cut_as_in_training(tmp_path, capsys):
+    data = {"name": "folder", "sample_rate": tones.RATE, "max_seconds": 0.5, "longer": "cut"}
+    net = tones.save(tmp_path / "net.safetensors", "keyword", data=data)
+    sound = tones.keyword("low", 0, 0.6)
+    long = tones.write(tmp_path / "long.wav", sound)
+    cut = tones.write(tmp_path / "cut.wav", sound[: tones.RATE // 2])
+    assert run(net, long, cut, "--format", "csv") == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [r["probability"] for r in rows[:3]] == [r["probability"] for r in rows[3:]]
+
+
 def test_a_folder_without_recordings_is_named(net, folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert run(net, tmp_path / "empty", folder) == 1

@@ -276,7 +276,9 @@ def test_corrupt_samples_are_skipped_counted_and_named_once(
     rows = list(read_rows(folder, "corrupt"))
     assert sorted(row["name"] for row in rows) == ["sample-5", "sample-60"]
     assert rows[0]["reason"] == "it was spoilt on purpose"
-    assert capsys.readouterr().out.count("warning: skipped") == 2
+    told = capsys.readouterr().out
+    assert told.count("warning: skipped") == 2
+    assert "2 blobs could not be read and were skipped; metrics.jsonl names them" in told
 
 
 def test_too_many_corrupt_samples_end_the_run(tmp_path: Path) -> None:

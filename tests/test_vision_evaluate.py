@@ -32,7 +32,7 @@ from blnet.vision.data import load_data
 from blnet.vision.evaluate import evaluation_data, measure
 from blnet.vision.inference import load_trained
 from blnet.vision.preprocessing import IMAGENET, Preprocessing
-from blnet.vision.testing import DIGITS, GREY, header, network
+from blnet.vision.testing import DIGITS, GREY, folder_of, header, network
 
 
 def by_hand(model, data):
@@ -330,6 +330,18 @@ def test_data_are_those_of_training_changed_by_flags():
     assert (moved.path, moved.eval_path, moved.split_seed) == ("/c", None, 3)
     assert settings_of(recorded, data="digits") == DataConfig()
     assert settings_of({}, data="imagenet", path="/i") == DataConfig(name="imagenet", path="/i")
+    for name in ("folder", "npz"):  # none of it was trained on
+        found = settings_of({"data": {"name": "digits"}}, data=name, path="/p")
+        assert (found.path, found.eval_path) == ("/p", "/p")
+
+
+def test_of_a_folder_with_parts_the_evaluation_part_is_taken(tmp_path):
+    folder_of(tmp_path / "train", cat=[1, 2], dog=[3])
+    folder_of(tmp_path / "val", cat=[4], dog=[5, 6])
+    settings = settings_of({"data": {"name": "digits"}}, data="folder", path=str(tmp_path))
+    assert load_data(settings, parts="evaluation").counts == (0, 3)
+    settings = settings_of({}, data="folder", path=str(tmp_path / "train"))
+    assert load_data(settings, parts="evaluation").counts == (0, 3)
 
 
 def test_flags_that_the_set_does_not_read_are_refused():

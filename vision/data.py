@@ -191,8 +191,8 @@ def _load_cifar(data: DataConfig, evaluation_only: bool) -> Parts:
                 "again, or name an .npz archive with --data.path"
             ) from error
         raise ValueError(
-            f"{data.name} is not in folder {root}, or not whole; fetch it with --data.download "
-            "true, or name its folder or an .npz archive with --data.path"
+            f"{data.name} is not in folder {root}, or not whole; fetch it with --data.download, "
+            "or name its folder or an .npz archive with --data.path"
         ) from error
     training, evaluation = (
         Part.whole(Pixels(found.data, found.targets, f"{data.name} {title}"))

@@ -130,6 +130,9 @@ def _prepared(args: argparse.Namespace) -> list[tuple[Trained, DataConfig, Image
 def data_settings(trained: Trained, given: Mapping[str, Any]) -> DataConfig:
     """Return which data to evaluate a network on: what it was trained on, changed by flags.
 
+    Of a folder or archive that it was not trained on, all is evaluated, or the part of it that is
+    there for that.
+
     Args:
         trained: the network.
         given: flag -> value: data (the set's name), path, eval_path, download, limit, eval_images
@@ -153,6 +156,10 @@ def data_settings(trained: Trained, given: Mapping[str, Any]) -> DataConfig:
         if given.get(field) is not None
     }
     named = tuple(changes)
+    recorded = _recorded(trained)
+    foreign = recorded is None or recorded.name != settings.name
+    if foreign and settings.name in ("folder", "npz") and "path" in changes:
+        changes.setdefault("eval_path", changes["path"])  # all of it: none was trained on
     if "path" in changes:  # the evaluation part that was beside the old path is not meant
         changes.setdefault("eval_path", None)
     settings = dataclasses.replace(settings, **changes)

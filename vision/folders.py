@@ -127,7 +127,9 @@ def _roots(data: DataConfig, evaluation_only: bool) -> tuple[Path, Path | None, 
     """Return the folders of both parts, None for one to hold out, and the setting of the second."""
     given = None if data.eval_path is None else Path(data.eval_path)
     if given is not None and evaluation_only:
-        return given, given, "--data.eval-path"
+        beside_train = given.is_dir() and _is_part(given / "train")
+        found = _evaluation_folder(given, beside_train) if beside_train else None
+        return given, found or given, "--data.eval-path"
     if data.path is None:
         raise ValueError("--data.path is missing; name a folder with a folder of images a class")
     path = Path(data.path)

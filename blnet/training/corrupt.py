@@ -81,6 +81,11 @@ class CorruptLog:
                     f"{MOST:.0%}, {name} among them ({why}); mend or remove them"
                 )
 
+    @property
+    def count(self) -> int:
+        """How many there are, those included that were known; of all devices in the first."""
+        return len(self._named)
+
     def _name(self, found: list[_Found]) -> None:
         for name, why, _, _ in found:
             if name in self._named:

@@ -25,7 +25,7 @@ from blnet.training.devices import by_first, choose_workers, seed_all
 from blnet.training.display import Display
 from blnet.training.evaluation import Findings, evaluate
 from blnet.training.failures import in_words, of_batch
-from blnet.training.journal import Journal, read_rows
+from blnet.training.journal import METRICS, Journal, read_rows
 from blnet.training.loading import Layout, Loaded, Loader, mixed_seed
 from blnet.training.progress import Means, RunProgress, Sums
 from blnet.training.reporting import Reporter, Summary
@@ -155,6 +155,11 @@ class Trainer:
                 stop = self._stopper.asked()
                 if stop and not self.is_finished:
                     raise Interrupted(stop, self.progress.step)
+        if self._corrupt.count:
+            self.display.say(
+                f"{self._corrupt.count:,} {self.task.unit} could not be read and were skipped; "
+                f"{METRICS} names them"
+            )
         return self.summary()
 
     def _note(self, name: str, why: str) -> None:
