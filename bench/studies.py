@@ -117,13 +117,15 @@ def check(settings: Settings, kind: str) -> None:
         raise ValueError(f"--scale {name} needs --data PATH, what to train and evaluate on")
     if settings.data is None:
         return
-    path, separator, _ = settings.data.partition("::")
-    if not Path(path).exists():
-        raise ValueError(f"--data {path} does not exist; name what to train and evaluate on")
-    if SCALES[name].evaluation and path.endswith(".zip") and not separator:
+    if not SCALES[name].needs_data:
+        raise ValueError(f"--data {settings.data} is not read by --scale {name}; leave it out")
+    archive = settings.data.partition("::")[0]  # "archive.zip::member"
+    if not (Path(settings.data).exists() or Path(archive).exists()):
+        raise ValueError(f"--data {archive} does not exist; name what to train and evaluate on")
+    if SCALES[name].evaluation and settings.data.endswith(".zip"):
         raise ValueError(
-            f"--data {path} is an archive; name the training manifest in it, as in "
-            f"{path}::train.tsv"
+            f"--data {settings.data} is an archive; name the training manifest in it, as in "
+            f"{settings.data}::train.tsv"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -45,7 +46,11 @@ def read_torch_file(path: StrPath) -> Mapping[str, Any]:
     with path.open("rb") as file:
         try:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
         except Exception as error:  # the unpickler raises nearly anything on bytes of another kind
+            if getattr(error, "errno", None) == errno.EIO:
+                raise
             # PyTorch makes a page of advice of it, to load without this care first, or a number.
             raise ValueError(
                 f"{path} is not a torch checkpoint of plain tensors, which is all that is "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -25,7 +26,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
                        help="folder or .zip archive of the corpus, or a manifest; of the corpus "
                        "that was trained on what is held out of it")  # fmt: skip
     group.add_argument("--eval-path", "--data.eval-path", dest="eval_path", metavar="PATH",
-                       help="what to evaluate on, all of it: folder, archive or manifest")  # fmt: skip # noqa: E501
+                       help="what to evaluate on: a folder, archive or manifest")  # fmt: skip
     group.add_argument("--download", "--data.download", dest="download", action="store_true",
                        default=None, help="fetch the corpus into --data-path")  # fmt: skip
     group.add_argument("--limit", "--data.limit", dest="limit", type=positive, metavar="N",
@@ -42,14 +43,16 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
                        help="what becomes of longer ones")  # fmt: skip
 
 
-def data_settings(trained: Trained, given: Mapping[str, Any]) -> DataConfig:
+def data_settings(
+    trained: Trained, given: Mapping[str, Any], evaluating: bool = False
+) -> DataConfig:
     """Return which data a network meets: what it was trained on, changed by flags.
-
-    Of a folder or manifest that the network was not trained on, all is evaluated.
 
     Args:
         trained: the network.
         given: flag -> value; None where it was not given.
+        evaluating: whether all of a folder or manifest is to be evaluated, where the network was
+            trained on another corpus.
 
     Raises:
         ValueError: if a setting makes no sense.
@@ -61,11 +64,18 @@ def data_settings(trained: Trained, given: Mapping[str, Any]) -> DataConfig:
             name=name, sample_rate=settings.sample_rate, alphabet=settings.alphabet
         )
     changes = {field: given[field] for field in _FIELDS if given.get(field) is not None}
-    if settings.name != trained.data.name and settings.name in _OWN and "path" in changes:
-        changes.setdefault("eval_path", changes["path"])  # all of it: none was trained on
+    if evaluating and settings.name in _OWN and _is_foreign(settings.name, changes, trained.data):
+        changes.setdefault("eval_path", changes["path"])
     if "path" in changes and settings.name != "librispeech":
         # Another path has another part to evaluate on beside it; of LibriSpeech that is a name.
         changes.setdefault("eval_path", None)
     settings = dataclasses.replace(settings, **changes)
     settings.check()
     return settings
+
+
+def _is_foreign(name: str, changes: Mapping[str, Any], before: DataConfig) -> bool:
+    """Return whether flags name a path of a corpus that was not trained on, and no part of it."""
+    if name == before.name or "path" not in changes or "holdout_speaker" in changes:
+        return False
+    return before.path is None or os.path.realpath(before.path) != os.path.realpath(changes["path"])

@@ -116,7 +116,7 @@ def evaluate(trained: Trained, args: argparse.Namespace) -> Evaluation:
     Raises:
         ValueError: if the data does not fit the network, or is not there.
     """
-    settings = data_settings(trained, vars(args))
+    settings = data_settings(trained, vars(args), evaluating=True)
     spells = trained.head != "keyword"
     decoder = decoder_of(args, trained) if spells else None
     # A network of frame labels is measured by transcripts: other data have no labels.

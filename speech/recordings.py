@@ -18,7 +18,7 @@ from blnet.speech.audio import AudioError, audio_seconds, read_audio
 from blnet.speech.files import SEPARATOR, split_name
 from blnet.training.loading import CorruptSample
 
-_ROUNDING = 0.01  # seconds, that times in manifests may be off
+_ROUNDING = 0.1  # seconds that durations in manifests may be off
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Recordings(Dataset[tuple[Tensor, Tensor]]):
             target = self._target(one)
             samples = read_audio(one.file, self._sample_rate, one.start, self._end(one))
             heard = len(samples) / self._sample_rate
-            if heard > self._max_seconds + _ROUNDING:
+            if heard > self._max_seconds + _ROUNDING:  # such a one must not take all memory
                 told = f"it is {heard:g} s long, and is said to be {one.seconds:g} s"
                 raise AudioError(one.file, f"{told}: more than --data.max-seconds allows")
             if heard < one.seconds or not one.seconds:  # a manifest may say anything

@@ -414,4 +414,19 @@ def given(*flags):
 )  # fmt: skip
 def test_data_are_those_of_training_but_for_the_flags(nets, before, flags, after):
     trained = dataclasses.replace(load_trained(nets["ctc"]), data=DataConfig(**before))
-    assert data_settings(trained, given(*flags)) == DataConfig(**after)
+    assert data_settings(trained, given(*flags), evaluating=True) == DataConfig(**after)
+
+
+@pytest.mark.parametrize(
+    ("flags", "evaluating"),
+    [
+        (("--data-path", "q"), False),  # align and ngrams read both parts
+        (("--data-path", "p"), True),  # what was trained on, by another name
+        (("--data-path", "q", "--holdout-speaker", "ann"), True),
+    ],
+)
+def test_not_all_of_a_manifest_is_evaluated(nets, flags, evaluating):
+    trained = load_trained(nets["ctc"])
+    trained = dataclasses.replace(trained, data=DataConfig(name="fsdd", path="p"))
+    found = data_settings(trained, given("--data", "manifest", *flags), evaluating=evaluating)
+    assert found.eval_path is None

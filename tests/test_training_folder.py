@@ -118,11 +118,12 @@ def test_a_start_that_fails_leaves_no_folder(tmp_path: Path) -> None:
 
 def test_a_folder_is_one_runs_at_a_time(launch: Launch, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = launch(report_tiny, str(folder), {"trouble": "stuck", "at": 6})
+    process = launch(report_tiny, str(folder), {"trouble": "stuck", "at": 3})
     deadline = time.monotonic() + 60
     while CheckpointFolder(folder).latest() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    time.sleep(1)  # until what is done with a checkpoint is done
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for resume in ("auto", "never"):
         with pytest.raises(ValueError, match=r"run is in use by another run.*another folder"):

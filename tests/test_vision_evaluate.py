@@ -330,6 +330,8 @@ def test_data_are_those_of_training_changed_by_flags():
     assert (moved.path, moved.eval_path, moved.split_seed) == ("/c", None, 3)
     assert settings_of(recorded, data="digits") == DataConfig()
     assert settings_of({}, data="imagenet", path="/i") == DataConfig(name="imagenet", path="/i")
+    same = settings_of({"data": {"name": "cifar10", "path": "/p.npz"}}, data="npz", path="/p.npz")
+    assert same.eval_path is None  # a share of it was trained on
     for name in ("folder", "npz"):  # none of it was trained on
         found = settings_of({"data": {"name": "digits"}}, data=name, path="/p")
         assert (found.path, found.eval_path) == ("/p", "/p")
@@ -340,7 +342,9 @@ def test_of_a_folder_with_parts_the_evaluation_part_is_taken(tmp_path):
     folder_of(tmp_path / "val", cat=[4], dog=[5, 6])
     settings = settings_of({"data": {"name": "digits"}}, data="folder", path=str(tmp_path))
     assert load_data(settings, parts="evaluation").counts == (0, 3)
-    settings = settings_of({}, data="folder", path=str(tmp_path / "train"))
+    (tmp_path / "train").rename(tmp_path / "test")  # no part to train on, as ImageNet's alone
+    assert load_data(settings, parts="evaluation").counts == (0, 3)
+    settings = settings_of({}, data="folder", path=str(tmp_path / "test"))
     assert load_data(settings, parts="evaluation").counts == (0, 3)
 
 

@@ -104,6 +104,12 @@ class DataConfig:
                     f"{_flag('data', field)} is not read with --data.name {self.name}, only with "
                     f"{', '.join(sets)}; leave it out, or name one of those"
                 )
+        official = self.name in ("cifar10", "cifar100") and not str(self.path).endswith(".npz")
+        if "eval_path" in given and self.eval_path and official:
+            raise ValueError(
+                f"--data.eval-path is not read with the official files of {self.name}, which have "
+                "a test part; leave it out, or name an .npz archive with --data.path"
+            )
 
 
 @dataclass(frozen=True)

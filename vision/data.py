@@ -173,11 +173,6 @@ def _load_cifar(data: DataConfig, evaluation_only: bool) -> Parts:
         return parts
     from torchvision import datasets
 
-    if data.eval_path is not None:
-        raise ValueError(
-            f"--data.eval-path is not read with the official files of {data.name}, which have a "
-            "test part; leave it out, or name an .npz archive with --data.path"
-        )
     root = "data" if data.path is None else data.path
     kind = datasets.CIFAR10 if data.name == "cifar10" else datasets.CIFAR100
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -130,8 +131,8 @@ def _prepared(args: argparse.Namespace) -> list[tuple[Trained, DataConfig, Image
 def data_settings(trained: Trained, given: Mapping[str, Any]) -> DataConfig:
     """Return which data to evaluate a network on: what it was trained on, changed by flags.
 
-    Of a folder or archive that it was not trained on, all is evaluated, or the part of it that is
-    there for that.
+    Of a folder or archive, where the network was trained on a set of another name, all is
+    evaluated, or the part of it that is there for that.
 
     Args:
         trained: the network.
@@ -142,7 +143,7 @@ def data_settings(trained: Trained, given: Mapping[str, Any]) -> DataConfig:
         ValueError: if nobody says which data, or a setting makes no sense.
     """
     name = given.get("data")
-    settings = _recorded(trained)
+    recorded = settings = _recorded(trained)
     if name is not None and (settings is None or settings.name != name):
         settings = DataConfig(name=name)
     if settings is None:
@@ -156,16 +157,22 @@ def data_settings(trained: Trained, given: Mapping[str, Any]) -> DataConfig:
         if given.get(field) is not None
     }
     named = tuple(changes)
-    recorded = _recorded(trained)
-    foreign = recorded is None or recorded.name != settings.name
-    if foreign and settings.name in ("folder", "npz") and "path" in changes:
-        changes.setdefault("eval_path", changes["path"])  # all of it: none was trained on
+    if settings.name in ("folder", "npz") and _is_foreign(settings.name, changes, recorded):
+        changes.setdefault("eval_path", changes["path"])
     if "path" in changes:  # the evaluation part that was beside the old path is not meant
         changes.setdefault("eval_path", None)
     settings = dataclasses.replace(settings, **changes)
     settings.check()
     settings.check_read(named)
     return settings
+
+
+def _is_foreign(name: str, changes: Mapping[str, Any], before: DataConfig | None) -> bool:
+    """Return whether flags name a path of a set that was not trained on."""
+    if "path" not in changes or (before is not None and name == before.name):
+        return False
+    was = None if before is None else before.path
+    return was is None or os.path.realpath(was) != os.path.realpath(changes["path"])
 
 
 def _recorded(trained: Trained) -> DataConfig | None:

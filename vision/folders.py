@@ -127,9 +127,12 @@ def _roots(data: DataConfig, evaluation_only: bool) -> tuple[Path, Path | None, 
     """Return the folders of both parts, None for one to hold out, and the setting of the second."""
     given = None if data.eval_path is None else Path(data.eval_path)
     if given is not None and evaluation_only:
-        beside_train = given.is_dir() and _is_part(given / "train")
-        found = _evaluation_folder(given, beside_train) if beside_train else None
-        return given, found or given, "--data.eval-path"
+        flag = "--data.eval-path"
+        _folders(given, flag)
+        beside_train = _is_part(given / "train", flag)
+        whole = beside_train or data.eval_path == data.path
+        found = _evaluation_folder(given, beside_train, flag) if whole else None
+        return given, found or given, flag
     if data.path is None:
         raise ValueError("--data.path is missing; name a folder with a folder of images a class")
     path = Path(data.path)
@@ -148,26 +151,26 @@ def _roots(data: DataConfig, evaluation_only: bool) -> tuple[Path, Path | None, 
     return (train if _is_part(train) else path), found, "--data.path"
 
 
-def _evaluation_folder(path: Path, beside_train: bool) -> Path | None:
+def _evaluation_folder(path: Path, beside_train: bool, flag: str = "--data.path") -> Path | None:
     """Return the folder of the evaluation part, the first of the names it may have.
 
     Raises:
         ValueError: if the first there is, beside a part to train on, holds pictures of no class.
     """
     for place in (path / name for name in EVALUATION_FOLDERS):
-        if _is_part(place):
+        if _is_part(place, flag):
             return place
         if beside_train and place.is_dir() and any(map(_is_picture, os.listdir(place))):
             raise ValueError(
-                f"--data.path: folder {place} holds pictures but no class folders; sort them into "
+                f"{flag}: folder {place} holds pictures but no class folders; sort them into "
                 "a folder a class, or move it away to hold training images out"
             )
     return None
 
 
-def _is_part(folder: Path) -> bool:
+def _is_part(folder: Path, flag: str = "--data.path") -> bool:
     """Tell a part, which holds folders, from a class that happens to be called train or test."""
-    return folder.is_dir() and bool(_folders(folder, "--data.path"))
+    return folder.is_dir() and bool(_folders(folder, flag))
 
 
 def _folders(folder: Path, flag: str) -> list[str]:

@@ -18,8 +18,9 @@ from blnet.files import reason
 from blnet.training.loading import CorruptSample
 
 # Of the files that count as pictures in a folder, in small letters: torchvision's, and what else
-# Pillow reads and cameras, telephones and browsers write.
-PICTURE_ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jp2", ".avif")
+# cameras, telephones and browsers write, as far as this Pillow reads it.
+_OTHER_ENDINGS = {".gif", ".jfif", ".jp2", ".avif"}
+PICTURE_ENDINGS = (*IMG_EXTENSIONS, *sorted(_OTHER_ENDINGS & Image.registered_extensions().keys()))
 Integers = NDArray[np.int64]
 Transform = Callable[[Image.Image], Tensor]
 Convert = Callable[[Image.Image], Image.Image]

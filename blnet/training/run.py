@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -71,10 +72,9 @@ def run(
                 return trainer.summary()
             try:
                 summary = _recorded(trainer)
-            except OSError:  # a full disk takes no picture either
-                raise
-            except Exception:  # stopped or failed: what there is, is drawn
-                _draw(trainer)
+            except Exception as error:  # stopped or failed: what there is, is drawn
+                if not _is_disk_full(error):
+                    _draw(trainer)
                 raise
             _draw(trainer)
             return summary
@@ -118,6 +118,14 @@ def _write_head(trainer: Trainer, journal: Journal, facts: dict[str, str]) -> No
         {"facts": facts, "config": trainer.config.as_dict(), "environment": found.as_dict()}
     )
     journal.write("start", trainer.progress.step, **facts)
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _draw(trainer: Trainer) -> None:
@@ -169,13 +177,17 @@ def _hold(folder: Path) -> IO[str]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("a")
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+        lock = _opened_lock(folder / LOCK)
     except OSError as error:
         raise _closed(folder, error) from error
     try:
         import fcntl
 
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        kind = fcntl.LOCK_EX if lock.writable() else fcntl.LOCK_SH
+        fcntl.lockf(lock, kind | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         lock.close()
         raise ValueError(f"--output {folder} is in use by another run, and each would damage the "
@@ -183,6 +195,13 @@ def _hold(folder: Path) -> IO[str]:
     except (ImportError, OSError):  # a system or a file system without locks
         pass
     return lock
+
+
+def _opened_lock(path: Path) -> IO[str]:
+    try:
+        return path.open("a")
+    except PermissionError:  # of another user, in a folder that is open to all
+        return path.open("r")
 
 
 def _closed(folder: Path, error: OSError) -> OSError:
