@@ -65,6 +65,11 @@ class DataConfig:
     alphabet: str = LETTERS
     labels: str | None = None
 
+    @property
+    def eval_flag(self) -> str:
+        """The setting that named `eval_path`, for errors; where it is path's, that one."""
+        return "--data.path" if self.eval_path == self.path else "--data.eval-path"
+
     def check(self) -> None:
         """Raise a ValueError that names the first setting that makes no sense."""
         _check_choice("--data.name", self.name, get_args(DataName))

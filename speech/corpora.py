@@ -116,9 +116,9 @@ def load_folder(data: DataConfig, evaluation_only: bool = False) -> Parts:
         ValueError: if there are no such folders, or no recordings in them.
     """
     if data.eval_path is not None:
-        tree = Tree.of(data.eval_path, "--data.eval-path")
+        tree = Tree.of(data.eval_path, data.eval_flag)
         parts = _train_and_evaluation(tree)
-        evaluation = _word_folders(parts[1] if parts else tree, "--data.eval-path")
+        evaluation = _word_folders(parts[1] if parts else tree, data.eval_flag)
         train = [] if evaluation_only else _word_folders(tree_of(data), "--data.path")
     else:
         tree = tree_of(data)

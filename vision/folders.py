@@ -127,7 +127,7 @@ def _roots(data: DataConfig, evaluation_only: bool) -> tuple[Path, Path | None, 
     """Return the folders of both parts, None for one to hold out, and the setting of the second."""
     given = None if data.eval_path is None else Path(data.eval_path)
     if given is not None and evaluation_only:
-        flag = "--data.eval-path"
+        flag = data.eval_flag
         _folders(given, flag)
         beside_train = _is_part(given / "train", flag)
         whole = beside_train or data.eval_path == data.path
@@ -139,7 +139,7 @@ def _roots(data: DataConfig, evaluation_only: bool) -> tuple[Path, Path | None, 
     _folders(path, "--data.path")
     train = path / "train"
     if given is not None:
-        return (train if _is_part(train) else path), given, "--data.eval-path"
+        return (train if _is_part(train) else path), given, data.eval_flag
     found = _evaluation_folder(path, beside_train=_is_part(train))
     if found is None and data.name == "imagenet":
         raise ValueError(

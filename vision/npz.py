@@ -78,7 +78,7 @@ def load_archive(data: DataConfig, evaluation_only: bool) -> Parts:
     if data.eval_path is None:
         train, evaluation, classes = _one_archive(Archive(str(data.path)), data)
     else:
-        other = Archive(data.eval_path, "--data.eval-path")
+        other = Archive(data.eval_path, data.eval_flag)
         evaluation, classes = _of_split(other, 1), other.classes
         train = evaluation if evaluation_only else _training_archive(str(data.path), other)
     if not evaluation_only:
