@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Mapping
 from typing import Any, get_args
 
 from blnet.checks import positive
 from blnet.speech.config import DataConfig, DataName
 from blnet.speech.inference import Trained
+from blnet.training.networks import is_foreign
 
 _FIELDS = ("path", "eval_path", "download", "limit", "holdout_speaker", "words", "subset",
            "max_seconds", "longer")  # fmt: skip
@@ -64,18 +64,14 @@ def data_settings(
             name=name, sample_rate=settings.sample_rate, alphabet=settings.alphabet
         )
     changes = {field: given[field] for field in _FIELDS if given.get(field) is not None}
-    if evaluating and settings.name in _OWN and _is_foreign(settings.name, changes, trained.data):
-        changes.setdefault("eval_path", changes["path"])
+    whole = evaluating and settings.name in _OWN and "holdout_speaker" not in changes
+    if whole and "path" in changes:
+        before = trained.data
+        if is_foreign(settings.name, changes["path"], before.name, before.path):
+            changes.setdefault("eval_path", changes["path"])
     if "path" in changes and settings.name != "librispeech":
         # Another path has another part to evaluate on beside it; of LibriSpeech that is a name.
         changes.setdefault("eval_path", None)
     settings = dataclasses.replace(settings, **changes)
     settings.check()
     return settings
-
-
-def _is_foreign(name: str, changes: Mapping[str, Any], before: DataConfig) -> bool:
-    """Return whether flags name a path of a corpus that was not trained on, and no part of it."""
-    if name == before.name or "path" not in changes or "holdout_speaker" in changes:
-        return False
-    return before.path is None or os.path.realpath(before.path) != os.path.realpath(changes["path"])

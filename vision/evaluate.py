@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +16,7 @@ from blnet.files import make_folder, reason
 from blnet.training.config import Precision
 from blnet.training.devices import by_first, make_accelerator
 from blnet.training.display import plain_console
+from blnet.training.networks import is_foreign
 from blnet.vision import reproduction
 from blnet.vision.classes import check_same_names
 from blnet.vision.config import DataConfig, DataName, VisionConfig
@@ -157,22 +157,16 @@ def data_settings(trained: Trained, given: Mapping[str, Any]) -> DataConfig:
         if given.get(field) is not None
     }
     named = tuple(changes)
-    if settings.name in ("folder", "npz") and _is_foreign(settings.name, changes, recorded):
-        changes.setdefault("eval_path", changes["path"])
+    if settings.name in ("folder", "npz") and "path" in changes:
+        before = (recorded.name, recorded.path) if recorded else (None, None)
+        if is_foreign(settings.name, changes["path"], *before):
+            changes.setdefault("eval_path", changes["path"])
     if "path" in changes:  # the evaluation part that was beside the old path is not meant
         changes.setdefault("eval_path", None)
     settings = dataclasses.replace(settings, **changes)
     settings.check()
     settings.check_read(named)
     return settings
-
-
-def _is_foreign(name: str, changes: Mapping[str, Any], before: DataConfig | None) -> bool:
-    """Return whether flags name a path of a set that was not trained on."""
-    if "path" not in changes or (before is not None and name == before.name):
-        return False
-    was = None if before is None else before.path
-    return was is None or os.path.realpath(was) != os.path.realpath(changes["path"])
 
 
 def _recorded(trained: Trained) -> DataConfig | None:

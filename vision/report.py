@@ -60,11 +60,11 @@ def as_table(evaluations: Sequence[Evaluation], device: str, precision: str) -> 
         precision: "fp32" or the like.
     """
     data = list(dict.fromkeys(one.data.name for one in evaluations))
-    caption = f"{device}, {precision}; images/s with loading; waiting for it"
+    caption = f"{device}, {precision}; images/s with loading; waiting for data"
     table = Table(title="; ".join(data), caption=caption, title_justify="left",
                   caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fmt: skip
     table.add_column("network\ncheckpoint", overflow="fold")
-    # Two figures in a cell: a terminal may have but 80 columns.
+    # Two or three figures in a cell: a terminal may have but 80 columns.
     names = ["images\nimages/s\nwaiting", "top-1 %\n95 % interval", "top-5 %", "error %",
              "parameters\nGMACs"]  # fmt: skip
     with_top5 = any(one.measured.top5 is not None for one in evaluations)

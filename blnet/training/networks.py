@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,24 @@ def load_network(name: StrPath) -> tuple[nn.Module, dict[str, Any]]:
     extra = extra if isinstance(extra, dict) else {}
     twin = _twin(path, extra) if header.get("kind") == "weights" else None
     return checkpoint.load(path, twin), extra
+
+
+def is_foreign(
+    name: str, path: StrPath, trained_name: str | None, trained_path: StrPath | None
+) -> bool:
+    """Return whether data are of another kind than a network was trained on, and lie elsewhere.
+
+    Data of the same kind may be the same that were moved, of which only a share was held out.
+
+    Args:
+        name: kind of the data.
+        path: where they lie.
+        trained_name: kind of what it was trained on; None where nobody knows.
+        trained_path: where that lay; None where it had no place.
+    """
+    if name == trained_name:
+        return False
+    return trained_path is None or os.path.realpath(trained_path) != os.path.realpath(path)
 
 
 def _twin(path: Path, extra: dict[str, Any]) -> nn.Module | None:
