@@ -47,6 +47,9 @@ class BatchRow:
             fastest rungs that are not ours; None for the plain network.
         engine: what our rungs bring alone, over the network's own fastest rung that is not ours;
             None where no rung of ours has a time.
+        shares: rung -> speed-up over the plain network on the same rung, divided by the ratio of
+            MACs: what of the saved arithmetic became saved time; of rungs where both have a time,
+            empty for the plain network and without a ratio.
         peak_memory: bytes; None if not measured.
     """
 
@@ -60,6 +63,7 @@ class BatchRow:
     realised: Ratio | None
     architecture: Ratio | None
     engine: Ratio | None
+    shares: dict[str, Ratio]
     peak_memory: int | None
 
 
@@ -163,8 +167,22 @@ def _batch_row(
         realised=speedup.scaled(1 / mac_ratio) if speedup and mac_ratio else None,
         architecture=_over(plain, others) if network.label != network.baseline else None,
         engine=_over(others, ours),
+        shares=_shares(here, network, mac_ratio),
         peak_memory=best.peak_memory,
     )
+
+
+def _shares(here: list[Measurement], network: Network, mac_ratio: float | None) -> dict[str, Ratio]:
+    if mac_ratio is None or network.label == network.baseline:
+        return {}
+    plain = {m.implementation: m for m in here if m.family == network.baseline}
+    return {
+        m.implementation: median_ratio(plain[m.implementation].samples, m.samples).scaled(
+            1 / mac_ratio
+        )
+        for m in here
+        if m.family == network.label and m.implementation in plain
+    }
 
 
 def is_baseline(measurement: Measurement) -> bool:

@@ -165,6 +165,9 @@ def test_all_numbers_of_the_results_stand_in_the_page(results: Results) -> None:
     assert set(gains) <= found.values("speedups-table")
     assert set(gains) | {plain.network.macs, ours.mac_ratio} <= found.values("r0-models-times")
     assert ours.batches[1].architecture.value in found.values("r0-models-gains")
+    shares = {share.value for found in ours.batches.values() for share in found.shares.values()}
+    assert shares
+    assert shares <= found.values("r0-models-shares")
     assert {1e9 / results.measurements[-1].median} <= found.values("r0-op0-ops")
     assert {0.001, 0.004, 0.003} <= found.values("r0-layers-0")
 

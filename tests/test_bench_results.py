@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,32 @@ def test_the_speed_up_is_over_the_fastest_rung_with_a_time(results) -> None:
     assert one.realised.value == pytest.approx(0.625)
     assert eight.realised.value == pytest.approx(1.0)
     assert eight.throughput == pytest.approx(40.0)
+
+
+def test_a_share_is_of_the_same_rung_on_both_sides(results) -> None:
+    results.measurements.append(model(BL, 1, "compile", [0.01, 0.01, 0.01]))
+    plain, ours = model_rows(results)
+    assert plain.batches[1].shares == plain.batches[8].shares == {}
+    # Only ours was compiled, and of the plain network's folded rung nothing was right at batch 8.
+    assert set(ours.batches[1].shares) == set(ours.batches[8].shares) == {"eager"}
+    assert ours.batches[1].shares["eager"].value == pytest.approx(0.06 / 0.04 / 2)
+    assert ours.batches[8].shares["eager"].value == pytest.approx(0.4 / 0.25 / 2)
+    results.networks[0] = replace(results.networks[0], macs=0)  # were not counted
+    assert model_rows(results)[1].batches[1].shares == {}
+
+
+def test_the_table_of_shares_has_a_column_for_each_rung_in_order(results) -> None:
+    added = [model(name, 8, "kernels", [0.1, 0.1, 0.1], status="ok") for name in ("resnet50", BL)]
+    results.measurements[6:6] = added
+    rows = model_rows(results)
+    assert cells.share_rungs(rows) == ["eager", "kernels"]
+    text = report.markdown(results).partition("### Saved time")[2].partition("###")[0]
+    assert "| network | batch | eager | kernels |" in text
+    assert f"| {BL} | 1 | 0.75 [0.75, 0.75] | - |" in text
+    assert f"| {BL} | 8 | 0.80 [0.80, 0.80] | 0.50 [0.50, 0.50] |" in text
+    assert "| resnet50 |" not in text
+    results.measurements = [m for m in results.measurements if m.family != BL]
+    assert "### Saved time" not in report.markdown(results)
 
 
 def test_a_network_without_times_keeps_its_row(results) -> None:
@@ -316,7 +343,7 @@ def test_markdown_has_every_rung(results) -> None:
     assert "| s | forward | blnet | 50.00 | 20.0 | - | 2.00x [2.00, 2.00] | 1e-08 |" in text
     assert f"- python: {results.environment['python']}" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in tables} == {15, 12, 9}
+    assert {line.count("|") for line in tables} == {15, 12, 9, 4}
 
 
 def fail_of(results: Results, suite: str, group: str) -> None:

@@ -12,6 +12,7 @@ from blnet.bench.summary import BatchRow, ModelRow, OpRow
 
 NOTHING = "-"
 GAINS = "what the speed-up is made of [95 %]"
+SHARES = "saved time over saved arithmetic, the same rung on both sides [95 %]"
 HOW = """\
 Every implementation is built, run once and compared with its reference in higher precision; what
 does not match gets no time. After warming up until their times settle (at most ten calls), the
@@ -23,7 +24,8 @@ Times are medians; p20 and p90 stand beside them. Speed-up is the median of the 
 fastest rung that is not this project's work divided by that of the network's own fastest rung, at
 the same batch and precision; its 95 % interval is a bootstrap over rounds (4,000 resamples).
 Realised speed-up divides that by the ratio of MACs: 1 means that all the arithmetic saved became
-time saved. Peak memory is weights
+time saved. So does the table of the same rung on both sides, where no engine's work is counted to
+the architecture. Peak memory is weights
 + input + the most that was allocated at once during one call of the fastest rung (on a CPU as
 PyTorch's profiler sees its allocator; scratch space inside oneDNN or cuDNN is not in it).
 A rung more than four times slower than the fastest of its network is dropped with a note if all its
@@ -197,6 +199,29 @@ def gain_rows(rows: Sequence[ModelRow]) -> list[list[str]]:
         texts = [ratio_text(gain) for batch in gains for gain in batch]
         cells.append([row.network.label, *texts])
     return cells
+
+
+def share_rungs(rows: Sequence[ModelRow]) -> list[str]:
+    """Return the rungs on which any network was held against its plain one, in their order."""
+    found = [batch.shares for row in rows for batch in row.batches.values()]
+    found.sort(key=len, reverse=True)  # some rungs are tried at one batch only
+    return list(dict.fromkeys(rung for shares in found for rung in shares))
+
+
+def share_header(rungs: Sequence[str]) -> list[str]:
+    """Return the columns of the table of the same rung on both sides."""
+    return ["network", "batch", *rungs]
+
+
+def share_rows(rows: Sequence[ModelRow]) -> list[tuple[ModelRow, BatchRow]]:
+    """Return the networks and batches of that table; none where nothing can be compared."""
+    return [(row, batch) for row in rows for batch in row.batches.values() if batch.shares]
+
+
+def share_cells(rungs: Sequence[str], row: ModelRow, batch: BatchRow) -> list[str]:
+    """Return the cells of a row of that table."""
+    shares = [ratio_text(batch.shares.get(rung)).replace("x", "") for rung in rungs]
+    return [row.network.label, str(batch.batch), *shares]
 
 
 # ---------------------------------------------------------------------------- ops

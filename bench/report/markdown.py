@@ -10,6 +10,7 @@ from blnet.bench.report.cells import (
     GAINS,
     HOW,
     NOTHING,
+    SHARES,
     batches_of,
     failure_texts,
     gain_header,
@@ -26,6 +27,10 @@ from blnet.bench.report.cells import (
     op_notes,
     op_title,
     reading,
+    share_cells,
+    share_header,
+    share_rows,
+    share_rungs,
 )
 from blnet.bench.results import Results
 from blnet.bench.summary import NETWORK_SUITES, model_rows, op_rows, op_suites
@@ -64,6 +69,11 @@ def markdown(results: Results) -> str:
         if gains:
             title = GAINS[0].upper() + GAINS[1:]
             lines += [f"### {title}", "", *table(gain_header(batches), gains), ""]
+        rungs = share_rungs(rows)
+        shares = [share_cells(rungs, *found) for found in share_rows(rows)]
+        if shares:
+            title = SHARES[0].upper() + SHARES[1:]
+            lines += [f"### {title}", "", *table(share_header(rungs), shares), ""]
         memory = kept.rows(results) if suite == "training" else []
         if memory:
             lines += [f"### {kept.TITLE}", "", *table(kept.header(), memory), "", kept.NOTE, ""]

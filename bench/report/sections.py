@@ -190,6 +190,11 @@ def _networks(page: Page, run: Run, suite: str) -> str:
         made = [Row(_gain_row(batches, *pair)) for pair in zip(rows, gains, strict=True)]
         title = texts.GAINS[0].upper() + texts.GAINS[1:]
         parts.append(html.table(f"{name}-gains", title, texts.gain_header(batches), made))
+    rungs = texts.share_rungs(rows)
+    shares = [Row(_share_row(rungs, *pair)) for pair in texts.share_rows(rows)]
+    if shares:
+        title = texts.SHARES[0].upper() + texts.SHARES[1:]
+        parts.append(html.table(f"{name}-shares", title, texts.share_header(rungs), shares))
     memory = kept.rows(results) if suite == "training" else []
     if memory:
         counted = [Row([Cell(text) for text in row]) for row in memory]
@@ -232,6 +237,11 @@ def _gain_row(batches: Sequence[int], row: ModelRow, shown: Sequence[str]) -> li
     found = [row.batches.get(batch) for batch in batches]
     gains = [(b.architecture, b.engine, b.speedup) if b else (None,) * 3 for b in found]
     return html.cells(shown, [None, *(_value(gain) for batch in gains for gain in batch)])
+
+
+def _share_row(rungs: Sequence[str], row: ModelRow, found: BatchRow) -> list[Cell]:
+    values = [None, found.batch, *(_value(found.shares.get(rung)) for rung in rungs)]
+    return html.cells(texts.share_cells(rungs, row, found), values)
 
 
 def _every_rung(name: str, measurements: Sequence[Measurement]) -> str:

@@ -11,6 +11,7 @@ from blnet.bench import accuracy
 from blnet.bench.report import layers
 from blnet.bench.report.cells import (
     GAINS,
+    SHARES,
     batches_of,
     failure_texts,
     gain_header,
@@ -22,6 +23,10 @@ from blnet.bench.report.cells import (
     op_header,
     op_title,
     reading,
+    share_cells,
+    share_header,
+    share_rows,
+    share_rungs,
 )
 from blnet.bench.results import Results
 from blnet.bench.summary import NETWORK_SUITES, model_rows, op_rows, op_suites
@@ -46,12 +51,10 @@ def print_tables(results: Results, console: Console) -> None:
             table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in texts))
         console.print(table)
         console.print(reading(rows), soft_wrap=True, markup=False, highlight=False)
-        gains = gain_rows(rows)
-        if gains:
-            made = rich_table(GAINS, gain_header(batches), left=(0,), gap=0)
-            for texts in gains:
-                made.add_row(*(Text(cell.replace(" [", "\n[")) for cell in texts))
-            console.print(made)
+        rungs = share_rungs(rows)
+        shares = [share_cells(rungs, *found) for found in share_rows(rows)]
+        _print_ratios(GAINS, gain_header(batches), gain_rows(rows), console)
+        _print_ratios(SHARES, share_header(rungs), shares, console)
     _print_layers(results, console)
     for suite in op_suites(results):
         table = rich_table(op_title(results, suite), op_header(results), left=(0, 1, 2))
@@ -73,6 +76,15 @@ def print_tables(results: Results, console: Console) -> None:
         console.print(f"and {len(dropped) - SHOWN_DROPPED} more; report.md lists all")
     for text in failure_texts(results):
         console.print(Text(f"FAILED {text}", style="bold red"), soft_wrap=True)
+
+
+def _print_ratios(title: str, header: list[str], rows: list[list[str]], console: Console) -> None:
+    if not rows:
+        return
+    table = rich_table(title, header, left=(0,), gap=0)
+    for texts in rows:
+        table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in texts))
+    console.print(table)
 
 
 def _print_layers(results: Results, console: Console) -> None:
