@@ -35,6 +35,7 @@ struct Tile {
 
 template <int Vectors, int Rows, int Pixels>
 inline void finish(const Tile& t, Vec (&sum)[Vectors][Rows * Pixels]) {
+  const Vec bound = least(t.relu);
 #pragma GCC unroll 4
   for (int v = 0; v < Vectors; ++v) {
     const int64_t block = v / kParts, lane = (v % kParts) * kLanes;
@@ -52,10 +53,8 @@ inline void finish(const Tile& t, Vec (&sum)[Vectors][Rows * Pixels]) {
           sum[v][r * Pixels + p] += load(add + r * t.residual_row + p * kBlock);
       }
 #pragma GCC unroll 14
-      for (int p = 0; p < Pixels; ++p) {
-        Vec y = sum[v][r * Pixels + p];
-        store(out + r * t.output_row + p * kBlock, t.relu ? relu(y) : y);
-      }
+      for (int p = 0; p < Pixels; ++p)
+        store(out + r * t.output_row + p * kBlock, at_least(bound, sum[v][r * Pixels + p]));
     }
   }
 }

@@ -60,6 +60,7 @@ void combine_pixels(const Step& s, const Plane& plane) {
   const float* other = s.residual ? s.residual + plane.image * s.residual_image +
                                         plane.block * s.residual_block
                                   : nullptr;
+  const Vec bound = least(s.relu);
   for (int64_t p = plane.top * s.out_width; p < plane.bottom * s.out_width; ++p) {
     for (int part = 0; part < kParts; ++part) {
       const int64_t at = p * kBlock + part * kLanes;
@@ -67,7 +68,7 @@ void combine_pixels(const Step& s, const Plane& plane) {
       Vec value = load(s.source ? plane.source + at : other + from);
       if (s.source && other)
         value = Multiply ? value * load(other + from) : value + load(other + from);
-      store(plane.target + at, s.relu ? relu(value) : value);
+      store(plane.target + at, at_least(bound, value));
     }
   }
 }
@@ -82,13 +83,14 @@ void combine(const Step& s, int64_t item) {
 
 void affine(const Step& s, int64_t item) {
   const Plane plane(s, item);
+  const Vec bound = least(s.relu);
   for (int part = 0; part < kParts; ++part) {
     const Vec scale = load(s.weight + plane.block * kBlock + part * kLanes);
     const Vec shift = load(s.bias + plane.block * kBlock + part * kLanes);
     for (int64_t p = plane.top * s.out_width; p < plane.bottom * s.out_width; ++p) {
       const int64_t at = p * kBlock + part * kLanes;
       const Vec value = load(plane.source + at) * scale + shift;
-      store(plane.target + at, s.relu ? relu(value) : value);
+      store(plane.target + at, at_least(bound, value));
     }
   }
 }

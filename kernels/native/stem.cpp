@@ -99,6 +99,7 @@ inline void write_tile(const Step& s, const float* from, int64_t image, int64_t 
   float* out = s.target + image * s.target_image + block * s.out_height * s.out_width * kBlock;
   const float* add =
       s.residual ? s.residual + image * s.residual_image + block * s.residual_block : nullptr;
+  const Vec bound = least(s.relu);
   for (int part = 0; part < kParts; ++part) {
     Vec even[kEven], odd[kOdd], y_even[kStemTile], y_odd[kStemTile];
 #pragma GCC unroll 7
@@ -114,7 +115,7 @@ inline void write_tile(const Step& s, const float* from, int64_t image, int64_t 
       Vec value = y_even[j] + y_odd[j] + bias;
       const int64_t at = s.table ? s.table[pixel + j] : pixel + j;
       if (add) value += load(add + at * kBlock + part * kLanes);
-      store(out + (pixel + j) * kBlock + part * kLanes, s.relu ? relu(value) : value);
+      store(out + (pixel + j) * kBlock + part * kLanes, at_least(bound, value));
     }
   }
 }

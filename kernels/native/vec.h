@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "step.h"
 
@@ -29,8 +30,10 @@ inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 inline Vec zero() { return Vec{}; }
 inline Vec fill(float value) { return value - Vec{}; }  // "+" would turn -0 into 0
 
-// A comparison with NaN is false, so NaN passes, as it does in PyTorch.
-inline Vec relu(Vec v) { return v < 0.0f ? Vec{} : v; }
+// What ReLU leaves of a value, or else all of it: the larger of the value and a bound. A comparison
+// with NaN is false, so NaN passes, as it does in PyTorch. A constant 0 would take two instructions.
+inline Vec least(bool relu) { return fill(relu ? 0.0f : -std::numeric_limits<float>::infinity()); }
+inline Vec at_least(Vec bound, Vec v) { return bound > v ? bound : v; }
 inline Vec larger(Vec old, Vec v) { return (v > old) | (v != v) ? v : old; }
 
 }  // namespace blnet
