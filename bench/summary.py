@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from blnet.bench.intervals import Ratio, median_ratio
@@ -47,9 +48,6 @@ class BatchRow:
             fastest rungs that are not ours; None for the plain network.
         engine: what our rungs bring alone, over the network's own fastest rung that is not ours;
             None where no rung of ours has a time.
-        shares: rung -> speed-up over the plain network on the same rung, divided by the ratio of
-            MACs: what of the saved arithmetic became saved time; of rungs where both have a time,
-            empty for the plain network and without a ratio.
         peak_memory: bytes; None if not measured.
     """
 
@@ -63,7 +61,6 @@ class BatchRow:
     realised: Ratio | None
     architecture: Ratio | None
     engine: Ratio | None
-    shares: dict[str, Ratio]
     peak_memory: int | None
 
 
@@ -80,6 +77,22 @@ class ModelRow:
     network: Network
     mac_ratio: float | None
     batches: dict[int, BatchRow] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ShareRow:
+    """What of a network's saved arithmetic is saved time at a batch.
+
+    Attributes:
+        network: what it is.
+        batch: images or clips at once.
+        shares: rung -> speed-up over the plain network on the same rung, divided by the ratio of
+            MACs, of the rungs on which both have a time.
+    """
+
+    network: Network
+    batch: int
+    shares: dict[str, Ratio]
 
 
 @dataclass(frozen=True)
@@ -167,22 +180,37 @@ def _batch_row(
         realised=speedup.scaled(1 / mac_ratio) if speedup and mac_ratio else None,
         architecture=_over(plain, others) if network.label != network.baseline else None,
         engine=_over(others, ours),
-        shares=_shares(here, network, mac_ratio),
         peak_memory=best.peak_memory,
     )
 
 
-def _shares(here: list[Measurement], network: Network, mac_ratio: float | None) -> dict[str, Ratio]:
-    if mac_ratio is None or network.label == network.baseline:
-        return {}
-    plain = {m.implementation: m for m in here if m.family == network.baseline}
-    return {
-        m.implementation: median_ratio(plain[m.implementation].samples, m.samples).scaled(
-            1 / mac_ratio
-        )
-        for m in here
-        if m.family == network.label and m.implementation in plain
-    }
+def share_rows(results: Results, suite: str, rows: Sequence[ModelRow]) -> list[ShareRow]:
+    """Return a row for each batch of each network that shares a rung with its plain network.
+
+    Apart from `model_rows`, as the intervals of every rung take longer than all that is there.
+
+    Args:
+        results: of a run.
+        suite: one of `NETWORK_SUITES`.
+        rows: what `model_rows` returns of it.
+    """
+    found = []
+    for row in rows:
+        network = row.network
+        if row.mac_ratio is None or network.label == network.baseline:
+            continue
+        for batch in row.batches:
+            here = at_batch(results, suite, batch)
+            plain = {m.implementation: m for m in here if m.family == network.baseline}
+            own = {m.implementation: m for m in here if m.family == network.label}
+            shares = {
+                rung: median_ratio(plain[rung].samples, m.samples).scaled(1 / row.mac_ratio)
+                for rung, m in own.items()
+                if rung in plain
+            }
+            if shares:
+                found.append(ShareRow(network, batch, shares))
+    return found
 
 
 def is_baseline(measurement: Measurement) -> bool:

@@ -26,7 +26,7 @@ from blnet.bench.report.elements import script_json
 from blnet.bench.report.page import LIMIT, html_page
 from blnet.bench.results import Check, Layer, Measurement, Network, Results, read_json, write_json
 from blnet.bench.settings import Settings, resolve
-from blnet.bench.summary import NETWORK_SUITES, model_rows
+from blnet.bench.summary import NETWORK_SUITES, model_rows, share_rows
 from blnet.cli import main
 from blnet.environment import collect
 
@@ -165,7 +165,8 @@ def test_all_numbers_of_the_results_stand_in_the_page(results: Results) -> None:
     assert set(gains) <= found.values("speedups-table")
     assert set(gains) | {plain.network.macs, ours.mac_ratio} <= found.values("r0-models-times")
     assert ours.batches[1].architecture.value in found.values("r0-models-gains")
-    shares = {share.value for found in ours.batches.values() for share in found.shares.values()}
+    compared = share_rows(results, "models", [plain, ours])
+    shares = {share.value for row in compared for share in row.shares.values()}
     assert shares
     assert shares <= found.values("r0-models-shares")
     assert {1e9 / results.measurements[-1].median} <= found.values("r0-op0-ops")

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from blnet.bench.results import (
     write_text,
 )
 from blnet.bench.settings import Settings, resolve
-from blnet.bench.summary import ModelRow, model_rows, op_rows, op_suites
+from blnet.bench.summary import ModelRow, model_rows, op_rows, op_suites, share_rows
 from blnet.cli import main
 from blnet.environment import collect
 
@@ -103,26 +104,30 @@ def test_the_speed_up_is_over_the_fastest_rung_with_a_time(results) -> None:
 
 def test_a_share_is_of_the_same_rung_on_both_sides(results) -> None:
     results.measurements.append(model(BL, 1, "compile", [0.01, 0.01, 0.01]))
-    plain, ours = model_rows(results)
-    assert plain.batches[1].shares == plain.batches[8].shares == {}
+    one, eight = share_rows(results, "models", model_rows(results))
+    assert (one.network.label, one.batch, eight.batch) == (BL, 1, 8)
     # Only ours was compiled, and of the plain network's folded rung nothing was right at batch 8.
-    assert set(ours.batches[1].shares) == set(ours.batches[8].shares) == {"eager"}
-    assert ours.batches[1].shares["eager"].value == pytest.approx(0.06 / 0.04 / 2)
-    assert ours.batches[8].shares["eager"].value == pytest.approx(0.4 / 0.25 / 2)
+    assert set(one.shares) == set(eight.shares) == {"eager"}
+    assert one.shares["eager"].value == pytest.approx(0.06 / 0.04 / 2)
+    assert eight.shares["eager"].value == pytest.approx(0.4 / 0.25 / 2)
     results.networks[0] = replace(results.networks[0], macs=0)  # were not counted
-    assert model_rows(results)[1].batches[1].shares == {}
+    assert share_rows(results, "models", model_rows(results)) == []
 
 
 def test_the_table_of_shares_has_a_column_for_each_rung_in_order(results) -> None:
-    added = [model(name, 8, "kernels", [0.1, 0.1, 0.1], status="ok") for name in ("resnet50", BL)]
-    results.measurements[6:6] = added
-    rows = model_rows(results)
-    assert cells.share_rungs(rows) == ["eager", "kernels"]
+    for batch, rungs in ((1, ("kernels",)), (8, ("compile", "kernels"))):
+        pairs = [(name, rung) for name in ("resnet50", BL) for rung in rungs]
+        results.measurements += [model(name, batch, rung, [0.1] * 3) for name, rung in pairs]
     text = report.markdown(results).partition("### Saved time")[2].partition("###")[0]
-    assert "| network | batch | eager | kernels |" in text
-    assert f"| {BL} | 1 | 0.75 [0.75, 0.75] | - |" in text
-    assert f"| {BL} | 8 | 0.80 [0.80, 0.80] | 0.50 [0.50, 0.50] |" in text
+    half = "0.50 [0.50, 0.50]"
+    assert "| network | batch | eager | compile | kernels |" in text
+    assert f"| {BL} | 1 | 0.75 [0.75, 0.75] | - | {half} |" in text
+    assert f"| {BL} | 8 | 0.80 [0.80, 0.80] | {half} | {half} |" in text
     assert "| resnet50 |" not in text
+    console = Console(width=132, record=True, file=io.StringIO())
+    report.print_tables(results, console)
+    printed = console.export_text().partition("saved time over saved arithmetic")[2]
+    assert re.search(r"a2 b4 +8 +0\.80 +0\.50 +0\.50", printed)
     results.measurements = [m for m in results.measurements if m.family != BL]
     assert "### Saved time" not in report.markdown(results)
 

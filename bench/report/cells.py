@@ -8,7 +8,7 @@ from typing import Any
 from blnet.bench import accuracy
 from blnet.bench.intervals import Ratio
 from blnet.bench.results import Measurement, Network, Results
-from blnet.bench.summary import BatchRow, ModelRow, OpRow
+from blnet.bench.summary import BatchRow, ModelRow, OpRow, ShareRow
 
 NOTHING = "-"
 GAINS = "what the speed-up is made of [95 %]"
@@ -201,27 +201,21 @@ def gain_rows(rows: Sequence[ModelRow]) -> list[list[str]]:
     return cells
 
 
-def share_rungs(rows: Sequence[ModelRow]) -> list[str]:
-    """Return the rungs on which any network was held against its plain one, in their order."""
-    found = [batch.shares for row in rows for batch in row.batches.values()]
-    found.sort(key=len, reverse=True)  # some rungs are tried at one batch only
-    return list(dict.fromkeys(rung for shares in found for rung in shares))
+def share_rungs(rows: Sequence[ShareRow]) -> list[str]:
+    """Return the rungs of the table of the same rung on both sides, in their order."""
+    fullest_first = sorted(rows, key=lambda row: -len(row.shares))  # some lack a rung in the middle
+    return list(dict.fromkeys(rung for row in fullest_first for rung in row.shares))
 
 
 def share_header(rungs: Sequence[str]) -> list[str]:
-    """Return the columns of the table of the same rung on both sides."""
+    """Return the columns of that table."""
     return ["network", "batch", *rungs]
 
 
-def share_rows(rows: Sequence[ModelRow]) -> list[tuple[ModelRow, BatchRow]]:
-    """Return the networks and batches of that table; none where nothing can be compared."""
-    return [(row, batch) for row in rows for batch in row.batches.values() if batch.shares]
-
-
-def share_cells(rungs: Sequence[str], row: ModelRow, batch: BatchRow) -> list[str]:
+def share_cells(rungs: Sequence[str], row: ShareRow) -> list[str]:
     """Return the cells of a row of that table."""
-    shares = [ratio_text(batch.shares.get(rung)).replace("x", "") for rung in rungs]
-    return [row.network.label, str(batch.batch), *shares]
+    shares = [ratio_text(row.shares.get(rung)).replace("x", "") for rung in rungs]
+    return [row.network.label, str(row.batch), *shares]
 
 
 # ---------------------------------------------------------------------------- ops

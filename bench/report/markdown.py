@@ -29,11 +29,10 @@ from blnet.bench.report.cells import (
     reading,
     share_cells,
     share_header,
-    share_rows,
     share_rungs,
 )
 from blnet.bench.results import Results
-from blnet.bench.summary import NETWORK_SUITES, model_rows, op_rows, op_suites
+from blnet.bench.summary import NETWORK_SUITES, model_rows, op_rows, op_suites, share_rows
 
 LAYERS_SHOWN = 10  # of each network
 
@@ -69,8 +68,9 @@ def markdown(results: Results) -> str:
         if gains:
             title = GAINS[0].upper() + GAINS[1:]
             lines += [f"### {title}", "", *table(gain_header(batches), gains), ""]
-        rungs = share_rungs(rows)
-        shares = [share_cells(rungs, *found) for found in share_rows(rows)]
+        found = share_rows(results, suite, rows)
+        rungs = share_rungs(found)
+        shares = [share_cells(rungs, row) for row in found]
         if shares:
             title = SHARES[0].upper() + SHARES[1:]
             lines += [f"### {title}", "", *table(share_header(rungs), shares), ""]

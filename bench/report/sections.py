@@ -19,9 +19,11 @@ from blnet.bench.summary import (
     NETWORK_SUITES,
     BatchRow,
     ModelRow,
+    ShareRow,
     model_rows,
     op_rows,
     op_suites,
+    share_rows,
 )
 
 OVER = (
@@ -190,8 +192,9 @@ def _networks(page: Page, run: Run, suite: str) -> str:
         made = [Row(_gain_row(batches, *pair)) for pair in zip(rows, gains, strict=True)]
         title = texts.GAINS[0].upper() + texts.GAINS[1:]
         parts.append(html.table(f"{name}-gains", title, texts.gain_header(batches), made))
-    rungs = texts.share_rungs(rows)
-    shares = [Row(_share_row(rungs, *pair)) for pair in texts.share_rows(rows)]
+    found = share_rows(results, suite, rows)
+    rungs = texts.share_rungs(found)
+    shares = [Row(_share_row(rungs, row)) for row in found]
     if shares:
         title = texts.SHARES[0].upper() + texts.SHARES[1:]
         parts.append(html.table(f"{name}-shares", title, texts.share_header(rungs), shares))
@@ -239,9 +242,9 @@ def _gain_row(batches: Sequence[int], row: ModelRow, shown: Sequence[str]) -> li
     return html.cells(shown, [None, *(_value(gain) for batch in gains for gain in batch)])
 
 
-def _share_row(rungs: Sequence[str], row: ModelRow, found: BatchRow) -> list[Cell]:
-    values = [None, found.batch, *(_value(found.shares.get(rung)) for rung in rungs)]
-    return html.cells(texts.share_cells(rungs, row, found), values)
+def _share_row(rungs: Sequence[str], row: ShareRow) -> list[Cell]:
+    values = [None, row.batch, *(_value(row.shares.get(rung)) for rung in rungs)]
+    return html.cells(texts.share_cells(rungs, row), values)
 
 
 def _every_rung(name: str, measurements: Sequence[Measurement]) -> str:

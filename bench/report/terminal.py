@@ -25,11 +25,10 @@ from blnet.bench.report.cells import (
     reading,
     share_cells,
     share_header,
-    share_rows,
     share_rungs,
 )
 from blnet.bench.results import Results
-from blnet.bench.summary import NETWORK_SUITES, model_rows, op_rows, op_suites
+from blnet.bench.summary import NETWORK_SUITES, model_rows, op_rows, op_suites, share_rows
 
 LAYERS_SHOWN = 5  # of each network; the report has more
 SHOWN_DROPPED = 6  # of the implementations left out; the report has all
@@ -51,8 +50,9 @@ def print_tables(results: Results, console: Console) -> None:
             table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in texts))
         console.print(table)
         console.print(reading(rows), soft_wrap=True, markup=False, highlight=False)
-        rungs = share_rungs(rows)
-        shares = [share_cells(rungs, *found) for found in share_rows(rows)]
+        found = share_rows(results, suite, rows)
+        rungs = share_rungs(found)
+        shares = [share_cells(rungs, row) for row in found]
         _print_ratios(GAINS, gain_header(batches), gain_rows(rows), console)
         _print_ratios(SHARES, share_header(rungs), shares, console)
     _print_layers(results, console)
