@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# One thread for each of two test processes: small tensors gain nothing from more.
+# One thread for each test process, as small tensors gain nothing from more, and a process more than
+# cores, as some tests wait for others to start or end; each takes up to 3 GB.
 TEST_ENV := OMP_NUM_THREADS=1
-PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --timeout 600
+PROCESSES := $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 3 ? cores + 1 : 4)))
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(PROCESSES) --timeout 600
 
 .PHONY: help bench test test-deep lint format types unit interpreter gpu clean
 .DEFAULT_GOAL := help
@@ -28,7 +30,7 @@ test: lint types unit interpreter  ## lint, check types and run every test
 # Hours on two cores: more cases each of the tests that draw shapes, none of them twice the same.
 DEEP := 10000
 test-deep: $(INSTALLED)  ## 10,000 fresh cases of every op in the interpreter (DEEP=n)
-	TRITON_INTERPRET=1 BLNET_DEEP=$(DEEP) $(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/interpreter \
+	TRITON_INTERPRET=1 BLNET_DEEP=$(DEEP) $(TEST_ENV) $(BIN)/python -m pytest -n $(PROCESSES) tests/interpreter \
 	  -k fresh_seed $(ARGS)
 
 lint: $(INSTALLED)  ## ruff: rules and format

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,8 +97,15 @@ def median_ratio(above: Sequence[float], below: Sequence[float], seed: int = 0) 
     rounds = min(len(above), len(below))
     if rounds == 0:
         raise ValueError("a ratio needs one round at least that both implementations ran in")
-    top = np.asarray(above[:rounds], dtype=np.float64)
-    bottom = np.asarray(below[:rounds], dtype=np.float64)
+    return _median_ratio(tuple(above[:rounds]), tuple(below[:rounds]), seed)
+
+
+# A report has the same ratio in its summary, its tables and its plots: a page of 26 committed runs
+# asks for 4,717, of which 1,508 differ, and took three times as long without this.
+@functools.lru_cache(maxsize=4096)
+def _median_ratio(above: tuple[float, ...], below: tuple[float, ...], seed: int) -> Ratio:
+    top, bottom = np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
+    rounds = len(above)
     value = float(np.median(top) / np.median(bottom))
     picks = np.random.default_rng(seed).integers(rounds, size=(RESAMPLES, rounds))
     ratios = np.median(top[picks], axis=1) / np.median(bottom[picks], axis=1)
