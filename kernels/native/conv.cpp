@@ -258,15 +258,14 @@ void direct(const Step& s, const Call& call, int64_t item, float* scratch) {
   tile.table_row = s.out_width;
   tile.relu = s.relu;
 
-  const int64_t group_blocks = kGroup / kBlock;
-  const int64_t groups = (s.out_blocks + group_blocks - 1) / group_blocks;
+  const int64_t groups = (s.out_blocks + kGroupBlocks - 1) / kGroupBlocks;
   const int64_t end = std::min((slice + 1) * s.slice, groups);
   const float* input = tile.input;
   // The piece that this thread probably takes next.
   const int64_t later = item + 1 < s.items ? item + 1 : item;
   const int64_t next = later % s.slices * s.slice;
   for (int64_t g = slice * s.slice; g < end; ++g) {
-    const int64_t block = g * group_blocks;
+    const int64_t block = g * kGroupBlocks;
     tile.input = input + (s.starts ? s.starts[g] * input_block : 0);
     tile.weight = s.weight + g * s.segment_count * step * kGroup;
     tile.bias = s.bias + g * kGroup;
@@ -275,7 +274,7 @@ void direct(const Step& s, const Call& call, int64_t item, float* scratch) {
     if (s.residual)
       tile.residual = s.residual + image * s.residual_image + block * s.residual_block +
                       (s.table ? 0 : pixel * kBlock);
-    const bool full = block + group_blocks <= s.out_blocks;
+    const bool full = block + kGroupBlocks <= s.out_blocks;
     rectangle(tile, kernels_for(full, s.planar), rows, width, step);
   }
 }

@@ -76,7 +76,7 @@ inline void transform_rows(const Step& s, const Call& call, const StemPatch& pat
 inline void multiply_tiles(const Step& s, const StemPatch& patch, const float* input, int64_t tiles,
                            int64_t block, float* products) {
   static const float zeros alignas(64)[kGroup] = {};
-  const bool full = block + kGroup / kBlock <= s.out_blocks;
+  const bool full = block + kGroupBlocks <= s.out_blocks;
   const Kernel kernel = kernels_for(full, true).one_row[tiles - 1];
   const int64_t weights = s.segment_count * s.out_blocks * kBlock;  // of a point
   Tile tile{};
@@ -123,7 +123,7 @@ inline void write_tile(const Step& s, const float* from, int64_t image, int64_t 
 // Computes a row of outputs for a group of channels.
 inline void stem_row(const Step& s, const StemPatch& patch, const float* input, int64_t image,
                      int64_t y, int64_t block, float* products) {
-  const int64_t end = std::min(block + kGroup / kBlock, s.out_blocks);
+  const int64_t end = std::min(block + kGroupBlocks, s.out_blocks);
   const int64_t cuts = (patch.tiles + kPixels - 1) / kPixels;
   for (int64_t index = 0; index < cuts; ++index) {
     const Cut cut(patch.tiles, index, cuts);
@@ -142,7 +142,7 @@ void stem(const Step& s, const Call& call, int64_t item, float* scratch) {
   const int64_t image = item / s.chunks;
   transform_rows(s, call, patch, image, rows.begin, rows.size(), scratch);
   float* products = scratch + patch.inputs();
-  for (int64_t block = 0; block < s.out_blocks; block += kGroup / kBlock)
+  for (int64_t block = 0; block < s.out_blocks; block += kGroupBlocks)
     for (int64_t r = 0; r < rows.size(); ++r)
       stem_row(s, patch, scratch + r * kStemStride * patch.tiles, image, rows.begin + r, block,
                products);

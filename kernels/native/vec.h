@@ -21,7 +21,8 @@ constexpr int kLanes = 4, kVectors = 4, kPixels = 2;  // 8 + 4 + 1 of 16
 #endif
 
 constexpr int64_t kGroup = kLanes * kVectors;  // output channels of a full kernel: 16 or 32
-constexpr int kParts = kBlock / kLanes;        // vectors of a block
+constexpr int64_t kGroupBlocks = kGroup / kBlock;
+constexpr int kParts = kBlock / kLanes;  // vectors of a block
 
 typedef float Vec __attribute__((vector_size(kLanes * 4), may_alias));
 

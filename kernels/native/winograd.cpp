@@ -178,45 +178,40 @@ inline void gather_tile(const Step& s, const Place& place, int64_t block, const 
   }
 }
 
-// The products: for each point, tiles x input channels times input channels x output channels. What
-// is added to that of the point (1, 1) is added to every output of its tile: the bias.
-inline void multiply(const Step& s, int64_t tiles, const float* V, float* products, int64_t slice,
-                     int64_t end) {
+// The products of a group of output channels: for each point, tiles x input channels times input
+// channels x the group. What is added to that of the point (1, 1) is added to every output of its
+// tile: the bias. Weights lie in the order in which they are read; `next` is the group after this.
+inline void multiply(const Step& s, int64_t tiles, const float* V, int64_t g, int64_t next,
+                     float* products) {
   static const float zeros alignas(64)[kGroup] = {};
   const int64_t points = side(s.tile_h, s.stride_h) * side(s.tile_w, s.stride_w);
-  const int64_t group_blocks = kGroup / kBlock;
-  const int64_t weights = s.blocks * kBlock * s.out_blocks * kBlock;  // of a point
-  const int64_t slice_blocks = s.slice * group_blocks;
+  const int64_t one = side(s.tile_w, s.stride_w) + 1;
+  const bool full = (g + 1) * kGroupBlocks <= s.out_blocks;
+  const int64_t weights = s.blocks * kBlock * (full ? kGroup : kBlock);  // of a point
+  const int64_t group_weights = points * s.blocks * kBlock * kGroup;
   Tile tile{};
   tile.segments = s.segments;
   tile.segment_count = s.blocks;
   tile.output_block = s.chunk * kBlock;
-  const int64_t one = side(s.tile_w, s.stride_w) + 1;
-  for (int64_t point = 0; point < points; ++point) {
+  tile.weight = s.weight + g * group_weights;
+  for (int64_t point = 0; point < points; ++point, tile.weight += weights) {
     tile.input = V + point * point_floats(s, s.blocks);
-    for (int64_t g = slice; g < end; ++g) {
-      tile.weight = s.weight + point * weights + g * s.blocks * kBlock * kGroup;
-      tile.bias = point == one ? s.bias + g * kGroup : zeros;
-      const int64_t next_point = std::min(g + 1 < end ? point : point + 1, points - 1);
-      const int64_t next = g + 1 < end ? g + 1 : slice;
-      tile.ahead = s.weight + next_point * weights + next * s.blocks * kBlock * kGroup;
-      tile.output = products + point * point_floats(s, slice_blocks) +
-                    (g - slice) * group_blocks * s.chunk * kBlock;
-      const bool full = (g + 1) * group_blocks <= s.out_blocks;
-      rectangle(tile, kernels_for(full, false), 1, tiles, kBlock);
-    }
+    tile.bias = point == one ? s.bias + g * kGroup : zeros;
+    tile.ahead = point + 1 < points ? tile.weight + weights : s.weight + next * group_weights;
+    tile.output = products + point * point_floats(s, kGroupBlocks);
+    rectangle(tile, kernels_for(full, false), 1, tiles, kBlock);
   }
 }
 
-// A piece of work is a chunk of tiles and a slice of output channels.
+// A piece of work is a chunk of tiles and a slice of output channels, a group of which at a time is
+// multiplied and transformed, so that its products are still in the second cache.
 template <class T>
 void winograd_piece(const Step& s, int64_t item, float* scratch) {
-  const int64_t group_blocks = kGroup / kBlock;
   const int64_t down = (s.out_height + T::kHeight - 1) / T::kHeight;
   const int64_t across = (s.out_width + T::kWidth - 1) / T::kWidth, all = s.batch * down * across;
   const Cut chunk(all, item / s.slices, s.chunks);
   const int64_t tiles = chunk.size();
-  const int64_t groups = (s.out_blocks + group_blocks - 1) / group_blocks;
+  const int64_t groups = (s.out_blocks + kGroupBlocks - 1) / kGroupBlocks;
   const int64_t slice = item % s.slices * s.slice, end = std::min(slice + s.slice, groups);
   const int64_t point_stride = point_floats(s, s.blocks);
   const Place begin(s, chunk.begin);
@@ -226,13 +221,17 @@ void winograd_piece(const Step& s, int64_t item, float* scratch) {
       scatter_tile<T>(s, place, block, scratch + (block * s.chunk + t) * kBlock, point_stride);
   }
   float* products = scratch + T::kRows * T::kColumns * point_stride;
-  multiply(s, tiles, scratch, products, slice, end);
-  const int64_t first = slice * group_blocks, last = std::min(end * group_blocks, s.out_blocks);
-  for (int64_t block = first; block < last; ++block) {
-    Place place = begin;
-    for (int64_t t = 0; t < tiles; ++t, place.advance(s))
-      gather_tile<T>(s, place, block, products + ((block - first) * s.chunk + t) * kBlock,
-                     point_floats(s, s.slice * group_blocks));
+  const int64_t later = item + 1 < s.items ? item + 1 : item;  // that the thread probably takes
+  for (int64_t g = slice; g < end; ++g) {
+    const int64_t next = g + 1 < end ? g + 1 : later % s.slices * s.slice;
+    multiply(s, tiles, scratch, g, next, products);
+    const int64_t first = g * kGroupBlocks, last = std::min(first + kGroupBlocks, s.out_blocks);
+    for (int64_t block = first; block < last; ++block) {
+      Place place = begin;
+      for (int64_t t = 0; t < tiles; ++t, place.advance(s))
+        gather_tile<T>(s, place, block, products + ((block - first) * s.chunk + t) * kBlock,
+                       point_floats(s, kGroupBlocks));
+    }
   }
 }
 

@@ -28,7 +28,7 @@ from blnet.kernels.native.cutting import (
 from blnet.kernels.native.library import Library, Step
 
 KIND = 3  # of step, as in step.h
-CACHE_BYTES = 768 * 1024  # of a core's second cache, for a piece's transformed tiles and products
+CACHE_BYTES = 768 * 1024  # of a core's second cache, for a piece's tiles and a group's products
 WEIGHTS_TO_MAPS = 12  # from where threads share the weights, not the tiles; see _least_chunks
 LEAST_TILES = 4  # in a piece of them
 
@@ -167,7 +167,8 @@ def pack(
     step.kind = KIND
     step.tile_h, step.tile_w = tile.outputs
     points, tiles = tile.points, _tiles(conv, tile)
-    floats = points * (step.blocks + step.out_blocks) * BLOCK
+    blocks = step.blocks + library.group // BLOCK  # of inputs, and of a group's products
+    floats = points * blocks * BLOCK
     most = max(2 * library.pixels, CACHE_BYTES // (4 * floats))
     most = max(most // library.pixels, 1) * library.pixels
     together = tiles // step.batch if alone(step) else tiles
@@ -182,22 +183,21 @@ def pack(
     step.chunks = math.ceil(tiles / step.chunk)  # they go on from image to image
     step.items = step.chunks * step.slices
     segments = torch.arange(step.blocks, dtype=torch.int32) * step.chunk * BLOCK
-    slice_blocks = step.slice * library.group // BLOCK
     # As point_floats in winograd.cpp: a line of memory between points.
-    lines = step.chunk * (step.blocks + slice_blocks) + 2
+    lines = step.chunk * blocks + 2
     scratch = points * lines * BLOCK
     weights = _transformed(library, conv, weight, tile)
     return Packed(step, weights, bias, segments, None, scratch, tile.name)
 
 
 def _transformed(library: Library, conv: Convolution, weight: Tensor, tile: Tile) -> Tensor:
-    """Return the weights of each point, in the order of `order_weights`."""
+    """Return the weights as [group][point], then in the order of `order_weights`."""
     rows, columns = tile.transforms
-    transformed = (rows @ weight.double() @ columns.T).float()
-    product = Convolution(conv.shape, (*conv.weight[:2], 1, 1), (1, 1), (0, 0), 1, False)
-    starts = [0] * math.ceil(conv.weight[0] / library.group)
-    by_point = [
-        order_weights(library, product, plane[:, :, None, None], starts, blocks_of(conv.shape[1]))
-        for plane in transformed.flatten(2).unbind(2)
-    ]
-    return torch.cat(by_point)
+    transformed = (rows @ weight.double() @ columns.T).float().flatten(2)
+    ordered = []
+    for group in transformed.split(library.group):
+        product = Convolution(conv.shape, (*group.shape[:2], 1, 1), (1, 1), (0, 0), 1, False)
+        for plane in group.unbind(2):
+            plane = plane[:, :, None, None]
+            ordered.append(order_weights(library, product, plane, [0], blocks_of(conv.shape[1])))
+    return torch.cat(ordered)
