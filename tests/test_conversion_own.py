@@ -63,6 +63,25 @@ class PreActivationBlock(nn.Module):
         return self.conv2(torch.relu(self.bn2(out))) + self.shortcut(x)
 
 
+class SeparableBlock(nn.Module):
+    """A depthwise convolution, which may give more channels, before one that mixes them."""
+
+    def __init__(self, in_planes: int, planes: int, stride: int = 1, more: int = 1) -> None:
+        super().__init__()
+        wide = in_planes * more
+        self.conv1 = nn.Conv2d(in_planes, wide, 3, stride, 1, groups=in_planes, bias=False)
+        self.bn1 = nn.BatchNorm2d(wide)
+        self.conv2 = nn.Conv2d(wide, planes, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_planes != planes:
+            self.shortcut = nn.Conv2d(in_planes, planes, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(out + self.shortcut(x))
+
+
 def own_block(stubborn: bool) -> Callable[[int, int, int], nn.Module]:
     if stubborn:
         return lambda a, b, c: StubbornBlock({"a": a, "b": b, "c": c})
@@ -324,3 +343,16 @@ def test_what_cannot_be_converted_is_told(
 def test_something_else_than_a_module_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model must be a torch\.nn\.Module, got str"):
         blnet.convert("resnet50")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("more", [1, 2])
+@pytest.mark.parametrize("inherit", [False, True])
+def test_a_block_may_begin_with_a_depthwise_convolution(more: int, inherit: bool) -> None:
+    net = OwnNet(lambda a, b, c: SeparableBlock(a, b, c, more))
+    made = blnet.convert(net, 2, 2, inherit_weights=inherit, input_size=(1, 1, 32, 32))
+    made.train()(torch.randn(2, 1, 32, 32)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters())
+    depthwise = [m for m in made.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    assert {(m.groups == m.in_channels, m.out_channels == more * m.in_channels)
+            for m in depthwise} == {(True, True)}  # fmt: skip
+    assert {m.in_channels for m in depthwise} > {32}, "little branches are thinner inside"

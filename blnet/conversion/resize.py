@@ -87,6 +87,10 @@ def fits(block: nn.Module, spec: BlockSpec) -> bool:
     """Return whether a block maps the widths and steps that were asked for."""
     step = spec.stride if isinstance(spec.stride, tuple) else (spec.stride, spec.stride)
     wanted = (2, spec.out_channels, -(-24 // step[0]), -(-24 // step[1]))
+    # Which of a convolution's sizes go together the meta device does not look at.
+    if any(conv.out_channels % conv.groups or conv.in_channels % conv.groups
+           for conv in convolutions(block)):  # fmt: skip
+        return False
     try:
         output = run_on_meta(meta_twin(block), (2, spec.in_channels, 24, 24))
     except Exception:  # a user's block may raise anything
@@ -96,15 +100,20 @@ def fits(block: nn.Module, spec: BlockSpec) -> bool:
 
 def _resize_layers(block: nn.Module, order: list[str], spec: BlockSpec) -> None:
     parts = chain(block)
-    # What runs before the first convolution, and that one's input, has the width of the input.
-    entry = set()
+    # What runs before the first convolution that mixes channels, and that one's input, has the
+    # width of the input, or a multiple of it.
+    entry: dict[str, int] = {}
+    width = spec.in_channels
     for name in order:
         if name in parts:
-            entry.add(name)
-            if isinstance(parts[name], nn.Conv2d):
-                break
+            part = parts[name]
+            entry[name] = width
+            if isinstance(part, nn.Conv2d):
+                if not _is_depthwise(part):
+                    break
+                width *= part.out_channels // part.in_channels
     for name, part in parts.items():
-        _resize_layer(part, spec.in_channels if name in entry else 0, spec.narrow)
+        _resize_layer(part, entry.get(name, 0), spec.narrow)
     for part in _leaves(gate_of(block)):
         _resize_layer(part, 0, spec.narrow)
 
@@ -116,8 +125,10 @@ def _resize_layer(part: nn.Module, in_channels: int, narrow: int) -> None:
         return max(1, width // narrow)  # a gate may have a single channel inside
 
     if isinstance(part, nn.Conv2d):
-        width = in_channels or divided(part.in_channels)
-        _resize_conv(part, width, divided(part.out_channels), narrow)
+        width, out = in_channels or divided(part.in_channels), divided(part.out_channels)
+        if _is_depthwise(part):
+            out = width * (part.out_channels // part.in_channels)
+        _resize_conv(part, width, out, narrow)
     elif isinstance(part, nn.Linear):
         _resize_linear(part, narrow)
     elif is_norm(part):
@@ -144,8 +155,8 @@ def _norm_width(norm: nn.Module) -> int:
 
 def _resize_conv(conv: nn.Conv2d, in_channels: int, out_channels: int, narrow: int) -> None:
     groups = conv.groups
-    if groups == conv.in_channels and groups > 1:
-        groups = in_channels  # depthwise stays depthwise
+    if _is_depthwise(conv):
+        groups = in_channels
     elif groups > 1:
         groups = max(1, groups // narrow)
     shape = (out_channels, in_channels // groups, *conv.kernel_size)
@@ -155,6 +166,10 @@ def _resize_conv(conv: nn.Conv2d, in_channels: int, out_channels: int, narrow: i
     for name, value in list(conv._parameters.items()):
         if name != "weight" and value is not None and value.shape[0] == old:
             _replace(conv, name, (out_channels, *value.shape[1:]))
+
+
+def _is_depthwise(conv: nn.Conv2d) -> bool:
+    return conv.groups == conv.in_channels > 1
 
 
 def _resize_linear(linear: nn.Linear, narrow: int) -> None:
