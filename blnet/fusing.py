@@ -29,6 +29,7 @@ import torch
 from torch import fx, nn
 
 from blnet.fusion_sites import Fusion, look
+from blnet.tracing import copied
 
 
 class Fused:
@@ -111,16 +112,23 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Returns:
         The copy; of a network without such a place a plain copy. See :func:`fusions`.
+
+    Raises:
+        ValueError: if the network cannot be copied.
     """
-    model = copy.deepcopy(model)
+    model = copied(model)
     for module in list(model.modules()):
         _fuse_module(module)
     return model
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Return a copy of a network that :func:`fuse` made, with its original code."""
-    model = copy.deepcopy(model)
+    """Return a copy of a network that :func:`fuse` made, with its original code.
+
+    Raises:
+        ValueError: if the network cannot be copied.
+    """
+    model = copied(model)
     for module in model.modules():
         _give_back_code(module)
     return model

@@ -47,12 +47,25 @@ def meta_twin(model: nn.Module) -> nn.Module:
             memo.setdefault(id(parameter), twin)
         for buffer in module.buffers(recurse=False):
             memo.setdefault(id(buffer), buffer.detach().to("meta"))
+    return copied(model, memo)
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Return a copy of a network.
+
+    Args:
+        model: any network.
+        memo: what takes the place of its tensors; None copies them.
+
+    Raises:
+        ValueError: if it cannot be copied.
+    """
     try:
         return copy.deepcopy(model, memo)
-    except Exception as error:
+    except Exception as error:  # whatever a module's own code raises
         raise ValueError(
-            f"{type(model).__name__} cannot be copied ({' '.join(str(error).split())}); give a "
-            "network that copy.deepcopy takes"
+            f"{type(model).__name__} cannot be copied ({' '.join(str(error).split())[:300]}); give "
+            "a network that copy.deepcopy takes"
         ) from error
 
 
@@ -262,6 +275,9 @@ def trace_in_evaluation(module: nn.Module) -> fx.Graph | None:
     As `trace_own_code`, but what the code does in training does not matter. Code with optional
     arguments is not taken: a graph is traced for one way of calling it.
     """
+    # The code of TorchScript's modules is not Python's.
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     if _asks_for_types(module) or not takes_one_argument_each(module):
         return None
     with torch.no_grad(), autocast_switched(False):

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import blnet
 from blnet.limits import UnavailableError
@@ -143,6 +144,18 @@ def test_an_input_that_wants_a_gradient_gets_one(model, images, pytorch_only) ->
     y = images.clone().requires_grad_()
     model(y).sum().backward()
     assert difference(x.grad, y.grad) < 1e-4
+
+
+def test_functional_transforms_go_layer_by_layer(small, images) -> None:
+    fast = blnet.optimize(small, example_input=images, engine="native")
+    direction = torch.randn_like(images)
+    wanted = [x.detach() for x in torch.func.jvp(small, (images,), (direction,))]
+    for found, right in zip(torch.func.jvp(fast, (images,), (direction,)), wanted, strict=True):
+        assert difference(found, right) < 1e-4
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(images, direction)
+        assert difference(forward_ad.unpack_dual(fast(dual)).tangent, wanted[1]) < 1e-4
+    assert difference(torch.vmap(fast)(images[None])[0], wanted[0]) < 1e-4
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", torch.float16])
@@ -422,6 +435,28 @@ def test_bad_arguments_are_one_sentence(arguments, message, model) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         blnet.optimize(model, **arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("call", [
+    blnet.optimize, lambda net: blnet.optimize(net, mode="train"), blnet.fuse, blnet.unfuse,
+    lambda net: blnet.optimize(net, example_input=torch.randn(1, 3, 8, 8)),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_network_that_cannot_be_copied_is_refused(call) -> None:
+    net = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3)))
+    with pytest.raises(ValueError, match=r"^Sequential cannot be copied \(.*give a network that"):
+        call(net)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_is_refused_whole_and_left_inside(images) -> None:
+    parts = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())).eval()
+    scripted = torch.jit.script(parts)
+    with pytest.raises(ValueError, match="is of TorchScript, whose layers cannot be exchanged"):
+        blnet.optimize(scripted)
+    network = nn.Sequential(scripted, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).eval()
+    fast = blnet.optimize(network)
+    assert difference(fast(images), network(images).detach()) < 1e-5
 
 
 @pytest.mark.parametrize("mode", ["inference", "train"])

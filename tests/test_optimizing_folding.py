@@ -221,6 +221,20 @@ def normalised() -> nn.Module:
     return nn.Sequential(conv, nn.BatchNorm2d(3))
 
 
+class FrozenBatchNorm2d(nn.Module):
+    """One of another library: no eps that is told, and it is not added to the variance."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name, value in (("weight", 2.0), ("bias", 1.0), ("running_mean", 3.0),
+                            ("running_var", 0.5)):  # fmt: skip
+            self.register_buffer(name, torch.full((channels,), value))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = self.weight / (self.running_var.sqrt() + 0.1)
+        return (x - self.running_mean[:, None, None]) * scale[:, None, None] + 1
+
+
 LEFT = {
     "result used twice": (Twice, "no convolution alone"),
     "called twice": (Again, "no convolution alone"),
@@ -232,6 +246,10 @@ LEFT = {
     "a layer of a block used by its parent": (ReachesIn, "the code of ReachesIn calls a layer"),
     "a weight of a block used by its parent": (Borrows, "the code of Borrows calls a layer"),
     "no trace": (Untraceable, "Untraceable, which calls it, could not be traced"),
+    "frozen by another library": (
+        lambda: nn.Sequential(nn.Conv2d(3, 3, 1), FrozenBatchNorm2d(3)),
+        "a forward of its own",
+    ),
     "a forward of its own": (
         lambda: nn.Sequential(nn.Conv2d(3, 3, 1), Activated(3)),
         "a forward of its own",
@@ -274,3 +292,13 @@ def test_an_example_bears_out_what_cannot_be_traced() -> None:
     model = lived_in(Untraceable())
     (change,) = fold_batch_norms(model, checked=True)
     assert change.now
+
+
+def test_torchvisions_frozen_norms_are_folded() -> None:
+    norm = torchvision.ops.FrozenBatchNorm2d(3, eps=0.5)
+    norm.running_mean.fill_(2)
+    norm.running_var.fill_(0.25)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), norm).eval().double()
+    own, (change,) = folded(model)
+    assert change.now
+    assert error(model, own, (2, 3, 5, 5)) < 1e-14

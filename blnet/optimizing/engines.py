@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from blnet.kernels.backend import choose_backend
 from blnet.limits import UnavailableError
@@ -91,7 +92,9 @@ def engine(name: str) -> Engine:
 
 def channels_last(value: Tensor) -> Tensor:
     """Return a map in channels-last layout, anything else as it is."""
-    return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
+    if value.ndim != 4 or is_functorch_wrapped_tensor(value):  # vmap knows no layouts
+        return value
+    return value.contiguous(memory_format=torch.channels_last)
 
 
 def compiled(function: Callable[..., Any], example: tuple[Any, ...], **options: Any) -> Any:

@@ -75,8 +75,15 @@ def _partners(model: nn.Module, checked: bool) -> tuple[dict[int, nn.Module], di
 
 
 def _is_norm(module: nn.Module) -> bool:
+    # Of other libraries', which are left and named, nobody knows what they compute.
     frozen = type(module).__name__ == "FrozenBatchNorm2d"
     return isinstance(module, _NORMS) or frozen or _is_timms(module)
+
+
+def _is_torchvisions(norm: nn.Module) -> bool:
+    """Return whether a layer is torchvision's BatchNorm of fixed numbers."""
+    kind = type(norm)
+    return kind.__module__ == "torchvision.ops.misc" and kind.__name__ == "FrozenBatchNorm2d"
 
 
 def _is_timms(norm: nn.Module) -> bool:
@@ -96,6 +103,8 @@ def _rest(norm: nn.Module) -> nn.Module:
 
 
 def _runs_in_turn(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):  # its class has no code that could be looked at
+        return False
     return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
 
 
@@ -156,7 +165,7 @@ def _pairs(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 def _why_not(conv: nn.Module | None, norm: nn.Module, places: Counter[int]) -> str:
     """Say why a normalisation cannot be folded; an empty text where it can."""
-    plain = type(norm).forward in _FORWARDS or type(norm).__name__ == "FrozenBatchNorm2d"
+    plain = type(norm).forward in _FORWARDS or _is_torchvisions(norm)
     if not plain and not _is_timms(norm):
         return "its class has a forward of its own"
     if conv is None or type(conv) not in _CONVOLUTIONS:

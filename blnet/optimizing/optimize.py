@@ -29,7 +29,7 @@ from blnet.optimizing.folding import fold_batch_norms
 from blnet.optimizing.fused_ops import with_fused_ops
 from blnet.optimizing.network import OptimizedNetwork, OtherInputs, describe, kind_of
 from blnet.optimizing.report import Change, Report
-from blnet.tracing import autocast_switched, evaluating
+from blnet.tracing import autocast_switched, copied, evaluating
 
 SECONDS = 60.0
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
@@ -94,6 +94,11 @@ def optimize(
     check_choice("mode", mode, ("inference", "train"))
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "model is of TorchScript, whose layers cannot be exchanged; give the network that it "
+            "was made of"
+        )
     if mode == "train":
         kept = example_input is None and precision is None and seconds == SECONDS
         if not kept or (graph, engine, other_inputs) != ("auto", "auto", "eager"):
@@ -211,7 +216,7 @@ def _reference(model: nn.Module, example: Inputs) -> Tensor | None:
     """Return what the model gives for the example, None without one."""
     if not example:
         return None
-    own = copy.deepcopy(model)  # its code may change what it holds
+    own = copied(model)  # its code may change what it holds
     with evaluating(own):
         try:
             result: Any = own(*example)
@@ -244,8 +249,8 @@ def prepared(
         example: inputs on which the folded network is checked.
         reference: what the model gives for them; None leaves the check out.
     """
-    copied = unfuse(model).eval()
-    network, changes = _folded(copied, example, reference)
+    plain = unfuse(model).eval()
+    network, changes = _folded(plain, example, reference)
     network.to(dtype=dtype)
     for parameter in network.parameters():
         parameter.requires_grad_(False)

@@ -24,7 +24,7 @@ from blnet.kernels import merge, reference
 from blnet.kernels.merge import merge_op
 from blnet.optimizing.report import Change, Report
 from blnet.recomputing import hooks_allowed, recomputing
-from blnet.tracing import trace_own_code
+from blnet.tracing import copied, trace_own_code
 
 OPS = ("expand_merge", "merge")
 
@@ -260,7 +260,7 @@ def _restore(module: nn.Module, state: tuple[dict[str, Any], TrainingChoices, bo
 
 def _undone(model: nn.Module) -> nn.Module:
     """Return a copy of a network in which nothing is optimised or fused."""
-    network = copy.deepcopy(model)
+    network = copied(model)
     for module in network.modules():
         if isinstance(module, Optimized):
             object.__setattr__(module, "__class__", _original_class(module))
