@@ -180,6 +180,11 @@ def _run(name: str, words: Sequence[str], debug: bool) -> int:
         if debug:
             raise
         _discard_unwritable()
+        if isinstance(error, UnicodeEncodeError) and error.encoding == sys.stdout.encoding:
+            error = ValueError(
+                f"the standard output takes {error.encoding} and not "
+                f"{error.object[error.start]!a}; set PYTHONUTF8=1, or write to a file"
+            )
         print(f"blnet {name}: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except Exception as error:

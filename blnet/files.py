@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +157,32 @@ def make_folder(name: str) -> None:
     except OSError as error:
         raise OSError(f"--output {name} is no folder that can be written to ({error.strerror}); "
                       "choose another") from error  # fmt: skip
+
+
+def files_below(
+    folder: StrPath, fail: Callable[[OSError], None], above: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, str]]:
+    """Yield the folder and the name of each file in a folder, at any depth.
+
+    Links are followed, but for those to a folder on the way to them. Hidden files and folders are
+    passed over.
+
+    Args:
+        folder: where to look.
+        fail: gets the error of each folder that cannot be read.
+        above: the folders on the way to this one, without links.
+    """
+    folder, real = os.fspath(folder), os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        with os.scandir(folder) as entries:
+            shown = [(entry.name, entry.is_dir()) for entry in entries if entry.name[0] != "."]
+    except OSError as error:
+        fail(error)
+        return
+    for name, is_folder in shown:
+        if is_folder:
+            yield from files_below(os.path.join(folder, name), fail, above | {real})
+        else:
+            yield folder, name

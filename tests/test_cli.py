@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -232,6 +233,16 @@ def test_an_output_that_cannot_be_written_to(words: str, status: int, lines: int
     assert done.returncode == status
     assert done.stdout == ""
     assert done.stderr.count("\n") == lines, done.stderr
+
+
+def test_an_output_that_cannot_spell_the_answer_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("blnet.vision.table.run", lambda _: sys.stdout.write("sch\xf6n"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert main(["table"]) == 2
+    said = "error: the standard output takes ascii and not '\\xf6'; set PYTHONUTF8=1, or write to"
+    assert said in capsys.readouterr().err
 
 
 def test_what_nobody_foresaw_is_one_line_and_exit_status_1(

@@ -30,6 +30,7 @@ from blnet.training.devices import make_accelerator, seed_all
 from blnet.training.evaluation import evaluate
 from blnet.training.journal import METRICS, PLOT, RUN, read_rows
 from blnet.training.loading import Loader, mixed_seed, shuffled_batches
+from blnet.training.optimization import make_schedule
 from blnet.training.progress import RunProgress
 from blnet.training.run import describe, report_stop, run
 from blnet.training.state import INIT_SEED, STEP_SEED
@@ -139,6 +140,13 @@ def test_options_train_and_repeat(changes: dict[str, Any], tmp_path: Path) -> No
     check_same(one, other)
 
 
+def test_a_run_of_one_step_warns_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    optimizer = torch.optim.SGD(TinyTask().build_model().parameters(), lr=0.1)
+    make_schedule(optimizer, ScheduleConfig(), 0.1, epochs=1, steps=1).step_update(0)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert not caplog.records
+
+
 def test_precision_is_the_runs_own_in_a_process_of_many(tmp_path: Path) -> None:
     for name, precision in (("a", "fp32"), ("b", "bf16"), ("c", "fp32")):
         train_tiny(str(tmp_path / name), epochs=1, precision=precision)
@@ -184,8 +192,9 @@ class Taught(TinyTask):
 
     checked: Any = None
 
-    def check_teacher(self, teacher: nn.Module, extra: Any) -> None:
-        self.checked = (teacher, extra)
+    def as_teacher(self, network: nn.Module, extra: Any) -> nn.Module:
+        self.checked = (network, extra)
+        return network
 
 
 def test_a_teacher_takes_its_share_of_the_loss(

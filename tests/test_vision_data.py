@@ -128,6 +128,7 @@ SPOILT = {
     "spoilt png": (encoded(NOISE).replace(b"IDAT", b"IDXT"), ""),
     "bomb": (bomb(), "decompression bomb"),
     "floats": (encoded(Image.new("F", (9, 9)), "TIFF"), "floating-point"),
+    "integers": (encoded(Image.new("I", (9, 9)), "TIFF"), "signed or 32-bit numbers"),
 }
 
 

@@ -11,6 +11,7 @@ from torchvision import datasets
 
 from blnet.vision.config import DataConfig
 from blnet.vision.data import class_names, load_data
+from blnet.vision.npz import Archive
 from blnet.vision.preprocessing import IMAGENET
 from blnet.vision.testing import archive_of, encoded, folder_of, red, small
 
@@ -51,6 +52,13 @@ def test_an_archive_without_evaluation_part_gives_a_share(tmp_path, split):
     data = load_data(small(path, holdout=0.25))
     assert data.counts == (15, 5)
     assert sorted(numbers(data.train) + numbers(data.evaluation)) == list(range(20))
+
+
+def test_pictures_of_one_name_are_told_apart(tmp_path):
+    changes = {"names": np.array(["img.png"] * 4)}
+    path = archive_of(tmp_path / "a.npz", [0, 1, 0, 1], changes=changes)
+    source = Archive(path)
+    assert [source.name(i) for i in range(2)] == [f"{path}/img.png (0)", f"{path}/img.png (1)"]
 
 
 def test_two_archives(tmp_path):
@@ -299,6 +307,23 @@ def test_an_evaluation_folder_of_its_own(tmp_path):
     assert alone.counts == (0, 2)
 
 
+def test_parts_by_other_names_are_no_classes(tmp_path):
+    for part in ("Training", "testing"):
+        folder_of(tmp_path / "set" / part, a=[1], b=[2])
+    refused(small(tmp_path / "set", "folder"), "Training and testing", "call them train and val")
+    (tmp_path / "set" / "Training").rename(tmp_path / "set" / "train")
+    (tmp_path / "set" / "testing").rename(tmp_path / "set" / "validation")
+    data = load_data(small(tmp_path / "set", "folder"))
+    assert (data.counts, data.classes) == ((2, 2), ("a", "b"))
+    (tmp_path / "set" / "validation").rename(tmp_path / "set" / "later")
+    refused(small(tmp_path / "set", "folder"), "train and beside it later", "call it val")
+    (tmp_path / "set" / "later" / "a").rename(tmp_path / "set" / "later" / "notes")
+    (tmp_path / "set" / "later" / "b").rename(tmp_path / "set" / "later" / "more")
+    folder_of(tmp_path / "more", a=range(8), b=range(8))
+    (tmp_path / "more").rename(tmp_path / "set" / "train" / "deep")
+    assert load_data(small(tmp_path / "set", "folder")).classes == ("a", "b", "deep")
+
+
 def test_a_class_may_be_called_train(tmp_path):
     folder_of(tmp_path, bus=range(5), train=range(5, 10), test=range(10, 15))
     assert load_data(small(tmp_path, name="folder")).classes == ("bus", "test", "train")
@@ -320,6 +345,12 @@ def test_names_outside_of_ascii(tmp_path):
     data = load_data(small(tmp_path, name="folder", holdout=0.5))
     assert sorted(data.classes) == sorted(("Käse", "猫"))
     assert sorted(numbers(data.train) + numbers(data.evaluation)) == [1, 2, 3, 4]
+
+
+def test_a_class_whose_name_is_no_text_is_named(tmp_path):
+    folder_of(tmp_path, a=[1], b=[2])
+    os.rename(tmp_path / "b", os.fsencode(tmp_path) + b"/caf\xe9")
+    refused(small(tmp_path, "folder"), "caf\\udce9", "not UTF-8", "rename it")
 
 
 def test_parts_must_have_the_same_classes(tmp_path):

@@ -297,6 +297,12 @@ def test_picture_shows_every_cell(tmp_path, classes):
     assert np.abs(pictures[0] - pictures[1]).max() > 50
 
 
+@pytest.mark.filterwarnings("error")
+def test_names_that_the_font_lacks_are_boxes_and_no_warning(tmp_path):
+    draw_confusion(tmp_path / "a.png", ["\u732b", "\u72ac"], np.eye(2, dtype=np.int64), "\u8868")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
 def test_examples_name_flags_that_exist(capsys):
     with pytest.raises(SystemExit) as stop:
         run("--help")
@@ -326,12 +332,22 @@ def test_data_are_those_of_training_changed_by_flags():
     assert settings_of(recorded) == same
     assert settings_of(recorded, data="folder") == same
     assert settings_of(recorded, eval_path="/b").eval_path == "/b"
-    moved = settings_of(recorded, path="/c")
-    assert (moved.path, moved.eval_path, moved.split_seed) == ("/c", None, 3)
+    assert settings_of(recorded, path="/a/.").eval_path == "/a/v", "the same, by another name"
+    with pytest.raises(ValueError, match=r"--data-path /c .* /a/v was evaluated on; .*--eval-path"):
+        settings_of(recorded, path="/c")
+    assert settings_of(recorded, path="/c", eval_path="/c/v").eval_path == "/c/v"
+    shared = {"data": {"name": "folder", "path": "/a", "split_seed": 3, "limit": 10}}
+    moved = settings_of(shared, path="/c")
+    assert (moved.path, moved.eval_path, moved.split_seed, moved.limit) == ("/c", None, 3, 10)
+    assert settings_of(shared, eval_path="/e").limit is None, "how many there were of another part"
+    assert settings_of(shared, eval_path="/e", limit=7).limit == 7
+    assert settings_of(shared, paper=True).limit is None
     assert settings_of(recorded, data="digits") == DataConfig()
     assert settings_of({}, data="imagenet", path="/i") == DataConfig(name="imagenet", path="/i")
-    same = settings_of({"data": {"name": "cifar10", "path": "/p.npz"}}, data="npz", path="/p.npz")
+    split = {"name": "cifar10", "path": "/p.npz", "holdout": 0.3, "split_seed": 5}
+    same = settings_of({"data": split}, data="npz", path="/p.npz")
     assert same.eval_path is None  # a share of it was trained on
+    assert (same.holdout, same.split_seed) == (0.3, 5)  # and this one was not
     for name in ("folder", "npz"):  # none of it was trained on
         found = settings_of({"data": {"name": "digits"}}, data=name, path="/p")
         assert (found.path, found.eval_path) == ("/p", "/p")

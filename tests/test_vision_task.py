@@ -23,6 +23,7 @@ from blnet.vision.config import AugmentConfig, DataConfig, ModelConfig, VisionCo
 from blnet.vision.data import ImageData, load_data
 from blnet.vision.preprocessing import IMAGENET
 from blnet.vision.task import ImageTask, accuracies, build_network, describe
+from blnet.vision.train import COMMAND
 
 SMALL = ["--width=0.125", "--limit=120", "--batch-size=32", "--tensorboard=false", "--device=cpu"]
 MODEL = ModelConfig(stem="small", width=0.125)
@@ -69,6 +70,14 @@ def test_the_plain_network_s_figure_stands_beside(run: Path, capsys) -> None:
     assert (run / "best.safetensors").stat().st_mtime == began
 
 
+def test_a_network_of_ones_own_module_is_not_said_to_predict() -> None:
+    for name, said in (("bl_resnet18", "blnet predict vision FILE --checkpoint run"),
+                       ("timm:resnet18", "blnet predict vision FILE --checkpoint run"),
+                       ("own.nets:make", "best.safetensors; build own.nets:make and fill it")):  # fmt: skip
+        config = VisionConfig(model=ModelConfig(name=name))
+        assert said in COMMAND.advice(config, Path("run"))
+
+
 def test_a_plain_network_has_no_baseline(tmp_path: Path) -> None:
     assert train("--epochs=1", "--model.name=resnet18", f"--output={tmp_path / 'out'}") == 0
     assert (tmp_path / "out" / "best.safetensors").is_file()
@@ -89,6 +98,7 @@ def test_a_plain_network_has_no_baseline(tmp_path: Path) -> None:
         (["--model.start={run}", "--baseline=false", "--data.name=fake", "--data.classes=7",
           "--train-images=64", "--eval-images=8", "--data.size=8"], "pictures of 3 channels"),
         (["--width=0.3"], "whole numbers"),
+        (["--model.name=torchvision:resnet18", "--baseline=false"], "has a width of its own"),
         (["--data.name=cifar10"], "cifar"),
         (["--lr=1e6", "--baseline=false", "--output={new}"], "loss became"),
     ],
@@ -131,7 +141,7 @@ def test_a_teacher_of_other_pictures_is_refused(run: Path) -> None:
     )
     task = ImageTask(config)
     with pytest.raises(ValueError, match=r"--distillation.teacher .* 3 channels"):
-        task.check_teacher(*load_network(run))
+        task.as_teacher(*load_network(run))
 
 
 def renamed(data: ImageData, names: str) -> ImageData:
@@ -143,7 +153,7 @@ def test_a_teacher_of_other_classes_is_refused(run: Path, tmp_path: Path) -> Non
         model=MODEL, data=DATA, distillation=DistillationConfig(teacher=str(run)), batch_size=20
     )
     data = load_data(DATA)
-    ImageTask(config, data).check_teacher(*load_network(run))
+    ImageTask(config, data).as_teacher(*load_network(run))
     other = renamed(data, "0123456798")
     told = r"--distillation.teacher .* knows class 8 as '8' and digits .* has '9' there; choose a"
     with pytest.raises(ValueError, match=told) as caught:

@@ -16,7 +16,7 @@ from blnet.files import make_folder, reason
 from blnet.training.config import Precision
 from blnet.training.devices import by_first, make_accelerator
 from blnet.training.display import plain_console
-from blnet.training.networks import is_foreign
+from blnet.training.networks import check_moved, is_foreign
 from blnet.vision import reproduction
 from blnet.vision.classes import check_same_names
 from blnet.vision.config import DataConfig, DataName, VisionConfig
@@ -136,8 +136,8 @@ def data_settings(trained: Trained, given: Mapping[str, Any]) -> DataConfig:
 
     Args:
         trained: the network.
-        given: flag -> value: data (the set's name), path, eval_path, download, limit, eval_images
-            and classes; None where it was not given.
+        given: flag -> value: data (the set's name), path, eval_path, download, limit, eval_images,
+            classes and paper; None where it was not given.
 
     Raises:
         ValueError: if nobody says which data, or a setting makes no sense.
@@ -161,8 +161,12 @@ def data_settings(trained: Trained, given: Mapping[str, Any]) -> DataConfig:
         before = (recorded.name, recorded.path) if recorded else (None, None)
         if is_foreign(settings.name, changes["path"], *before):
             changes.setdefault("eval_path", changes["path"])
-    if "path" in changes:  # the evaluation part that was beside the old path is not meant
-        changes.setdefault("eval_path", None)
+        elif recorded and settings.name != recorded.name:  # the same by another name
+            changes |= {"holdout": recorded.holdout, "split_seed": recorded.split_seed}
+    if "path" in changes and "eval_path" not in changes:
+        check_moved(changes["path"], settings.path, settings.eval_path)
+    if "eval_path" in changes or given.get("paper"):  # no share of another part is meant
+        changes.setdefault("limit", None)
     settings = dataclasses.replace(settings, **changes)
     settings.check()
     settings.check_read(named)

@@ -17,7 +17,8 @@ from blnet.vision.config import DataConfig
 from blnet.vision.sources import PICTURE_ENDINGS, Integers, Part, Parts
 from blnet.vision.splits import hold_out
 
-EVALUATION_FOLDERS = ("val", "valid", "test")
+EVALUATION_FOLDERS = ("val", "valid", "validation", "test")
+_PART_NAMES = {"train", "training", "dev", "eval", "evaluation", "testing", *EVALUATION_FOLDERS}
 
 
 class _ClassFolders(ImageFolder):
@@ -41,6 +42,11 @@ class _ClassFolders(ImageFolder):
                 "into a folder of its own there"
             )
         for name in classes:
+            if not _is_text(name):
+                raise ValueError(
+                    f"{self.flag}: the name of folder {os.path.join(directory, name)!r} is not "
+                    "UTF-8, and it is to name a class; rename it"
+                )
             self._check_open(os.path.join(directory, name))
         return classes, {name: index for index, name in enumerate(classes)}
 
@@ -99,8 +105,8 @@ class Folder:
 def load_folder(data: DataConfig, evaluation_only: bool) -> Parts:
     """Return the parts of a folder of class folders, or of folders train and val that hold them.
 
-    The evaluation part is `data.eval_path`; else path/val, valid or test; else a share of each
-    class that is held out. For data.name imagenet, path/val must be there.
+    The evaluation part is `data.eval_path`; else path/val, valid, validation or test; else a share
+    of each class that is held out. For data.name imagenet, path/val must be there.
 
     Raises:
         ValueError: if a folder is missing, cannot be read or is empty, or the classes of the two
@@ -146,9 +152,29 @@ def _roots(data: DataConfig, evaluation_only: bool) -> tuple[Path, Path | None, 
             f"--data.path {path} has no folder val with ImageNet's class folders; put the "
             "validation images there, or take --data.name folder to hold training images out"
         )
+    if found is None:
+        _check_parts(path, train)
     if found is not None and not (_is_part(train) or evaluation_only):
         raise ValueError(f"--data.path {path} has a folder {found.name} but no train; add it")
     return (train if _is_part(train) else path), found, "--data.path"
+
+
+def _check_parts(path: Path, train: Path) -> None:
+    """Raise ValueError if a folder has parts that go by other names than they should."""
+    parts = [name for name in _folders(path, "--data.path") if _is_part(path / name)]
+    if _is_part(train):
+        own = set(_folders(train, "--data.path"))
+        alike = [n for n in parts if n != "train" and own & set(_folders(path / n, "--data.path"))]
+        if alike:
+            raise ValueError(
+                f"--data.path {path} has a folder train and beside it {alike[0]}, with classes of "
+                "the same names; call it val to evaluate on it, or move it away"
+            )
+    elif len(parts) > 1 and {name.casefold() for name in parts} <= _PART_NAMES:
+        raise ValueError(
+            f"--data.path {path} has folders {' and '.join(parts)}, which are called like parts "
+            "and not like classes; call them train and val"
+        )
 
 
 def _evaluation_folder(path: Path, beside_train: bool, flag: str = "--data.path") -> Path | None:
@@ -171,6 +197,14 @@ def _evaluation_folder(path: Path, beside_train: bool, flag: str = "--data.path"
 def _is_part(folder: Path, flag: str = "--data.path") -> bool:
     """Tell a part, which holds folders, from a class that happens to be called train or test."""
     return folder.is_dir() and bool(_folders(folder, flag))
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _folders(folder: Path, flag: str) -> list[str]:

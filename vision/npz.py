@@ -50,12 +50,14 @@ class Archive:
         self.offsets: Integers = arrays["offsets"].astype(np.int64)
         self.labels: Integers = arrays["labels"].astype(np.int64)
         self.names: NDArray[np.str_] = arrays["names"]
+        self._has_names = len(np.unique(self.names)) == len(self.names)
         self.classes = tuple(map(str, arrays["classes"]))
         self.split: NDArray[Any] | None = arrays.get("split")
 
     def name(self, index: int) -> str:
-        """Return the archive and the entry."""
-        return f"{self.path}/{self.names[index]}"
+        """Return the archive and the entry, with its number where others have its name."""
+        number = "" if self._has_names else f" ({index})"
+        return f"{self.path}/{self.names[index]}{number}"
 
     def open(self, index: int) -> Image.Image:
         """Return a picture, not yet decoded."""

@@ -100,8 +100,8 @@ class Preprocessing:
         8 bits are kept, where PIL alone would make everything above 255 white.
 
         Raises:
-            ValueError: if it has no pixels, floating-point pixels, or is a strip so narrow that it
-                would not fit into memory once its shorter side has the size wanted.
+            ValueError: if it has no pixels, floating-point or 32-bit ones, or is a strip so narrow
+                that it would not fit into memory once its shorter side has the size wanted.
             Exception: what PIL raises, nearly anything, if the file behind the picture is spoilt.
         """
         short, long = sorted(picture.size)
@@ -111,6 +111,8 @@ class Preprocessing:
             raise ValueError(f"a strip of {picture.width} x {picture.height} pixels is too narrow")
         if picture.mode == "F":
             raise ValueError("pixels are floating-point numbers, whose range no file tells")
+        if picture.mode == "I" and picture.format == "TIFF":  # of unsigned 16-bit it is I;16
+            raise ValueError("pixels are signed or 32-bit numbers, whose range no file tells")
         if picture.mode.startswith("I"):
             shifted = np.asarray(picture).clip(0, 65535) >> 8
             picture = Image.fromarray(shifted.astype(np.uint8))

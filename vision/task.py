@@ -41,9 +41,18 @@ def accuracies(classes: int) -> MetricCollection:
 
 
 def model_options(config: ModelConfig, classes: int, channels: int) -> dict[str, Any]:
-    """Return the options that the network of a configuration is built with, by its name."""
+    """Return the options that the network of a configuration is built with, by its name.
+
+    Raises:
+        ValueError: if another library's network is to have a width.
+    """
     library, colon, _ = config.name.partition(":")
     if colon:
+        if config.width != 1:
+            raise ValueError(
+                f"--model.width {config.width:g} is for networks of this project, and "
+                f"{config.name} has a width of its own; leave it out"
+            )
         names = {
             "num_classes": classes,
             "in_chans" if library == "timm" else "in_channels": channels,
@@ -240,20 +249,21 @@ class ImageTask(Task):
         right: Tensor = (outputs.argmax(1) == targets).sum()
         return right
 
-    def check_teacher(self, teacher: nn.Module, extra: Mapping[str, Any]) -> None:
-        """Check that a teacher knows these classes, in this order, and takes these pictures.
+    def as_teacher(self, network: nn.Module, extra: Mapping[str, Any]) -> nn.Module:
+        """Return a teacher that knows these classes, in this order, and takes these pictures.
 
         Raises:
             ValueError: if not.
         """
         name = f"--distillation.teacher {self.config.distillation.teacher}"
-        check_classes(teacher, extra, self.classes, self.data.preprocessing, name)
+        check_classes(network, extra, self.classes, self.data.preprocessing, name)
         try:
             known = class_names_of(extra, self.classes)
         except ValueError as error:
             raise ValueError(f"{name} cannot be used: {reason(error)}") from error
         told = (name, self.data.name, "choose a teacher of the same classes")
         check_same_names(known, extra, self.data.classes, self.config.data.name, told)
+        return network
 
     def identity(self) -> dict[str, Any]:
         """Return how many images and classes there are, and a checksum of the classes' names."""
@@ -284,7 +294,7 @@ class ImageTask(Task):
         return {
             "network": f"{describe(self.config.model)}, {cost.parameters:,} parameters, "
             f"{cost.macs / 1e9:.4g} GMACs at {'x'.join(map(str, cost.input_size[1:]))}",
-            "data": self.data.name,
+            "data": f"{self.data.name}, {self.classes} classes",
         }
 
 
@@ -295,9 +305,7 @@ def describe(config: ModelConfig) -> str:
     if config.inherit is not None:
         return f"{config.inherit}, converted (alpha {config.alpha}, beta {config.beta})"
     width = f", width {config.width:g}" if config.width != 1 else ""
-    if not registry.is_big_little(config.name):
-        return f"{config.name}{f' ({width[2:]})' if width else ''}"
-    if config.branches == 1:
+    if not registry.is_big_little(config.name) or config.branches == 1:
         return f"{config.name.removeprefix('bl_')}{f' ({width[2:]})' if width else ''}"
     branches = f", {config.branches} branches" if config.branches != 2 else ""
     return f"{config.name} (alpha {config.alpha}, beta {config.beta}{branches}{width})"

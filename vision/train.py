@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blnet.registry import is_big_little
+from blnet.training.checkpoints import BEST
 from blnet.training.command import TrainCommand
+from blnet.training.networks import is_built_again
 from blnet.vision.config import ModelConfig, VisionConfig
 from blnet.vision.task import ImageTask, describe
 
@@ -41,6 +43,9 @@ class TrainVision(TrainCommand):
 
     def advice(self, config: VisionConfig, folder: Path) -> str:
         """Return what to do with the trained network."""
+        name = config.model.name
+        if config.model.start is None and not is_built_again(name):
+            return f"its weights are in {folder / BEST}; build {name} and fill it: blnet.load"
         return f"try it: blnet predict vision FILE --checkpoint {folder}"
 
 

@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from blnet.files import StrPath, written_aside
+from blnet.files import StrPath, files_below, written_aside
 from blnet.training.display import plain_console
 
 
@@ -95,11 +95,9 @@ class Kind:
         return files, failed
 
     def _below(self, folder: str, closed: Callable[[OSError], None]) -> Iterator[str]:
-        for place, folders, names in os.walk(folder, onerror=closed):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            for name in names:
-                if name.lower().endswith(self.endings) and not name.startswith("."):
-                    yield os.path.join(place, name)
+        for place, name in files_below(folder, closed):
+            if name.lower().endswith(self.endings):
+                yield os.path.join(place, name)
 
     def readable(self, found: Iterable[Answer]) -> tuple[list[Answer], int]:
         """Return the answers, and how many files could not be read; name those on standard error.

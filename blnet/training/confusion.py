@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,9 @@ def draw_confusion(path: Path, names: Sequence[str], confusion: Counts, title: s
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title(_plain(title), wrap=True)
-    with written_aside(path) as aside:
+    with written_aside(path) as aside, warnings.catch_warnings():
+        # The names are in the tables, too; of letters that the font lacks the picture has boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure.savefig(aside, format="png", dpi=150)
 
 

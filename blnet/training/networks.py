@@ -16,6 +16,15 @@ from blnet.training.checkpoints import BEST, EMA, MODEL
 _LIBRARIES = ("torchvision", "timm")
 
 
+def is_built_again(name: str) -> bool:
+    """Return whether `load_network` builds a network of this name for the weights of a run.
+
+    Else a file of weights could run any function of any module: os:system, say.
+    """
+    library, colon, _ = name.partition(":")
+    return not colon or library in _LIBRARIES
+
+
 def load_network(name: StrPath) -> tuple[nn.Module, dict[str, Any]]:
     """Return a trained network on the CPU, in evaluation mode, and what its checkpoint says of it.
 
@@ -66,15 +75,37 @@ def is_foreign(
     return trained_path is None or os.path.realpath(trained_path) != os.path.realpath(path)
 
 
+def check_moved(
+    path: StrPath, trained_path: StrPath | None, trained_eval_path: StrPath | None
+) -> None:
+    """Check that data that lie elsewhere now had no part to evaluate on with a place of its own.
+
+    A share of them would be held out else, all of which the network may have been trained on.
+
+    Args:
+        path: where the data lie now.
+        trained_path: where they lay in training.
+        trained_eval_path: where the part to evaluate on lay; None if it was a share of them.
+
+    Raises:
+        ValueError: if it had.
+    """
+    if trained_eval_path is None:
+        return
+    if trained_path is None or os.path.realpath(trained_path) != os.path.realpath(path):
+        raise ValueError(
+            f"--data-path {path} says where the data to train on lie now, and in training "
+            f"{trained_eval_path} was evaluated on; name where that lies now with --eval-path"
+        )
+
+
 def _twin(path: Path, extra: dict[str, Any]) -> nn.Module | None:
     """Return a new network of the kind that a checkpoint of weights alone was trained as."""
     network = extra.get("network")
     if not isinstance(network, dict) or not isinstance(network.get("name"), str):
         return None
     name, options = network["name"], network.get("options")
-    library, colon, _ = name.partition(":")
-    if colon and library not in _LIBRARIES:
-        # Else a file of weights could run any function of any module: os:system, say.
+    if not is_built_again(name):
         raise ValueError(
             f"{path} was trained as {name}, and rebuilding it would import and call that; build "
             "the network yourself and fill it: blnet.load(path, model)"

@@ -56,7 +56,9 @@ def make_schedule(
         "t_in_epochs": False,
     }
     if config.name == "cosine":
-        return CosineLRScheduler(optimizer, epochs * steps, lr_min=config.min_lr, **warmup)
+        # Of a single step, which nothing comes after, timm warns.
+        length = max(2, epochs * steps)
+        return CosineLRScheduler(optimizer, length, lr_min=config.min_lr, **warmup)
     # timm lowers the rate one step before the one that is named.
     drops = [epoch * steps + 1 for epoch in config.step_epochs] if config.name == "step" else []
     return MultiStepLRScheduler(optimizer, decay_t=drops, decay_rate=config.step_factor, **warmup)

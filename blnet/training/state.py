@@ -114,8 +114,7 @@ class RunState:
         name = self.config.distillation.teacher
         if name is None:
             return None
-        teacher, extra = load_network(name)
-        self.task.check_teacher(teacher, extra)
+        teacher = self.task.as_teacher(*load_network(name))
         return self._placed(teacher.requires_grad_(False)).eval()
 
     def _resume(self) -> dict[str, Any]:

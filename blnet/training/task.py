@@ -98,10 +98,13 @@ class Task(ABC):
         other = F.log_softmax(teacher.float() / temperature, dim=1)
         return temperature**2 * F.kl_div(own, other, log_target=True, reduction="batchmean")
 
-    def check_teacher(  # noqa: B027 - most tasks may have any teacher
-        self, teacher: nn.Module, extra: Mapping[str, Any]
-    ) -> None:
-        """Raise a ValueError if a network, from a checkpoint that says this, cannot teach."""
+    def as_teacher(self, network: nn.Module, extra: Mapping[str, Any]) -> nn.Module:
+        """Return what `forward` asks to learn from a network, of a checkpoint that says this.
+
+        Raises:
+            ValueError: if the network cannot teach.
+        """
+        return network
 
     def identity(self) -> dict[str, Any]:
         """Return what tells the data from other data: what a fact counts -> its value.
