@@ -50,8 +50,8 @@ def align(log_probs: Tensor, ids: Tensor) -> Tensor:
     if frames < needed:
         raise ValueError(
             f"{frames} frames are too few for a transcript of {len(ids)} characters, which needs "
-            f"{needed}; leave the recording out, correct its transcript or lower "
-            "--model.time-reduction"
+            f"{needed}; leave the recording out, correct its transcript or train "
+            "with a lower --model.time-reduction"
         )
     if not 0 < int(ids.min()) <= int(ids.max()) < classes:
         raise ValueError(

@@ -27,6 +27,7 @@ _TOLERANCE = 0.01  # seconds; times in manifests are rounded
 _UNKNOWN_LENGTHS = (range(0x7FFF0000, 0x80000001), range(0xFFFF0000, 0x100000000))
 _PAGE = 65_307  # bytes of the largest page of an Ogg file
 _UNKNOWN_FRAMES = 1 << 60  # likewise of FLAC, where libsndfile says the largest number there is
+_NO_LENGTH = "its header does not say how long it is; write it anew, to a file and not to a pipe"
 _LOUDEST = 1e15  # of full scale; what is louder by far has no power spectrum in float32
 
 
@@ -132,8 +133,7 @@ def _opened(file: StrPath) -> Iterator[soundfile.SoundFile]:
                 if not sound.frames:
                     raise AudioError(file, "it holds no samples")
                 if sound.frames >= _UNKNOWN_FRAMES:
-                    raise AudioError(file, "its header does not say how long it is; write it anew, "
-                                     "to a file and not to a pipe")  # fmt: skip
+                    raise AudioError(file, _NO_LENGTH)
                 yield sound
     except AudioError:
         raise
@@ -232,7 +232,10 @@ def _check_bytes(file: StrPath, data: BinaryIO) -> None:
         raise AudioError(file, "the file is empty")
     head = data.read(12)
     if head[:4] in (b"RIFF", b"RF64") and head[8:] == b"WAVE":
+        promised = 8 + int.from_bytes(head[4:8], "little")
         missing = _missing_bytes(data, size)
+        if missing is None and promised < size:  # a recorder that was stopped wrote no lengths
+            raise AudioError(file, _NO_LENGTH)
         if missing:
             raise AudioError(
                 file, f"it is cut off: its header promises {missing:,} bytes more than are there"
@@ -242,8 +245,8 @@ def _check_bytes(file: StrPath, data: BinaryIO) -> None:
     data.seek(0)
 
 
-def _missing_bytes(data: BinaryIO, size: int) -> int:
-    """Return how many bytes of a WAV file's samples are not there.
+def _missing_bytes(data: BinaryIO, size: int) -> int | None:
+    """Return how many bytes of a WAV file's samples are not there; None of none before other bytes.
 
     A RIFF file is a list of chunks: a name of four letters, a length of four bytes, little-endian,
     and as many bytes, and one more where that is odd (Microsoft and IBM, Multimedia Programming
@@ -264,7 +267,7 @@ def _missing_bytes(data: BinaryIO, size: int) -> int:
                 length = long
             elif any(length in unknown for unknown in _UNKNOWN_LENGTHS):
                 return 0
-            return max(0, place + length - size)
+            return None if not length and place < size else max(0, place + length - size)
         place += length + length % 2
     return 0
 

@@ -14,13 +14,12 @@ from torch import Tensor
 from torchaudio import functional as audio
 from torchaudio import transforms
 
-from blnet.speech.config import AugmentConfig
+from blnet.speech.config import LEAST_SPEED, AugmentConfig
 
 SNR_RANGE = 30.0  # dB from the lowest to the highest signal-to-noise ratio
 STEEPEST = 2.0  # exponent of the power spectrum of brown noise
 TIME_SHARE = 5  # a mask over time covers at most one part in so many of the recording
 # Speeds are fractions of at most this denominator: what resampling holds grows with it.
-_DENOMINATOR = 100
 
 
 class Perturb:
@@ -41,7 +40,7 @@ class Perturb:
 
     def __init__(self, config: AugmentConfig, sample_rate: int) -> None:
         config.check()
-        share = Fraction(config.speed).limit_denominator(_DENOMINATOR)
+        share = Fraction(config.speed).limit_denominator(round(1 / LEAST_SPEED))
         self._shift = round(config.shift * sample_rate)
         # Played at f = p / q of its speed, a recording has q samples for every p.
         self._speeds = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ _NAME = re.compile(r"(?:.*/)?(?P<word>[^/_][^/]*)/(?P<file>(?P<speaker>[^/]+)_no
 _HASHES = 2**27 - 1  # the published program's most recordings of a word
 _SHARE = 10  # per cent, of validation and of testing
 _SILENCE_SECONDS = 1.0
+_ROUNDING = 1e-6  # seconds
 # Which part of each noise recording silence is cut from, so that no evaluation hears what the
 # training heard; what lies between is left to a validation part.
 _NOISE_SPANS = {"train": (0.0, 0.8), "test": (0.9, 1.0)}
@@ -30,8 +32,9 @@ def load_speech_commands(data: DataConfig, evaluation_only: bool = False) -> Par
     """Return the corpus with its published split; the validation part is left out.
 
     testing_list.txt and validation_list.txt say which recording is in which part; where they are
-    missing, the hash of the speaker does. With 12 words, "unknown" are as many recordings of other
-    words as the ten words have on average, and "silence" as many cuts from the noise recordings.
+    missing, the hash of the speaker does. With 12 words, "unknown" are a tenth as many recordings
+    of other words as there are of the ten, rounded up as the published program does, and "silence"
+    as many cuts from the noise recordings.
 
     Raises:
         ValueError: if the corpus is not there or not whole, or could not be fetched.
@@ -103,7 +106,7 @@ def _twelve(words: Sequence[Utterance], tree: Tree, part: str, seed: int) -> lis
     """Return the ten words' recordings, some of the others and some silence."""
     known = [one for one in words if one.label in TEN_WORDS]
     others = [one for one in words if one.label not in TEN_WORDS]
-    count = round(len(known) / len(TEN_WORDS))
+    count = math.ceil(len(known) / len(TEN_WORDS))
     random = np.random.RandomState([seed, len(part)])
     chosen = sorted(random.permutation(len(others))[:count].tolist())
     unknown = [replace(others[place], label=UNKNOWN) for place in chosen]
@@ -120,8 +123,9 @@ def _silence(
         if f"/{_NOISE}/" in f"/{name}" and name.endswith(".wav"):
             file = tree.file(name)
             seconds = measured(file)
-            if (high - low) * seconds >= _SILENCE_SECONDS:
-                spans.append((file, low * seconds, high * seconds - _SILENCE_SECONDS))
+            first, last = low * seconds, high * seconds - _SILENCE_SECONDS
+            if last - first > -_ROUNDING:
+                spans.append((file, first, max(first, last)))
     if not spans:
         raise ValueError(
             f"--data.path {tree.root} has no folder {_NOISE} with recordings of 10 s or more, of "

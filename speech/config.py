@@ -14,6 +14,9 @@ from blnet.training.config import TrainingConfig
 TaskName = Literal["keyword", "ctc", "frame"]
 DataName = Literal["synth", "speech_commands", "fsdd", "yesno", "librispeech", "folder", "manifest"]
 Normalize = Literal["utterance", "global", "none"]
+LEAST_SPEED = (
+    0.01  # change of it: speeds are fractions, of which resampling takes large numbers ill
+)
 LONGEST = 6  # words of an n-gram; KenLM's own limit
 LETTERS = "abcdefghijklmnopqrstuvwxyz '"
 
@@ -171,6 +174,11 @@ class AugmentConfig:
         }
         for field, (low, high) in bounds.items():
             _check_range(f"--augment.{field.replace('_', '-')}", getattr(self, field), low, high)
+        if 0 < self.speed < LEAST_SPEED:
+            raise ValueError(
+                f"--augment.speed {self.speed:g} changes nothing; give 0, or {LEAST_SPEED:g} and "
+                "more"
+            )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from blnet.speech.recordings import Utterance, measured
 from blnet.speech.splits import hold_out
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-EVALUATION_FOLDERS = ("val", "valid", "test")
+EVALUATION_FOLDERS = ("val", "valid", "validation", "dev", "test")
+_PART_NAMES = {"train", "training", "eval", "evaluation", "testing", *EVALUATION_FOLDERS}
 LIBRISPEECH_PARTS = (
     "dev-clean",
     "dev-other",
@@ -109,25 +110,28 @@ def load_librispeech(data: DataConfig, evaluation_only: bool = False) -> Parts:
 def load_folder(data: DataConfig, evaluation_only: bool = False) -> Parts:
     """Return the recordings of a folder (or archive) of folders, one for each word.
 
-    The evaluation part is `data.eval_path`, of which a folder val, valid or test beside a folder
-    train, if it has them; else such a folder of data.path; else a share of each word's recordings.
+    The evaluation part is `data.eval_path`, of which a folder val, validation, valid, dev or test
+    beside a folder train, if it has them; else such a folder of data.path; else a share of each
+    word's recordings.
 
     Raises:
         ValueError: if there are no such folders, or no recordings in them.
     """
     if data.eval_path is not None:
-        tree = Tree.of(data.eval_path, data.eval_flag)
-        parts = _train_and_evaluation(tree)
-        evaluation = _word_folders(parts[1] if parts else tree, data.eval_flag)
-        train = [] if evaluation_only else _word_folders(tree_of(data), "--data.path")
+        _, held = _parts(Tree.of(data.eval_path, data.eval_flag), data.eval_flag)
+        evaluation = _word_folders(held, data.eval_flag)
+        train = (
+            []
+            if evaluation_only
+            else _word_folders(_parts(tree_of(data), "--data.path")[0], "--data.path")
+        )
     else:
-        tree = tree_of(data)
-        parts = _train_and_evaluation(tree)
-        if parts is None:
-            found = _word_folders(tree, "--data.path")
-            train, evaluation = hold_out(found, data.holdout, data.split_seed)
+        own, held = _parts(tree_of(data), "--data.path")
+        train = _word_folders(own, "--data.path")
+        if held is own:
+            train, evaluation = hold_out(train, data.holdout, data.split_seed)
         else:
-            train, evaluation = (_word_folders(part, "--data.path") for part in parts)
+            evaluation = _word_folders(held, "--data.path")
     return Parts(train, evaluation, labels_of(train or evaluation))
 
 
@@ -217,24 +221,50 @@ def _not_fetched(data: DataConfig, root: StrPath, error: Exception) -> ValueErro
 # Folders of words ------------------------------------------------------------------------------
 
 
-def _word_folders(tree: Tree, flag: str) -> list[Utterance]:
-    """Return the recordings in the folders of a tree; a folder around all of them is passed by."""
-    split = [(name, name.split("/")) for name in tree.names if is_audio(name)]
+@dataclass(frozen=True)
+class _Folders:
+    """Recordings in folders of words.
+
+    Attributes:
+        tree: where they are.
+        split: their names, as they are and by folders.
+        depth: folders around those of words.
+    """
+
+    tree: Tree
+    split: tuple[tuple[str, list[str]], ...]
+    depth: int
+
+
+def _parts(tree: Tree, flag: str) -> tuple[_Folders, _Folders]:
+    """Return a tree's folder train and the one to evaluate on, or all of it twice.
+
+    A folder around all recordings is passed by. A tree has parts if all of its other folders with
+    recordings are called so: a word may be train or test.
+
+    Raises:
+        ValueError: if it has parts that go by other names.
+    """
+    split = tuple((name, name.split("/")) for name in tree.names if is_audio(name))
     depth = 0
     while _all_deeper(split, depth):
         depth += 1
-    found = []
-    for name, parts in split:
-        if len(parts) > depth + 1:
-            word, file = parts[depth], tree.file(name)
-            text = word.replace("_", " ")
-            found.append(Utterance(file, measured(file), text=text, label=word))
-    if not found:
-        raise ValueError(
-            f"{flag}: {tree.root} holds no folders with recordings ({', '.join(AUDIO_ENDINGS)}); "
-            "put those of each word into a folder of its own there"
-        )
-    return found
+    top = {parts[depth] for _, parts in split if len(parts) > depth + 1}
+    held = [name for name in EVALUATION_FOLDERS if name in top]
+    deep = all(len(parts) > depth + 2 for _, parts in split)
+    if "train" not in top or not held or top - {"train", *EVALUATION_FOLDERS}:
+        if deep and len(top) > 1 and {name.casefold() for name in top} <= _PART_NAMES:
+            raise ValueError(
+                f"{flag}: {tree.root} has folders {' and '.join(sorted(top))}, which are called "
+                "like parts and not like words; call them train and val"
+            )
+        whole = _Folders(tree, split, depth)
+        return whole, whole
+    train, evaluation = (
+        tuple((name, parts) for name, parts in split if parts[depth] == part)
+        for part in ("train", held[0])
+    )
+    return _Folders(tree, train, depth + 1), _Folders(tree, evaluation, depth + 1)
 
 
 def _all_deeper(split: Sequence[tuple[str, list[str]]], depth: int) -> bool:
@@ -246,17 +276,27 @@ def _all_deeper(split: Sequence[tuple[str, list[str]]], depth: int) -> bool:
     )
 
 
-def _train_and_evaluation(tree: Tree) -> tuple[Tree, Tree] | None:
-    """Return the folders train and val, valid or test of a tree, if it has just these."""
-    top = {name.split("/")[0] for name in tree.names if is_audio(name)}
-    held = [name for name in EVALUATION_FOLDERS if name in top]
-    if "train" not in top or not held or top - {"train", *EVALUATION_FOLDERS}:
-        return None
-    return _below(tree, "train"), _below(tree, held[0])
+def _word_folders(found: _Folders, flag: str) -> list[Utterance]:
+    """Return the recordings in folders of words.
 
-
-def _below(tree: Tree, folder: str) -> Tree:
-    return Tree(tree.root, tuple(name for name in tree.names if name.startswith(f"{folder}/")))
+    Raises:
+        ValueError: if there are none.
+    """
+    utterances = []
+    for name, parts in found.split:
+        if len(parts) > found.depth + 1:
+            word, file = parts[found.depth], found.tree.file(name)
+            text = word.replace("_", " ")
+            utterances.append(Utterance(file, measured(file), text=text, label=word))
+    if not utterances:
+        where = "/".join(
+            [found.tree.root, *(found.split[0][1][: found.depth] if found.split else ())]
+        )
+        raise ValueError(
+            f"{flag}: {where} holds no folders with recordings ({', '.join(AUDIO_ENDINGS)}); put "
+            "those of each word into a folder of its own there"
+        )
+    return utterances
 
 
 # LibriSpeech -----------------------------------------------------------------------------------

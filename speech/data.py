@@ -171,7 +171,8 @@ def _check(
         what = "label" if task == "keyword" else "transcript"
         raise ValueError(
             f"--task {task} needs a {what} for every recording, and {len(lacking):,} of "
-            f"{data.name} have none ({lacking[0].name}); choose another --task or --data.name"
+            f"{data.name} have none ({lacking[0].name}); choose other data with "
+            "--data.name, or another task"
         )
     strange = sorted({one.label for one in utterances} - set(words)) if words else []
     if strange:

@@ -10,10 +10,11 @@ from typing import Any, get_args
 from blnet.checks import positive
 from blnet.speech.config import DataConfig, DataName
 from blnet.speech.inference import Trained
-from blnet.training.networks import is_foreign
+from blnet.training.networks import check_moved, is_foreign
 
 _FIELDS = ("path", "eval_path", "download", "limit", "holdout_speaker", "words", "subset",
            "max_seconds", "longer")  # fmt: skip
+_FLAGS = {"path": "data-path"}  # of fields that are called otherwise
 _OWN = ("folder", "manifest")  # corpora of the user's own, of which a share may be held out
 
 
@@ -43,6 +44,17 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
                        help="what becomes of longer ones")  # fmt: skip
 
 
+def given_words(given: Mapping[str, Any]) -> list[str]:
+    """Return the flags of the data as they were given, for a command that is to meet the same."""
+    fields = {"data": given.get("data"), **{field: given.get(field) for field in _FIELDS}}
+    return [
+        word
+        for field, value in fields.items()
+        if value is not None and field != "download"
+        for word in (f"--{_FLAGS.get(field, field).replace('_', '-')}", str(value))
+    ]
+
+
 def data_settings(
     trained: Trained, given: Mapping[str, Any], evaluating: bool = False
 ) -> DataConfig:
@@ -69,9 +81,12 @@ def data_settings(
         before = trained.data
         if is_foreign(settings.name, changes["path"], before.name, before.path):
             changes.setdefault("eval_path", changes["path"])
-    if "path" in changes and settings.name != "librispeech":
-        # Another path has another part to evaluate on beside it; of LibriSpeech that is a name.
-        changes.setdefault("eval_path", None)
+        elif settings.name != before.name:  # the same by another name
+            changes |= {"holdout": before.holdout, "split_seed": before.split_seed}
+    if "path" in changes and "eval_path" not in changes and settings.name != "librispeech":
+        check_moved(changes["path"], settings.path, settings.eval_path)
+    if "eval_path" in changes:  # how many there were of another part says nothing of this
+        changes.setdefault("limit", None)
     settings = dataclasses.replace(settings, **changes)
     settings.check()
     return settings

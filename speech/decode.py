@@ -155,7 +155,7 @@ def _beam_with_words(
     outside = None if viterbi else pyctcdecode_beam(alphabet, path, width, alpha, beta)
     if outside is not None:
         return Decoder(f"beam of {width} with language model {path} (pyctcdecode)", outside)
-    model = LanguageModel.load(path, lower=not alphabet.has_capitals)
+    model = LanguageModel.load(path, alphabet.normalise)
     return Decoder(
         f"beam of {width} with language model {path} ({model.order}-grams, our own)",
         lambda x, n: beam(x, n, alphabet, width, model, alpha, beta, viterbi),

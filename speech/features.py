@@ -232,6 +232,30 @@ class LogMel(nn.Module):
         return features
 
 
+class Renormalized(nn.Module):
+    """A network for maps that were normalised with the global statistics of another training set.
+
+    Args:
+        network: takes (maps, frames), normalised as by `own`.
+        own: the features that it was trained with.
+        given: those that the maps come from.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, network: nn.Module, own: LogMel, given: LogMel) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("scale", (given.std.cpu() / own.std)[..., None])
+        self.register_buffer("shift", ((given.mean.cpu() - own.mean) / own.std)[..., None])
+
+    def forward(self, maps: Tensor, frames: Tensor) -> Tensor:
+        """Return what the network answers to maps (N, channels, bins, frames)."""
+        answers: Tensor = self.network(maps * self.scale + self.shift, frames)
+        return answers
+
+
 _STATISTICS = ("mean", "std")
 _TYPES: dict[str, tuple[type, ...]] = {
     "bins": (int,),

@@ -13,7 +13,7 @@ import zlib
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
-from blnet.files import StrPath, reason
+from blnet.files import StrPath, files_below, reason
 
 SEPARATOR = "::"
 _IN_MEMORY = 1 << 26  # bytes; larger members are read piece by piece
@@ -151,12 +151,8 @@ def _in_folder(root: str) -> list[str]:
     def fail(error: OSError) -> None:
         raise error
 
-    found = []
-    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        below = os.path.relpath(folder, root).replace(os.sep, "/")
-        found += names if below == "." else [f"{below}/{name}" for name in names]
-    return found
+    found = files_below(root, fail)
+    return [os.path.relpath(os.path.join(*one), root).replace(os.sep, "/") for one in found]
 
 
 def _shown(name: str) -> bool:

@@ -26,7 +26,8 @@ def read_manifest(file: StrPath) -> list[Utterance]:
       utt: its name without ending, in a folder named like the manifest or beside the manifest;
     - text: what is said; label: its class; speaker: who speaks;
     - start, end: where a part of the file begins and ends, seconds;
-    - seconds: its duration, which saves opening it.
+    - seconds: how long it is, which saves opening it; after a start and without an end, how long
+      the part is.
 
     All but the first may be left out, and others are passed over.
 
@@ -101,6 +102,8 @@ def _utterance(row: Mapping[str, Any], place: _Place) -> Utterance:
         raise ValueError(f"end {end:g} is not after start {start or 0.0:g}")
     file = place.find(row)
     seconds = times["seconds"]
+    if end is None and start is not None and seconds is not None:
+        end = start + seconds
     if end is not None:
         seconds = end - (start or 0.0)
     elif seconds is None:

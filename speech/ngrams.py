@@ -8,7 +8,7 @@ import gzip
 import math
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, TextIO, cast
 
@@ -40,12 +40,15 @@ class LanguageModel:
         self.order = order
 
     @classmethod
-    def load(cls, path: StrPath, lower: bool = False) -> LanguageModel:
+    def load(
+        cls, path: StrPath, normalise: Callable[[str], str] = lambda words: words
+    ) -> LanguageModel:
         """Return the model of an ARPA file.
 
         Args:
             path: the file, .arpa or packed .arpa.gz.
-            lower: whether to make its words small; of two that become one the first is taken.
+            normalise: spells its words as the network does (`Alphabet.normalise`); of two that
+                become one the first is taken.
 
         Raises:
             ValueError: if it is no such file, is cut off or contradicts itself; it names the line.
@@ -58,7 +61,7 @@ class LanguageModel:
             )
         try:
             with _open(path, Path(path).suffix == ".gz") as file:
-                grams, order = _read(_Lines(file, path), lower)
+                grams, order = _read(_Lines(file, path), normalise)
                 file.read()  # to the end, where gzip has its checksum
         except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(
@@ -183,7 +186,7 @@ class _Lines:
         )
 
 
-def _read(lines: _Lines, lower: bool) -> tuple[dict[str, _Gram], int]:
+def _read(lines: _Lines, normalise: Callable[[str], str]) -> tuple[dict[str, _Gram], int]:
     """Return the n-grams of a file and the order of the longest."""
     counts = _read_counts(lines)
     grams: dict[str, _Gram] = {}
@@ -193,7 +196,7 @@ def _read(lines: _Lines, lower: bool) -> tuple[dict[str, _Gram], int]:
             if _BORDER.fullmatch(line):
                 break
             words, gram = _gram(lines, line, order)
-            grams.setdefault(words.lower() if lower else words, gram)
+            grams.setdefault(normalise(words), gram)
             left -= 1
         if left:
             raise lines.error(f"it has {count - left} {order}-grams and promised {count}")

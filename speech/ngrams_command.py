@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from blnet.checks import positive
 from blnet.speech.data import load_data
-from blnet.speech.data_flags import add_data_flags, data_settings
+from blnet.speech.data_flags import add_data_flags, data_settings, given_words
 from blnet.speech.files import read_lines
 from blnet.speech.hypotheses import SPACE, check_spaced
 from blnet.speech.inference import Trained, load_trained
@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     model.save(args.output)
     if spelled.warning:
         say(spelled.warning)
-    advice = ["blnet", "evaluate", "speech", args.checkpoint, "--language-model", args.output]
+    advice = ["blnet", "evaluate", "speech", args.checkpoint, *given_words(vars(args)),
+              "--language-model", args.output]  # fmt: skip
     print(f"{PROG}: wrote {model.order}-grams of {spelled.sentences:,} sentences; try them: "
           f"{shown(shlex.join(advice))}")  # fmt: skip
     return 0

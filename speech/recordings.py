@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -29,7 +30,8 @@ class Utterance:
         file: where it is: a path, or "archive.zip::member".
         seconds: its duration; 0 where the file could not be read.
         text: what is said; "" where that is not known.
-        label: the class, a word mostly; "" where it has none.
+        label: the class, a word mostly, its accents joined to their letters (Unicode NFC); "" where
+            it has none.
         speaker: who speaks; "" where that is not known.
         start: where the part begins in the file, seconds; None for its beginning.
         end: where the part ends, seconds; None for the file's end.
@@ -42,6 +44,10 @@ class Utterance:
     speaker: str = ""
     start: float | None = None
     end: float | None = None
+
+    def __post_init__(self) -> None:
+        # One word is one class, however a file system or an archive spells it.
+        object.__setattr__(self, "label", unicodedata.normalize("NFC", self.label))
 
     @property
     def name(self) -> str:

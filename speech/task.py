@@ -19,7 +19,7 @@ from blnet.speech.augment import Perturb, SpecAugment, WaveAugment
 from blnet.speech.batches import bucketed_batches
 from blnet.speech.config import AugmentConfig, ModelConfig, SpeechConfig, TaskName
 from blnet.speech.data import SpeechData, load_data
-from blnet.speech.features import LogMel, global_statistics
+from blnet.speech.features import LogMel, Renormalized, global_statistics
 from blnet.speech.masking import reduced
 from blnet.speech.network import SpeechNet
 from blnet.speech.recordings import Recordings, Utterance
@@ -149,23 +149,27 @@ class SpeechTask(Task):
                 raise ValueError(f"{what} differs in its {name}, {found} in place of {wanted}; "
                                  "choose a network that was trained alike")  # fmt: skip
 
-    def check_teacher(self, teacher: nn.Module, extra: Mapping[str, Any]) -> None:
-        """Check that a teacher takes these features and gives as many answers of these classes.
+    def as_teacher(self, network: nn.Module, extra: Mapping[str, Any]) -> nn.Module:
+        """Return a teacher that takes these features and gives as many answers of these classes.
 
-        Classes are held against each other by name as far as the teacher's are known.
+        Classes are held against each other by name as far as the teacher's are known. Maps that are
+        normalised with statistics of the whole training set become what the teacher was taught on.
 
         Raises:
             ValueError: if not.
         """
         name = f"--distillation.teacher {self.config.distillation.teacher}"
-        self._check_fits(teacher, extra, name)
-        assert isinstance(teacher, SpeechNet)
-        if self.config.task != "keyword" and teacher.config.time_reduction != self.time_reduction:
+        self._check_fits(network, extra, name)
+        assert isinstance(network, SpeechNet)
+        if self.config.task != "keyword" and network.config.time_reduction != self.time_reduction:
             raise ValueError(
-                f"{name} answers for every {teacher.config.time_reduction} frames and the network "
+                f"{name} answers for every {network.config.time_reduction} frames and the network "
                 f"for every {self.time_reduction}; give both the same --model.time-reduction"
             )
         self._check_same_names(extra, name)
+        if self.features.config.normalize == "global" and "features" in extra:
+            return Renormalized(network, LogMel.from_dict(extra["features"]), self.features)
+        return network
 
     def _check_same_names(self, extra: Mapping[str, Any], what: str) -> None:
         """Raise a ValueError if a network's answers mean other words or characters, where known."""

@@ -98,8 +98,8 @@ class Spelling:
             if needed > there:
                 raise ValueError(
                     f"its transcript needs {needed} frames and its {one.seconds:.2f} s give "
-                    f"{there}; check the transcript, or lower --model.time-reduction "
-                    f"({self.reduction})"
+                    f"{there}; check the transcript, or train with a lower "
+                    f"--model.time-reduction ({self.reduction})"
                 )
         return ids
 

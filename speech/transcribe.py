@@ -89,7 +89,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--checkpoint", metavar="CHECKPOINT",
                         help="a .safetensors file or a run's folder, of --task ctc or frame")  # fmt: skip # noqa: E501
-    parser.add_argument("--format", choices=tuple(FORMATS), default="text",
+    parser.add_argument("--format", choices=("text", "json"), default="text",
                         help="text, or JSON with each word's time (text)")  # fmt: skip
     parser.add_argument("--output", metavar="FILE",
                         help="write it to FILE instead of the standard output")  # fmt: skip
@@ -162,7 +162,9 @@ def run(args: argparse.Namespace) -> int:
 
     def transcripts() -> tuple[str, int]:
         found, unread = _transcripts(trained, files, decoder, args.window, args.overlap)
-        return FORMATS[args.format](found), unread
+        if args.format == "json":
+            return as_json(found), unread
+        return as_text(found, named=len(files) + failed > 1), unread
 
     if args.output is None:
         text, unread = transcripts()
@@ -327,11 +329,9 @@ class SearchStream:
         ]
 
 
-def as_text(found: Sequence[Transcript]) -> str:
-    """Return a line for each recording: its text, after its name where there are several."""
-    if len(found) == 1:
-        return f"{found[0].text}\n"
-    return "".join(f"{one.file}: {one.text}\n" for one in found)
+def as_text(found: Sequence[Transcript], named: bool) -> str:
+    """Return a line for each recording: its text, after its name if that is to be there."""
+    return "".join(f"{one.file}: {one.text}\n" if named else f"{one.text}\n" for one in found)
 
 
 def as_json(found: Sequence[Transcript]) -> str:
@@ -349,6 +349,3 @@ def as_json(found: Sequence[Transcript]) -> str:
         for one in found
     ]
     return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
-
-
-FORMATS: dict[str, Callable[[Sequence[Transcript]], str]] = {"text": as_text, "json": as_json}

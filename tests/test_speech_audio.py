@@ -297,6 +297,19 @@ def test_a_wav_file_of_unknown_length_is_read_to_its_end(tmp_path, length):
     assert len(read_audio(path, 16000)) == 8000
 
 
+@pytest.mark.parametrize("riff", [0, 36])
+def test_a_wav_file_whose_header_was_never_finished_is_refused(tmp_path, riff):
+    path = tmp_path / "a.wav"
+    whole = bytearray(encoded(tone()))
+    whole[4:8] = riff.to_bytes(4, "little")
+    place = whole.index(b"data") + 4
+    whole[place : place + 4] = bytes(4)
+    path.write_bytes(whole)
+    refused(path, "its header does not say how long it is")
+    path.write_bytes(whole[: place + 4])
+    refused(path, "it holds no samples")
+
+
 def test_a_large_wav_file_that_is_cut_off_is_refused(tmp_path):
     path = tmp_path / "a.wav"
     whole = bytearray(encoded(tone()))

@@ -302,3 +302,9 @@ def test_recordings_are_masked_each_in_its_own_way() -> None:
     config = AugmentConfig(freq_masks=2, time_masks=2, time_width=1)
     masked = SpecAugment(config, HOP)(torch.ones(8, 1, 64, 100), torch.full((8,), 100))
     assert len({tuple(row.flatten().tolist()) for row in masked}) == 8
+
+
+def test_a_speed_that_changes_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--augment\.speed 0\.004 changes nothing; give 0, or"):
+        AugmentConfig(speed=0.004).check()
+    AugmentConfig(speed=0.01).check()

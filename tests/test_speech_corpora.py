@@ -3,7 +3,9 @@
 import functools
 import hashlib
 import io
+import math
 import os
+import unicodedata
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -177,6 +179,23 @@ def test_lists_come_before_the_hash(commands):
     assert {one.label for one in data.evaluation.utterances} == {"yes", "no"}
 
 
+def test_unknown_and_silence_are_rounded_up_and_a_short_noise_suffices(tmp_path):
+    for word in (*TEN_WORDS, "bed", "zero"):
+        for number in range(3):
+            recorded(tmp_path / word / f"{number:08x}_nohash_0.wav", 0.01)
+    for number in range(3, 5):
+        recorded(tmp_path / "yes" / f"{number:08x}_nohash_0.wav", 0.01)
+    recorded(tmp_path / "_background_noise_" / "hum.wav", 10)  # of which 1.0 s is for testing
+    (tmp_path / "testing_list.txt").write_text("yes/00000003_nohash_0.wav\n")
+    (tmp_path / "validation_list.txt").write_text("")
+    data = load(name="speech_commands", path=tmp_path)
+    for part, known in ((data.train, 31), (data.evaluation, 1)):
+        counts = Counter(one.label for one in part.utterances)
+        wanted = math.ceil(known / 10)
+        assert counts["silence"] == wanted
+        assert counts["unknown"] == min(wanted, 6 if known == 31 else 0)
+
+
 def test_twelve_words_are_ten_and_unknown_and_silence(commands):
     data = load(name="speech_commands", path=commands)
     assert data.classes == (*TEN_WORDS, "unknown", "silence")
@@ -330,6 +349,42 @@ def test_a_folder_may_have_its_evaluation_elsewhere(words, tmp_path):
     assert load(name="folder", path=tmp_path / "odd", holdout=0.5).classes == ("test", "val")
     recorded(both / "val" / "dog" / "y.wav")
     refused("a class 'dog'", "not trained on", name="folder", path=both)
+
+
+@pytest.mark.parametrize("layout", [lambda f: f, lambda f: f.parent, zipped])
+@pytest.mark.parametrize("held", ["val", "validation", "dev"])
+def test_parts_are_found_inside_a_folder_and_beside_a_stray_file(tmp_path, layout, held):
+    folder = tmp_path / "set" / "words"
+    for number in range(3):
+        recorded(folder / "train" / "cat" / f"{number}.wav")
+        recorded(folder / "train" / "dog" / f"{number}.wav")
+    for word in ("cat", "dog"):
+        recorded(folder / held / word / f"{word}.wav")
+    data = load(name="folder", path=layout(folder))
+    assert (data.classes, len(data.train)) == (("cat", "dog"), 6)
+    assert names(data.evaluation) == ["cat.wav", "dog.wav"]
+    given = load(name="folder", path=layout(folder), eval_path=layout(folder))
+    assert (given.classes, len(given.train)) == (("cat", "dog"), 6)
+    assert names(given.evaluation) == names(data.evaluation)
+    recorded(folder / "stray.wav")
+    assert load(name="folder", path=folder).classes == ("cat", "dog")
+
+
+def test_parts_by_other_names_are_no_words(tmp_path):
+    for part in ("Training", "testing"):
+        for word in ("cat", "dog"):
+            recorded(tmp_path / part / word / "x.wav")
+    refused("Training and testing", "call them train and val", name="folder", path=tmp_path)
+    recorded(tmp_path / "flat" / "train" / "x.wav")
+    recorded(tmp_path / "flat" / "val" / "x.wav")
+    refused("flat/train holds no folders with recordings", name="folder", path=tmp_path / "flat")
+
+
+def test_a_word_is_one_class_however_it_is_spelled(tmp_path):
+    for form in ("NFC", "NFD"):
+        recorded(tmp_path / unicodedata.normalize(form, "n\xf6") / f"{form}.wav")
+        recorded(tmp_path / "ja" / f"{form}.wav")
+    assert load(name="folder", path=tmp_path, holdout=0.5).classes == ("ja", "n\xf6")
 
 
 # Manifests ---------------------------------------------------------------------------------------

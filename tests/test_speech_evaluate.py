@@ -396,8 +396,15 @@ def given(*flags):
         ({"name": "fsdd", "path": "p", "limit": 5}, (), {"name": "fsdd", "path": "p", "limit": 5}),
         ({"name": "fsdd", "path": "p", "limit": 5}, ("--limit", 3, "--holdout-speaker", "ann"),
          {"name": "fsdd", "path": "p", "limit": 3, "holdout_speaker": "ann"}),
-        ({"name": "manifest", "path": "p", "eval_path": "e"}, ("--data-path", "q"),
-         {"name": "manifest", "path": "q"}),
+        ({"name": "manifest", "path": "p", "eval_path": "e"}, ("--data-path", "./p"),
+         {"name": "manifest", "path": "./p", "eval_path": "e"}),
+        ({"name": "manifest", "path": "p", "limit": 5}, ("--data-path", "q"),
+         {"name": "manifest", "path": "q", "limit": 5}),
+        ({"name": "manifest", "path": "p", "limit": 5}, ("--eval-path", "f"),
+         {"name": "manifest", "path": "p", "eval_path": "f"}),
+        ({"name": "manifest", "path": "p", "holdout": 0.3, "split_seed": 2},
+         ("--data", "folder", "--data-path", "p"),
+         {"name": "folder", "path": "p", "holdout": 0.3, "split_seed": 2}),
         ({"name": "manifest", "path": "p"}, ("--data.path", "q", "--data.eval-path", "f"),
          {"name": "manifest", "path": "q", "eval_path": "f"}),
         ({"name": "librispeech", "path": "p", "eval_path": "dev-clean"}, ("--data-path", "q"),
@@ -415,6 +422,14 @@ def given(*flags):
 def test_data_are_those_of_training_but_for_the_flags(nets, before, flags, after):
     trained = dataclasses.replace(load_trained(nets["ctc"]), data=DataConfig(**before))
     assert data_settings(trained, given(*flags), evaluating=True) == DataConfig(**after)
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_a_part_with_a_place_of_its_own_is_not_guessed(nets, evaluating):
+    own = DataConfig(name="manifest", path="p", eval_path="e")
+    trained = dataclasses.replace(load_trained(nets["ctc"]), data=own)
+    with pytest.raises(ValueError, match=r"--data-path q .* e was evaluated on; .* --eval-path"):
+        data_settings(trained, given("--data-path", "q"), evaluating=evaluating)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ def test_json_lines_say_all_that_an_utterance_holds(folder):
         {"audio": str(folder / "train" / "two.flac"), "start": 0.5, "end": 1.25},
         {"audio": "train/two.flac", "start": 0.5, "seconds": None},
         {"audio": "one.wav", "end": 0.75},
+        {"audio": "train/two.flac", "start": 0.5, "seconds": 1},
     )
     one, two = str(folder / "one.wav"), str(folder / "train" / "two.flac")
     assert read_manifest(path) == [
@@ -70,6 +71,7 @@ def test_json_lines_say_all_that_an_utterance_holds(folder):
         Utterance(two, 0.75, start=0.5, end=1.25),
         Utterance(two, 1.5, start=0.5),
         Utterance(one, 0.75, end=0.75),
+        Utterance(two, 1.0, start=0.5, end=1.5),
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 from fractions import Fraction
 from pathlib import Path
 
@@ -142,19 +143,23 @@ def test_texts_become_a_model(
     )
 
 
-def test_transcripts_of_the_training_recordings_are_the_default(net: Path, tmp_path: Path) -> None:
+def test_transcripts_of_the_training_recordings_are_the_default(
+    net: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, text in (("train", "abc ab"), ("eval", "cba")):
         tones.write(tmp_path / f"{name}.wav", tones.spoken(text))
         (tmp_path / f"{name}.tsv").write_text(f"audio\ttext\n{name}.wav\t{text}\n")
     out = tmp_path / "abc.arpa"
     flags = ("--data-path", tmp_path / "train.tsv", "--eval-path", tmp_path / "eval.tsv")
     assert run(net, *flags, "--output", out) == 0
+    advised = shlex.split(capsys.readouterr().out.partition("try them: ")[2])
     model = LanguageModel.load(out)
     assert model.order == 3
     assert "abc" in model
     assert "cba" not in model
-    assert main(["evaluate", "speech", str(net), *map(str, flags),
-                 "--language-model", str(out)]) == 0  # fmt: skip
+    assert advised == ["blnet", "evaluate", "speech", str(net), *map(str, flags),
+                       "--language-model", str(out)]  # fmt: skip
+    assert main(advised[1:]) == 0
 
 
 @pytest.mark.parametrize(

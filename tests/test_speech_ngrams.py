@@ -2,12 +2,14 @@
 
 import gzip
 import random
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blnet.speech.ngrams import LanguageModel
+from blnet.speech.text import Alphabet
 
 ARPA = r"""
 made by hand
@@ -103,9 +105,14 @@ def test_capitals_become_small_if_asked(tmp_path):
     assert "A" in load(tmp_path, text)
     assert "a" not in load(tmp_path, text)
     assert load(tmp_path, text).score("zz", ()) == -1.0  # of <UNK>
-    model = load(tmp_path, text, lower=True)
-    assert model.sentence(["a", "é"]) == pytest.approx(-0.6)
+    spelled = unicodedata.normalize("NFD", text)  # the accent a character of its own
+    assert "É" not in load(tmp_path, spelled)
+    for written in (text, spelled):
+        model = load(tmp_path, written, normalise=Alphabet("aé ").normalise)
+        assert model.sentence(["a", "é"]) == pytest.approx(-0.6)
     assert model.score("zz", ()) == -1.0
+    curly = load(tmp_path, ARPA.replace("ab", "n\u2019b"), normalise=Alphabet("abn '").normalise)
+    assert "n'b" in curly
 
 
 @pytest.mark.parametrize(

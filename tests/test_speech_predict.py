@@ -230,3 +230,13 @@ def test_the_output_is_whole_or_untouched(net, folder, tmp_path, capsys):
     assert len(out.read_text().splitlines()) == 1 + 3 * 4
     assert "none" in refused(capsys, net, folder, "--output", tmp_path / "none" / "out.csv")
     assert not list(tmp_path.glob(".blnet*"))
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(net, folder, tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "set").symlink_to(folder)
+    (folder / "round").symlink_to(tmp_path / "links")
+    (folder / "self").symlink_to(folder)
+    found, failed = predicting.RECORDINGS.expand([tmp_path / "links"])
+    assert not failed
+    assert len(found) == len({os.path.realpath(file) for file in found}) > 0

@@ -229,13 +229,32 @@ def test_a_teacher_of_other_words_is_refused(runs: Runs, corpus: Any) -> None:
     mine = dataclasses.replace(mine, distillation=DistillationConfig(teacher="run"))
     task = make_task(mine)
     teacher, extra = load_network(runs("keyword"))
-    task.check_teacher(teacher, extra)
-    task.check_teacher(teacher, {})  # of which nothing is known
+    task.as_teacher(teacher, extra)
+    task.as_teacher(teacher, {})  # of which nothing is known
     said = "^--distillation.teacher run answers 'yes' where manifest has 'b'; choose a teacher of"
     with pytest.raises(ValueError, match=said):
-        task.check_teacher(teacher, {**extra, "classes": ["a", "yes"]})
+        task.as_teacher(teacher, {**extra, "classes": ["a", "yes"]})
     with pytest.raises(ValueError, match="is no network for speech"):
-        task.check_teacher(torch.nn.Linear(2, 2), {})
+        task.as_teacher(torch.nn.Linear(2, 2), {})
+
+
+def test_a_teacher_hears_maps_as_it_was_taught_on(runs: Runs, corpus: Any) -> None:
+    mine = config(corpus("keyword"), "keyword")
+    features = dataclasses.replace(mine.features, normalize="global")
+    mine = dataclasses.replace(
+        mine, features=features, distillation=DistillationConfig(teacher="run")
+    )
+    task = make_task(mine)
+    network, extra = load_network(runs("keyword"))
+    theirs = LogMel(features, task.features.sample_rate)
+    theirs.set_statistics(2 * task.features.mean - 1, 3 * task.features.std)
+    teacher = task.as_teacher(network, {**extra, "features": theirs.as_dict()}).eval()
+    samples, lengths = 0.1 * torch.randn(2, 8000), torch.tensor([8000, 6000])
+    maps, frames = task.features(samples, lengths)
+    assert not torch.allclose(maps, theirs(samples, lengths)[0])
+    with torch.no_grad():
+        wanted = network(*theirs(samples, lengths))
+        torch.testing.assert_close(teacher(maps, frames), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_goes_on_with_the_same_classes_only(corpus: Any, tmp_path: Path, capsys: Any) -> None:

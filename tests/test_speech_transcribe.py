@@ -222,6 +222,8 @@ def test_text_of_one_and_of_several(net, talk, tmp_path, capsys):
     other = tones.write(tmp_path / "b.flac", tones.spoken("ab c"))
     assert run(net, talk, other) == 0
     assert capsys.readouterr().out == f"{talk}: {TEXT}\n{other}: ab c\n"
+    assert run(net, tmp_path / "gone.wav", other) == 1
+    assert capsys.readouterr().out == f"{other}: ab c\n", "the only one left is still named"
 
 
 def test_json_holds_every_words_time(net, talk, tmp_path, capsys):
@@ -373,7 +375,7 @@ def test_what_cannot_be_read_is_named(net, tmp_path, capsys):
     bad = tones.bad_recordings(tmp_path)
     assert run(net, *bad, good) == 1
     found = capsys.readouterr()
-    assert found.out == "ab\n"
+    assert found.out == f"{good}: ab\n"
     lines = found.err.splitlines()[1:]
     for line, (file, said) in zip(lines, bad.items(), strict=True):
         assert line.startswith(f"blnet transcribe: {file} cannot be read: ")

@@ -70,12 +70,17 @@ def test_the_plain_network_s_figure_stands_beside(run: Path, capsys) -> None:
     assert (run / "best.safetensors").stat().st_mtime == began
 
 
-def test_a_network_of_ones_own_module_is_not_said_to_predict() -> None:
-    for name, said in (("bl_resnet18", "blnet predict vision FILE --checkpoint run"),
-                       ("timm:resnet18", "blnet predict vision FILE --checkpoint run"),
-                       ("own.nets:make", "best.safetensors; build own.nets:make and fill it")):  # fmt: skip
-        config = VisionConfig(model=ModelConfig(name=name))
-        assert said in COMMAND.advice(config, Path("run"))
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("bl_resnet18", "blnet predict vision FILE --checkpoint run"),
+        ("timm:resnet18", "blnet predict vision FILE --checkpoint run"),
+        ("own.nets:make", "best.safetensors; build own.nets:make and fill it"),
+    ],
+)
+def test_a_network_of_ones_own_module_is_not_said_to_predict(name: str, said: str) -> None:
+    config = VisionConfig(model=ModelConfig(name=name))
+    assert said in COMMAND.advice(config, Path("run"))
 
 
 def test_a_plain_network_has_no_baseline(tmp_path: Path) -> None:
