@@ -324,13 +324,14 @@ def test_export_of_one_size():  # the others are exported for any batch, which a
         assert_near(exported.module()(images), logits("bl_resnet18"), 1e-6)
 
 
-def test_export_with_dynamic_batch(builder):
+@pytest.mark.parametrize("name", [b for b in BUILDERS if "101" not in b and "152" not in b])
+def test_export_with_dynamic_batch(name):  # the deeper ones have more of the same blocks
     images = some_images()
     batch = torch.export.Dim("batch")
-    exported = torch.export.export(trained(builder), (images,), dynamic_shapes=({0: batch},))
+    exported = torch.export.export(trained(name), (images,), dynamic_shapes=({0: batch},))
     three = torch.cat([images, images[:1]])
     with torch.no_grad():
-        assert_near(exported.module()(three), trained(builder)(three), 1e-6)
+        assert_near(exported.module()(three), trained(name)(three), 1e-6)
         assert exported.module()(images[:1]).shape == (1, 10)
 
 
