@@ -155,6 +155,20 @@ def _register_networks(command: str) -> None:
             importlib.import_module(module)
 
 
+def _lacks(encoding: str, error: UnicodeEncodeError) -> bool:
+    """Return whether an encoding lacks what could not be encoded, and UTF-8 has it."""
+    text = error.object[error.start : error.end]
+    return not _encodes(encoding, text) and _encodes("utf-8", text)
+
+
+def _encodes(encoding: str, text: str) -> bool:
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _run(name: str, words: Sequence[str], debug: bool) -> int:
     module_name, description = COMMANDS[name]
     try:
@@ -180,9 +194,9 @@ def _run(name: str, words: Sequence[str], debug: bool) -> int:
         if debug:
             raise
         _discard_unwritable()
-        if isinstance(error, UnicodeEncodeError) and error.encoding == sys.stdout.encoding:
+        if isinstance(error, UnicodeEncodeError) and _lacks(sys.stdout.encoding, error):
             error = ValueError(
-                f"the standard output takes {error.encoding} and not "
+                f"the standard output takes {sys.stdout.encoding} and not "
                 f"{error.object[error.start]!a}; set PYTHONUTF8=1, or write to a file"
             )
         print(f"blnet {name}: error: {_one_line(error)}", file=sys.stderr)

@@ -159,6 +159,13 @@ def make_folder(name: str) -> None:
                       "choose another") from error  # fmt: skip
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or to where nobody may look
+        return False
+
+
 def files_below(
     folder: StrPath, fail: Callable[[OSError], None], above: frozenset[str] = frozenset()
 ) -> Iterator[tuple[str, str]]:
@@ -177,7 +184,7 @@ def files_below(
         return
     try:
         with os.scandir(folder) as entries:
-            shown = [(entry.name, entry.is_dir()) for entry in entries if entry.name[0] != "."]
+            shown = [(entry.name, _is_folder(entry)) for entry in entries if entry.name[0] != "."]
     except OSError as error:
         fail(error)
         return

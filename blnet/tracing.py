@@ -18,6 +18,8 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
+from blnet.limits import out_of_memory
+
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
@@ -62,7 +64,11 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """
     try:
         return copy.deepcopy(model, memo)
+    except ValueError:  # ours, of an optimised network
+        raise
     except Exception as error:  # whatever a module's own code raises
+        if out_of_memory(error):
+            raise
         raise ValueError(
             f"{type(model).__name__} cannot be copied ({' '.join(str(error).split())[:300]}); give "
             "a network that copy.deepcopy takes"

@@ -49,7 +49,11 @@ class AudioError(ValueError):
 
 
 def read_audio(
-    file: StrPath, sample_rate: int, start: float | None = None, end: float | None = None
+    file: StrPath,
+    sample_rate: int,
+    start: float | None = None,
+    end: float | None = None,
+    longest: float | None = None,
 ) -> Tensor:
     """Return a recording: its channels' mean, brought to a sample rate.
 
@@ -58,6 +62,7 @@ def read_audio(
         sample_rate: samples a second of the result.
         start: where to begin, seconds; default: at the beginning.
         end: where to end, seconds; default: at the end.
+        longest: how much to read at most, seconds; default: all.
 
     Returns:
         float32 (samples,), full scale from -1 to 1; ceil(frames * sample_rate / the file's rate)
@@ -70,6 +75,8 @@ def read_audio(
     """
     with _opened(file) as sound:
         first, last = _range(file, sound, start, end)
+        if longest is not None:
+            last = min(last, first + max(1, round(longest * sound.samplerate)))
         sound.seek(first)
         samples = _mono(file, sound.read(last - first, dtype="float32", always_2d=True))
         _check_length(file, sound, last - first, len(samples))
@@ -131,7 +138,7 @@ def _opened(file: StrPath) -> Iterator[soundfile.SoundFile]:
             _check_bytes(file, data)
             with soundfile.SoundFile(data) as sound:
                 if not sound.frames:
-                    raise AudioError(file, "it holds no samples")
+                    raise AudioError(file, _why_empty(data))
                 if sound.frames >= _UNKNOWN_FRAMES:
                     raise AudioError(file, _NO_LENGTH)
                 yield sound
@@ -232,10 +239,7 @@ def _check_bytes(file: StrPath, data: BinaryIO) -> None:
         raise AudioError(file, "the file is empty")
     head = data.read(12)
     if head[:4] in (b"RIFF", b"RF64") and head[8:] == b"WAVE":
-        promised = 8 + int.from_bytes(head[4:8], "little")
         missing = _missing_bytes(data, size)
-        if missing is None and promised < size:  # a recorder that was stopped wrote no lengths
-            raise AudioError(file, _NO_LENGTH)
         if missing:
             raise AudioError(
                 file, f"it is cut off: its header promises {missing:,} bytes more than are there"
@@ -245,8 +249,17 @@ def _check_bytes(file: StrPath, data: BinaryIO) -> None:
     data.seek(0)
 
 
-def _missing_bytes(data: BinaryIO, size: int) -> int | None:
-    """Return how many bytes of a WAV file's samples are not there; None of none before other bytes.
+def _why_empty(data: BinaryIO) -> str:
+    """Say why there are no samples: a recorder that was stopped may not have written how many."""
+    data.seek(0)
+    head = data.read(8)
+    size = data.seek(0, os.SEEK_END)
+    unfinished = head[:4] == b"RIFF" and 44 < size > 8 + int.from_bytes(head[4:], "little")
+    return _NO_LENGTH if unfinished else "it holds no samples"
+
+
+def _missing_bytes(data: BinaryIO, size: int) -> int:
+    """Return how many bytes of a WAV file's samples are not there.
 
     A RIFF file is a list of chunks: a name of four letters, a length of four bytes, little-endian,
     and as many bytes, and one more where that is odd (Microsoft and IBM, Multimedia Programming
@@ -267,7 +280,7 @@ def _missing_bytes(data: BinaryIO, size: int) -> int | None:
                 length = long
             elif any(length in unknown for unknown in _UNKNOWN_LENGTHS):
                 return 0
-            return None if not length and place < size else max(0, place + length - size)
+            return max(0, place + length - size)
         place += length + length % 2
     return 0
 

@@ -14,12 +14,11 @@ from torch import Tensor
 from torchaudio import functional as audio
 from torchaudio import transforms
 
-from blnet.speech.config import LEAST_SPEED, AugmentConfig
+from blnet.speech.config import SPEED_DENOMINATOR, AugmentConfig
 
 SNR_RANGE = 30.0  # dB from the lowest to the highest signal-to-noise ratio
 STEEPEST = 2.0  # exponent of the power spectrum of brown noise
 TIME_SHARE = 5  # a mask over time covers at most one part in so many of the recording
-# Speeds are fractions of at most this denominator: what resampling holds grows with it.
 
 
 class Perturb:
@@ -40,7 +39,7 @@ class Perturb:
 
     def __init__(self, config: AugmentConfig, sample_rate: int) -> None:
         config.check()
-        share = Fraction(config.speed).limit_denominator(round(1 / LEAST_SPEED))
+        share = Fraction(config.speed).limit_denominator(SPEED_DENOMINATOR)
         self._shift = round(config.shift * sample_rate)
         # Played at f = p / q of its speed, a recording has q samples for every p.
         self._speeds = [

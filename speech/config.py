@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, get_args
 
 from blnet.training.config import TrainingConfig
@@ -14,9 +15,7 @@ from blnet.training.config import TrainingConfig
 TaskName = Literal["keyword", "ctc", "frame"]
 DataName = Literal["synth", "speech_commands", "fsdd", "yesno", "librispeech", "folder", "manifest"]
 Normalize = Literal["utterance", "global", "none"]
-LEAST_SPEED = (
-    0.01  # change of it: speeds are fractions, of which resampling takes large numbers ill
-)
+SPEED_DENOMINATOR = 100  # speeds are fractions of at most this: what resampling holds grows with it
 LONGEST = 6  # words of an n-gram; KenLM's own limit
 LETTERS = "abcdefghijklmnopqrstuvwxyz '"
 
@@ -174,10 +173,10 @@ class AugmentConfig:
         }
         for field, (low, high) in bounds.items():
             _check_range(f"--augment.{field.replace('_', '-')}", getattr(self, field), low, high)
-        if 0 < self.speed < LEAST_SPEED:
+        if self.speed and not Fraction(self.speed).limit_denominator(SPEED_DENOMINATOR):
             raise ValueError(
-                f"--augment.speed {self.speed:g} changes nothing; give 0, or {LEAST_SPEED:g} and "
-                "more"
+                f"--augment.speed {self.speed:g} changes nothing; give 0, or "
+                f"{1 / SPEED_DENOMINATOR:g} and more"
             )
 
 

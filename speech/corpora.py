@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blnet.files import StrPath, reason
@@ -155,8 +155,18 @@ def load_manifest(data: DataConfig, evaluation_only: bool = False) -> Parts:
 
 
 def labels_of(utterances: Iterable[Utterance]) -> tuple[str, ...]:
-    """Return the labels of some recordings, sorted, each once."""
-    return tuple(sorted({one.label for one in utterances} - {""}))
+    """Return the labels of some recordings, sorted, each once.
+
+    Raises:
+        ValueError: if one is no text.
+    """
+    labels = tuple(sorted({one.label for one in utterances} - {""}))
+    for label in labels:
+        try:
+            label.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the name of class {label!r} is not UTF-8; rename it") from error
+    return labels
 
 
 def required(path: str | None, what: str) -> str:
@@ -246,25 +256,32 @@ def _parts(tree: Tree, flag: str) -> tuple[_Folders, _Folders]:
         ValueError: if it has parts that go by other names.
     """
     split = tuple((name, name.split("/")) for name in tree.names if is_audio(name))
-    depth = 0
-    while _all_deeper(split, depth):
-        depth += 1
+    whole = _inside(_Folders(tree, split, 0))
+    depth = whole.depth
     top = {parts[depth] for _, parts in split if len(parts) > depth + 1}
     held = [name for name in EVALUATION_FOLDERS if name in top]
-    deep = all(len(parts) > depth + 2 for _, parts in split)
+    deep = all(len(parts) != depth + 2 for _, parts in split)
     if "train" not in top or not held or top - {"train", *EVALUATION_FOLDERS}:
         if deep and len(top) > 1 and {name.casefold() for name in top} <= _PART_NAMES:
             raise ValueError(
                 f"{flag}: {tree.root} has folders {' and '.join(sorted(top))}, which are called "
                 "like parts and not like words; call them train and val"
             )
-        whole = _Folders(tree, split, depth)
         return whole, whole
     train, evaluation = (
         tuple((name, parts) for name, parts in split if parts[depth] == part)
         for part in ("train", held[0])
     )
-    return _Folders(tree, train, depth + 1), _Folders(tree, evaluation, depth + 1)
+    held_out = _inside(_Folders(tree, evaluation, depth + 1))
+    return _inside(_Folders(tree, train, depth + 1)), held_out
+
+
+def _inside(found: _Folders) -> _Folders:
+    """Pass by a folder around all recordings, and one around them in that."""
+    depth = found.depth
+    while _all_deeper(found.split, depth):
+        depth += 1
+    return replace(found, depth=depth)
 
 
 def _all_deeper(split: Sequence[tuple[str, list[str]]], depth: int) -> bool:

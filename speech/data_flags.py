@@ -81,12 +81,27 @@ def data_settings(
         before = trained.data
         if is_foreign(settings.name, changes["path"], before.name, before.path):
             changes.setdefault("eval_path", changes["path"])
-        elif settings.name != before.name:  # the same by another name
-            changes |= {"holdout": before.holdout, "split_seed": before.split_seed}
+        elif settings.name != before.name and "eval_path" not in changes:
+            changes = _same_part(before, settings.name) | changes
     if "path" in changes and "eval_path" not in changes and settings.name != "librispeech":
         check_moved(changes["path"], settings.path, settings.eval_path)
-    if "eval_path" in changes:  # how many there were of another part says nothing of this
-        changes.setdefault("limit", None)
+    if evaluating and "eval_path" in changes and settings.eval_path is None:
+        changes.setdefault("limit", None)  # how many there were of another part says nothing
     settings = dataclasses.replace(settings, **changes)
     settings.check()
     return settings
+
+
+def _same_part(before: DataConfig, name: str) -> dict[str, Any]:
+    """Return what holds the same part out of the data that were trained on, by another name.
+
+    Raises:
+        ValueError: if they were split as their corpus comes.
+    """
+    if before.name not in _OWN:
+        raise ValueError(
+            f"the network was trained on {before.path} as {before.name}, which has a split of its "
+            f"own that {name} does not know; leave out --data, or name what to evaluate on with "
+            "--eval-path"
+        )
+    return {key: getattr(before, key) for key in ("holdout", "split_seed", "eval_path")}

@@ -151,8 +151,12 @@ def _in_folder(root: str) -> list[str]:
     def fail(error: OSError) -> None:
         raise error
 
-    found = files_below(root, fail)
-    return [os.path.relpath(os.path.join(*one), root).replace(os.sep, "/") for one in found]
+    found, last, below = [], "", ""
+    for place, name in files_below(root, fail):
+        if place != last:
+            last, below = place, os.path.relpath(place, root).replace(os.sep, "/")
+        found.append(name if below == "." else f"{below}/{name}")
+    return found
 
 
 def _shown(name: str) -> bool:

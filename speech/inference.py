@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,7 +195,7 @@ def _described(
     if lacking:
         raise ValueError(f"it lacks {' and '.join(lacking)}")
     features = LogMel.from_dict(extra["features"])
-    classes = tuple(str(name) for name in extra["classes"])
+    classes = tuple(unicodedata.normalize("NFC", str(name)) for name in extra["classes"])
     alphabet = Alphabet(extra["alphabet"])
     known = {field.name for field in dataclasses.fields(DataConfig)}
     data = DataConfig(**{name: value for name, value in extra["data"].items() if name in known})

@@ -27,7 +27,7 @@ def read_manifest(file: StrPath) -> list[Utterance]:
     - text: what is said; label: its class; speaker: who speaks;
     - start, end: where a part of the file begins and ends, seconds;
     - seconds: how long it is, which saves opening it; after a start and without an end, how long
-      the part is.
+      the part is, unless the file ends before.
 
     All but the first may be left out, and others are passed over.
 
@@ -102,8 +102,6 @@ def _utterance(row: Mapping[str, Any], place: _Place) -> Utterance:
         raise ValueError(f"end {end:g} is not after start {start or 0.0:g}")
     file = place.find(row)
     seconds = times["seconds"]
-    if end is None and start is not None and seconds is not None:
-        end = start + seconds
     if end is not None:
         seconds = end - (start or 0.0)
     elif seconds is None:

@@ -54,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
     model.save(args.output)
     if spelled.warning:
         say(spelled.warning)
-    advice = ["blnet", "evaluate", "speech", args.checkpoint, *given_words(vars(args)),
+    # Of data of another kind all would be evaluated on, most of which was counted.
+    flags = given_words(vars(args)) if args.data is None else []
+    advice = ["blnet", "evaluate", "speech", args.checkpoint, *flags,
               "--language-model", args.output]  # fmt: skip
     print(f"{PROG}: wrote {model.order}-grams of {spelled.sentences:,} sentences; try them: "
           f"{shown(shlex.join(advice))}")  # fmt: skip

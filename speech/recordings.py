@@ -116,7 +116,7 @@ class Recordings(Dataset[tuple[Tensor, Tensor]]):
         try:
             # First, as it costs nothing.
             target = self._target(one)
-            samples = read_audio(one.file, self._sample_rate, one.start, self._end(one))
+            samples = read_audio(one.file, self._sample_rate, *self._part(one))
             heard = len(samples) / self._sample_rate
             if heard > self._max_seconds + _ROUNDING:  # such a one must not take all memory
                 told = f"it is {heard:g} s long, and is said to be {one.seconds:g} s"
@@ -129,10 +129,12 @@ class Recordings(Dataset[tuple[Tensor, Tensor]]):
             raise CorruptSample(one.name, reason(error)) from error
         return (samples if self._transform is None else self._transform(samples)), target
 
-    def _end(self, one: Utterance) -> float | None:
-        if one.seconds <= self._max_seconds:
-            return one.end
-        return (one.start or 0.0) + self._max_seconds
+    def _part(self, one: Utterance) -> tuple[float | None, float | None, float | None]:
+        """Return where a recording begins and ends, and how long it may be at most, seconds."""
+        longest = one.seconds if one.start is not None and one.end is None else 0.0
+        if one.seconds > self._max_seconds:
+            return one.start, one.end, self._max_seconds
+        return one.start, one.end, longest or None
 
 
 def measured(file: str) -> float:

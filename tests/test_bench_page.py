@@ -293,6 +293,7 @@ def test_several_runs_stand_side_by_side(results: Results) -> None:
     assert len(found.tables["raw-table"]) == 1 + 2 * len(results.measurements)
     assert found.unpacked("r1-json") != found.unpacked("r0-json")
     assert {"r0-models-times", "r1-models-times"} <= set(found.tables)
+    assert check_plots(found) > 10
 
 
 def test_what_was_not_run_has_no_section(results: Results) -> None:

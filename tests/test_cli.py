@@ -235,14 +235,19 @@ def test_an_output_that_cannot_be_written_to(words: str, status: int, lines: int
     assert done.stderr.count("\n") == lines, done.stderr
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "iso8859-1"])
 def test_an_output_that_cannot_spell_the_answer_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    encoding: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("blnet.vision.table.run", lambda _: sys.stdout.write("sch\xf6n"))
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    monkeypatch.setattr("blnet.vision.table.run", lambda _: sys.stdout.write("sch\u0151n"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
     assert main(["table"]) == 2
-    said = "error: the standard output takes ascii and not '\\xf6'; set PYTHONUTF8=1, or write to"
+    said = f"the standard output takes {encoding} and not '\\u0151'; set PYTHONUTF8=1, or write to"
     assert said in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
+    monkeypatch.setattr("blnet.vision.table.run", lambda _: "caf\udce9".encode())
+    assert main(["table"]) == 2
+    assert "standard output" not in capsys.readouterr().err
 
 
 def test_what_nobody_foresaw_is_one_line_and_exit_status_1(

@@ -156,6 +156,9 @@ def test_functional_transforms_go_layer_by_layer(small, images) -> None:
         dual = forward_ad.make_dual(images, direction)
         assert difference(forward_ad.unpack_dual(fast(dual)).tangent, wanted[1]) < 1e-4
     assert difference(torch.vmap(fast)(images[None])[0], wanted[0]) < 1e-4
+    torch.compiler.reset()
+    whole = torch.compile(blnet.optimize(small), fullgraph=True, backend="eager")
+    assert difference(whole(images).detach(), wanted[0]) < 1e-4
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", torch.float16])

@@ -366,6 +366,13 @@ def test_parts_are_found_inside_a_folder_and_beside_a_stray_file(tmp_path, layou
     given = load(name="folder", path=layout(folder), eval_path=layout(folder))
     assert (given.classes, len(given.train)) == (("cat", "dog"), 6)
     assert names(given.evaluation) == names(data.evaluation)
+    for part in ("train", held):
+        (folder / part).rename(tmp_path / part)
+        (folder / part).mkdir()
+        (tmp_path / part).rename(folder / part / "audio")
+    deeper = load(name="folder", path=folder)
+    assert (deeper.classes, len(deeper.train)) == (("cat", "dog"), 6)
+    assert names(deeper.evaluation) == names(data.evaluation)
     recorded(folder / "stray.wav")
     assert load(name="folder", path=folder).classes == ("cat", "dog")
 
@@ -375,6 +382,8 @@ def test_parts_by_other_names_are_no_words(tmp_path):
         for word in ("cat", "dog"):
             recorded(tmp_path / part / word / "x.wav")
     refused("Training and testing", "call them train and val", name="folder", path=tmp_path)
+    recorded(tmp_path / "stray.wav")
+    refused("Training and testing", name="folder", path=tmp_path)
     recorded(tmp_path / "flat" / "train" / "x.wav")
     recorded(tmp_path / "flat" / "val" / "x.wav")
     refused("flat/train holds no folders with recordings", name="folder", path=tmp_path / "flat")

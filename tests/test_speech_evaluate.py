@@ -402,6 +402,11 @@ def given(*flags):
          {"name": "manifest", "path": "q", "limit": 5}),
         ({"name": "manifest", "path": "p", "limit": 5}, ("--eval-path", "f"),
          {"name": "manifest", "path": "p", "eval_path": "f"}),
+        ({"name": "manifest", "path": "p", "eval_path": "e", "limit": 5}, ("--eval-path", "f"),
+         {"name": "manifest", "path": "p", "eval_path": "f", "limit": 5}),
+        ({"name": "manifest", "path": "p", "eval_path": "e"},
+         ("--data", "folder", "--data-path", "p"),
+         {"name": "folder", "path": "p", "eval_path": "e"}),
         ({"name": "manifest", "path": "p", "holdout": 0.3, "split_seed": 2},
          ("--data", "folder", "--data-path", "p"),
          {"name": "folder", "path": "p", "holdout": 0.3, "split_seed": 2}),
@@ -436,7 +441,6 @@ def test_a_part_with_a_place_of_its_own_is_not_guessed(nets, evaluating):
     ("flags", "evaluating"),
     [
         (("--data-path", "q"), False),  # align and ngrams read both parts
-        (("--data-path", "p"), True),  # what was trained on, by another name
         (("--data-path", "q", "--holdout-speaker", "ann"), True),
     ],
 )
@@ -445,3 +449,13 @@ def test_not_all_of_a_manifest_is_evaluated(nets, flags, evaluating):
     trained = dataclasses.replace(trained, data=DataConfig(name="fsdd", path="p"))
     found = data_settings(trained, given("--data", "manifest", *flags), evaluating=evaluating)
     assert found.eval_path is None
+
+
+def test_a_corpus_with_a_split_of_its_own_has_no_other_name(nets):
+    trained = load_trained(nets["ctc"])
+    trained = dataclasses.replace(trained, data=DataConfig(name="fsdd", path="p"))
+    words = ("--data", "manifest", "--data-path", "p")
+    with pytest.raises(ValueError, match=r"trained on p as fsdd, which has a split .* --eval-path"):
+        data_settings(trained, given(*words), evaluating=True)
+    found = data_settings(trained, given(*words, "--eval-path", "e"), evaluating=True)
+    assert found.eval_path == "e"

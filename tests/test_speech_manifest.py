@@ -6,9 +6,10 @@ import zipfile
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from blnet.speech.manifest import read_manifest
-from blnet.speech.recordings import Utterance
+from blnet.speech.recordings import Recordings, Utterance
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_json_lines_say_all_that_an_utterance_holds(folder):
         Utterance(two, 0.75, start=0.5, end=1.25),
         Utterance(two, 1.5, start=0.5),
         Utterance(one, 0.75, end=0.75),
-        Utterance(two, 1.0, start=0.5, end=1.5),
+        Utterance(two, 1.0, start=0.5),
     ]
 
 
@@ -153,3 +154,15 @@ def test_bad_files_are_refused(folder):
     refused(table(folder, '{"audio": "one.wav"}', "{"), "line 2: not JSON")
     (folder / "train.tsv").write_bytes(b"audio\n\xff\xfe.wav\n")
     refused(folder / "train.tsv", "not UTF-8")
+
+
+def test_a_start_with_a_duration_is_read_so_far_or_to_the_end(folder):
+    rows = [
+        {"audio": "train/two.flac", "start": 0.5, "seconds": s, "label": "x"} for s in (1, 9, 0)
+    ]
+    found = Recordings(
+        read_manifest(jsonl(folder, *rows)), lambda _: torch.tensor(0), 8000, 20, "cut"
+    )
+    assert [len(samples) for samples, _ in found] == [8000, 12000, 12000]
+    short = Recordings(found.utterances[:2], lambda _: torch.tensor(0), 8000, 0.25, "cut")
+    assert [len(samples) for samples, _ in short] == [2000, 2000]

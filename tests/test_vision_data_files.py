@@ -315,12 +315,10 @@ def test_parts_by_other_names_are_no_classes(tmp_path):
     (tmp_path / "set" / "testing").rename(tmp_path / "set" / "validation")
     data = load_data(small(tmp_path / "set", "folder"))
     assert (data.counts, data.classes) == ((2, 2), ("a", "b"))
-    (tmp_path / "set" / "validation").rename(tmp_path / "set" / "later")
-    refused(small(tmp_path / "set", "folder"), "train and beside it later", "call it val")
-    (tmp_path / "set" / "later" / "a").rename(tmp_path / "set" / "later" / "notes")
-    (tmp_path / "set" / "later" / "b").rename(tmp_path / "set" / "later" / "more")
-    folder_of(tmp_path / "more", a=range(8), b=range(8))
-    (tmp_path / "more").rename(tmp_path / "set" / "train" / "deep")
+    (tmp_path / "set" / "validation").rename(tmp_path / "set" / "Eval")
+    refused(small(tmp_path / "set", "folder"), "train and beside it Eval", "call it val")
+    (tmp_path / "set" / "Eval").rename(tmp_path / "set" / "raw")
+    folder_of(tmp_path / "set" / "train" / "deep", c=range(8), d=range(8))
     assert load_data(small(tmp_path / "set", "folder")).classes == ("a", "b", "deep")
 
 

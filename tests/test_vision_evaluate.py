@@ -342,12 +342,18 @@ def test_data_are_those_of_training_changed_by_flags():
     assert settings_of(shared, eval_path="/e").limit is None, "how many there were of another part"
     assert settings_of(shared, eval_path="/e", limit=7).limit == 7
     assert settings_of(shared, paper=True).limit is None
+    limited = {"data": {**recorded["data"], "limit": 10}}
+    assert settings_of(limited, eval_path="/e").limit == 10, "the same part, moved"
     assert settings_of(recorded, data="digits") == DataConfig()
     assert settings_of({}, data="imagenet", path="/i") == DataConfig(name="imagenet", path="/i")
     split = {"name": "cifar10", "path": "/p.npz", "holdout": 0.3, "split_seed": 5}
     same = settings_of({"data": split}, data="npz", path="/p.npz")
     assert same.eval_path is None  # a share of it was trained on
     assert (same.holdout, same.split_seed) == (0.3, 5)  # and this one was not
+    back = settings_of({"data": {**split, "name": "npz"}}, data="cifar10", path="/p.npz")
+    assert (back.holdout, back.split_seed) == (0.3, 5)
+    own = settings_of({"data": {**split, "eval_path": "/e.npz"}}, data="npz", path="/p.npz")
+    assert own.eval_path == "/e.npz"
     for name in ("folder", "npz"):  # none of it was trained on
         found = settings_of({"data": {"name": "digits"}}, data=name, path="/p")
         assert (found.path, found.eval_path) == ("/p", "/p")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -161,16 +162,23 @@ def data_settings(trained: Trained, given: Mapping[str, Any]) -> DataConfig:
         before = (recorded.name, recorded.path) if recorded else (None, None)
         if is_foreign(settings.name, changes["path"], *before):
             changes.setdefault("eval_path", changes["path"])
-        elif recorded and settings.name != recorded.name:  # the same by another name
-            changes |= {"holdout": recorded.holdout, "split_seed": recorded.split_seed}
+    if recorded and settings.name != recorded.name and _same(recorded.path, changes.get("path")):
+        # By another name the same part is held out.
+        kept = ("holdout", "split_seed", "eval_path")
+        changes = {field: getattr(recorded, field) for field in kept} | changes
     if "path" in changes and "eval_path" not in changes:
         check_moved(changes["path"], settings.path, settings.eval_path)
-    if "eval_path" in changes or given.get("paper"):  # no share of another part is meant
+    moved = "eval_path" in changes and settings.eval_path is None
+    if moved or given.get("paper"):  # how many there were of another part says nothing
         changes.setdefault("limit", None)
     settings = dataclasses.replace(settings, **changes)
     settings.check()
     settings.check_read(named)
     return settings
+
+
+def _same(one: str | None, other: str | None) -> bool:
+    return None not in (one, other) and os.path.realpath(str(one)) == os.path.realpath(str(other))
 
 
 def _recorded(trained: Trained) -> DataConfig | None:

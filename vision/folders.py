@@ -161,18 +161,20 @@ def _roots(data: DataConfig, evaluation_only: bool) -> tuple[Path, Path | None, 
 
 def _check_parts(path: Path, train: Path) -> None:
     """Raise ValueError if a folder has parts that go by other names than they should."""
-    parts = [name for name in _folders(path, "--data.path") if _is_part(path / name)]
+    names = _folders(path, "--data.path")
+    called = [name for name in names if name.casefold() in _PART_NAMES and _is_part(path / name)]
     if _is_part(train):
         own = set(_folders(train, "--data.path"))
-        alike = [n for n in parts if n != "train" and own & set(_folders(path / n, "--data.path"))]
-        if alike:
+        others = [name for name in called if own & set(_folders(path / name, "--data.path"))]
+        others.remove("train")
+        if others:
             raise ValueError(
-                f"--data.path {path} has a folder train and beside it {alike[0]}, with classes of "
-                "the same names; call it val to evaluate on it, or move it away"
+                f"--data.path {path} has a folder train and beside it {others[0]}, with classes of "
+                f"the same names; call it val to evaluate on it, or name {train} alone"
             )
-    elif len(parts) > 1 and {name.casefold() for name in parts} <= _PART_NAMES:
+    elif len(names) > 1 and called == names:
         raise ValueError(
-            f"--data.path {path} has folders {' and '.join(parts)}, which are called like parts "
+            f"--data.path {path} has folders {' and '.join(names)}, which are called like parts "
             "and not like classes; call them train and val"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,12 @@ class Archive:
         self.offsets: Integers = arrays["offsets"].astype(np.int64)
         self.labels: Integers = arrays["labels"].astype(np.int64)
         self.names: NDArray[np.str_] = arrays["names"]
-        self._has_names = len(np.unique(self.names)) == len(self.names)
         self.classes = tuple(map(str, arrays["classes"]))
         self.split: NDArray[Any] | None = arrays.get("split")
+
+    @functools.cached_property
+    def _has_names(self) -> bool:
+        return len(np.unique(self.names)) == len(self.names)
 
     def name(self, index: int) -> str:
         """Return the archive and the entry, with its number where others have its name."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from blnet.kernels.backend import choose_backend
 from blnet.limits import UnavailableError
@@ -90,9 +91,16 @@ def engine(name: str) -> Engine:
     raise ValueError(f"engine must be 'auto' or one of {', '.join(engine_names())}, got {name!r}")
 
 
+def is_transformed(value: Tensor) -> bool:
+    """Return whether a tensor stands for another one: in vmap, jvp and the like."""
+    if torch.compiler.is_compiling():  # there transforms are part of what is compiled
+        return False
+    return is_functorch_wrapped_tensor(value) or unpack_dual(value).tangent is not None
+
+
 def channels_last(value: Tensor) -> Tensor:
     """Return a map in channels-last layout, anything else as it is."""
-    if value.ndim != 4 or is_functorch_wrapped_tensor(value):  # vmap knows no layouts
+    if value.ndim != 4 or is_transformed(value):  # vmap knows no layouts
         return value
     return value.contiguous(memory_format=torch.channels_last)
 

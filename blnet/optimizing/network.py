@@ -7,11 +7,9 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.autograd.forward_ad import unpack_dual
 from torch.utils._pytree import tree_leaves, tree_map
 
-from blnet.optimizing.engines import Inputs, Run, channels_last, name_of
+from blnet.optimizing.engines import Inputs, Run, channels_last, is_transformed, name_of
 from blnet.optimizing.report import Report
 from blnet.tracing import autocast_is_on, autocast_switched
 
@@ -105,8 +103,8 @@ class OptimizedNetwork(nn.Module):
             same = x.shape == shape and x.dtype == dtype and x.device == device
             if not same or x.layout != torch.strided or (gradients and x.requires_grad):
                 return False
-            if is_functorch_wrapped_tensor(x) or unpack_dual(x).tangent is not None:
-                return False  # vmap, jvp and the like
+            if is_transformed(x):
+                return False
         return True
 
     def _cast(self, value: Any) -> Any:
