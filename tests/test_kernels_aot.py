@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from blnet.kernels import aot
-from blnet.kernels.launch import Launch, specialize
+from blnet.kernels.launch import Launch, allocate, specialize
 from blnet.kernels.merge import forward_launch
 from blnet.kernels.triton_shim import tl, triton
 
@@ -174,3 +175,16 @@ def test_undeclared_divisibility_would_narrow_the_loads():
 def test_unknown_target():
     with pytest.raises(ValueError, match=r"no target 'sm_12'; choose from sm_80, sm_90"):
         list(aot.compile_all(["sm_12"]))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (1, 1, 1, 1), (0, 4, 2, 2), (2, 3, 0, 5)])
+def test_outputs_in_channels_last_are_named_by_their_strides(shape):
+    like = torch.empty(1, dtype=torch.bfloat16)
+    found = allocate(like, shape, torch.channels_last)
+    wanted = torch.empty(shape, memory_format=torch.channels_last)
+    assert (found.stride(), found.dtype) == (wanted.stride(), torch.bfloat16)
+    # Of a memory format Inductor makes a kernel of its own that fills the output with NaN.
+    graph = make_fx(lambda x: allocate(x, shape, torch.channels_last))(like).graph
+    assert [node.target for node in graph.nodes if node.op == "call_function"] == [
+        torch.ops.aten.empty_strided.default
+    ]

@@ -162,3 +162,14 @@ def test_bad_input_is_one_line_and_status_2(words, message, capsys):
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_an_op_that_cannot_be_launched_fails_its_row_alone(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of resource: shared memory,\nRequired: 240000")
+
+    op = dataclasses.replace(OPS[0], function=fail)
+    row = check.check_row(op, torch.bfloat16, "channels_last", testing.SHAPES[0], "cpu")
+    assert row.failure == "RuntimeError: out of resource: shared memory, Required: 240000"
+    good = check.check_row(OPS[0], torch.bfloat16, "channels_last", testing.SHAPES[0], "cpu")
+    assert not good.failure

@@ -100,20 +100,25 @@ def _fused(module: nn.Module) -> nn.Module | None:
 
 def _closing_relu(block: nn.Module) -> bool | None:
     """Return whether a bottleneck closes with a ReLU; None for what is no bottleneck of a kind."""
-    if type(block) is Bottleneck:
-        return bool(block.closing_activation) if block.se is None else None
     kind = type(block)
-    if kind.__module__ == "torchvision.models.resnet" and kind.__name__ == "Bottleneck":
-        return True if type(block.relu) is nn.ReLU else None
-    return None
+    if kind is Bottleneck and block.se is None:
+        closing = bool(block.closing_activation)
+    elif kind.__module__ == "torchvision.models.resnet" and kind.__name__ == "Bottleneck":
+        closing = True
+    else:
+        return None
+    return closing if _are_relus(block.relu) else None
 
 
 def _is_plain_pool(pool: BigLittlePool) -> bool:
     expand = cast("nn.Conv2d", pool.expand[0])
     convolutions = (pool.little[0], pool.little[3], pool.big[0], pool.expand[0], pool.fusion[0])
     norms = (pool.little[1], pool.little[4], pool.big[1], pool.expand[1], pool.fusion[1])
+    parts = (pool, pool.little, pool.big, pool.expand, pool.fusion, *norms)
     return (
         _all_plain(*convolutions)
+        and _are_relus(pool.little[2], pool.little[5], pool.fusion[2])
+        and not any(map(hooked, parts))
         and all(type(norm) is nn.Identity for norm in norms)
         and max(expand.in_channels, expand.out_channels) <= LARGEST_WIDTH
     )
@@ -123,7 +128,7 @@ def _is_narrow(block: nn.Module) -> bool:
     """Return whether a block is one that the op takes: narrow inside, not strided, not grouped."""
     convs = (block.conv1, block.conv2, block.conv3)
     norms = (block.bn1, block.bn2, block.bn3)
-    if not _all_plain(*convs) or hooked(block):
+    if not _all_plain(*convs) or any(hooked(cast("nn.Module", part)) for part in (block, *norms)):
         return False
     if not all(type(norm) is nn.Identity for norm in norms):
         return False
@@ -134,6 +139,10 @@ def _is_narrow(block: nn.Module) -> bool:
         and (middle.padding, middle.dilation) == ((1, 1), (1, 1))
         and middle.in_channels == middle.out_channels <= LARGEST_INNER
     )
+
+
+def _are_relus(*layers: object) -> bool:
+    return all(type(layer) is nn.ReLU and not hooked(layer) for layer in layers)
 
 
 def _all_plain(*layers: object) -> bool:

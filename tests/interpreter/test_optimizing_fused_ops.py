@@ -102,3 +102,27 @@ def test_what_the_ops_do_not_take_is_left() -> None:
     watched.stages[0].branches[0][0].register_forward_hook(lambda *_: None)
     fused, _ = with_fused_ops(watched)
     assert not isinstance(fused.stages[0].branches[0][0], FusedBottleneck)
+
+
+def changed(what: str) -> nn.Module:
+    network = lived_in(big_little())
+    pool = network.stem.pool
+    block = network.stages[0].branches[0][0]
+    places = {"pool": (pool.fusion, 2), "pool inside": (pool.little, 5), "block": (block, "relu")}
+    if what in places:
+        parent, name = places[what]
+        parent._modules[str(name)] = nn.SiLU()
+    else:
+        watched = {"hook on pool": pool, "hook on fusion": pool.fusion, "hook on relu": block.relu}
+        watched[what].register_forward_hook(lambda *arguments: 2 * arguments[2])
+    return network.eval()
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["pool", "pool inside", "block", "hook on pool", "hook on fusion", "hook on relu"],
+)
+def test_other_activations_and_hooks_stay(what: str) -> None:
+    network = changed(what)
+    fused, _ = with_fused_ops(folded(network))
+    assert difference(fused(images()), network(images())) < 1e-5
