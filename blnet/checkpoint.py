@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from blnet.network import BigLittleConfig, BigLittleNet
 
 FORMAT = "blnet-checkpoint"
 VERSION = 1
+# Options of other libraries' networks that fetch or read weights, which a file of weights replaces.
+UNREAD = frozenset({"weights", "pretrained", "checkpoint_path"})
 # One header entry holds all of our JSON: the order of several would differ from run to run.
 _ENTRY = "blnet"
 _PLAN_FIELDS = ("source", "source_options", "alpha", "beta", "branches")
@@ -138,12 +141,34 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         with torch.device("meta"):
             rebuilt = BigLittleNet(model.config)
         # A network whose classifier was exchanged, say, is no longer what its configuration says.
-        if _shapes(rebuilt) == _shapes(model):
+        if _shapes(rebuilt) == _shapes(model) and _has_layers_of(model, rebuilt):
             return {"kind": "big-little", "config": dataclasses.asdict(model.config)}
     # One of ours with one branch can be converted like any other plain network.
     plan = getattr(model, "plan", None)
     to_dict = None if isinstance(plan, nn.Module) else getattr(plan, "to_dict", None)
     return {"kind": "converted", "plan": to_dict()} if to_dict else {"kind": "weights"}
+
+
+def _has_layers_of(model: nn.Module, rebuilt: nn.Module) -> bool:
+    """Return whether all layers of a network are what another one has in their places.
+
+    A class derived from the other's will do, as fused layers have, and SyncBatchNorm for BatchNorm;
+    momentum and whether a layer works in place change no answer.
+    """
+    own, others = dict(model.named_modules()), dict(rebuilt.named_modules())
+    return own.keys() == others.keys() and all(
+        (isinstance(layer, type(others[name])) or _are_norms(layer, others[name]))
+        and _settings_of(layer) == _settings_of(others[name])
+        for name, layer in own.items()
+    )
+
+
+def _are_norms(*layers: nn.Module) -> bool:
+    return all(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers)
+
+
+def _settings_of(layer: nn.Module) -> str:
+    return re.sub(r"(momentum|inplace)=[^,]*", "", layer.extra_repr())
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -241,7 +266,7 @@ def _reconvert(path: StrPath, plan: dict[str, Any], trust_source: bool) -> nn.Mo
             "pass trust_source=True if you trust the file, or the converted network as model"
         )
     # The file's weights replace those, and nothing may be downloaded that nobody asked for.
-    unread = {"weights", "pretrained", "checkpoint_path"} if not foreign else set()
+    unread = UNREAD if not foreign else frozenset()
     options = {name: value for name, value in plan["source_options"].items() if name not in unread}
     from blnet.conversion import convert
 

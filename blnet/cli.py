@@ -119,14 +119,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     _open_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        print(_overview(), end="")
-        return 0 if words else 2
-    if words[0] == "--version":
-        print(importlib.import_module("importlib.metadata").version("blnet"))
-        return 0
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    if not words or words[0] in ("-h", "--help"):
+        return _print(_overview(), 0 if words else 2)
+    if words[0] == "--version":
+        return _print(importlib.import_module("importlib.metadata").version("blnet") + "\n", 0)
     words = _ALIASES.get((*words[:2],), words[:2]) + words[2:]
     if words[0] == "table" and _SPEECH in words:  # wherever it stands
         words = ["table", _SPEECH, *(word for word in words[1:] if word != _SPEECH)]
@@ -136,6 +134,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(name, words[length:], debug)
     print(f"blnet: error: {_what_is_near(words)}", file=sys.stderr)
     return 2
+
+
+def _print(text: str, status: int) -> int:
+    """Print a text and return a status, 2 where it cannot be printed."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        _discard_unwritable()
+    except OSError as error:
+        _discard_unwritable()
+        print(f"blnet: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return status
 
 
 def _what_is_near(words: Sequence[str]) -> str:

@@ -274,3 +274,48 @@ def test_long_names(tmp_path):
     path = tmp_path / ("m" * 243 + ".safetensors")
     blnet.save(small(), path)
     assert_same_state(blnet.load(path), small())
+
+
+def exchanged(change):
+    net = BigLittleNet(
+        BigLittleConfig(depths=(1, 1), widths=(16, 32), stem_width=16, num_classes=3)
+    )
+    change(net.eval())
+    return net
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: setattr(net.stem, "relu", nn.GELU()),
+        lambda net: setattr(net, "pool", nn.AdaptiveMaxPool2d(1)),
+        lambda net: setattr(net.stem.bn1, "eps", 0.1),
+        lambda net: setattr(net.stem.conv1, "stride", (1, 1)),
+    ],
+)
+def test_a_network_whose_layers_were_exchanged_is_weights_alone(path, change):
+    net = exchanged(change)
+    blnet.save(net, path)
+    assert checkpoint.read_header(path)["kind"] == "weights"
+    with pytest.raises(ValueError, match="model"):
+        blnet.load(path)
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(blnet.load(path, exchanged(change)).eval()(x), net(x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: setattr(net.stem.bn1, "momentum", 0.5),
+        lambda net: setattr(net.stem.relu, "inplace", False),
+        lambda net: setattr(net.stem, "bn1", nn.SyncBatchNorm(16)),
+    ],
+)
+def test_what_changes_no_answer_is_the_same_network(path, change):
+    blnet.save(exchanged(change), path)
+    assert isinstance(blnet.load(path), BigLittleNet)
+
+
+def test_a_fused_network_is_the_same_network(path):
+    blnet.save(blnet.fuse(exchanged(lambda net: None)), path)
+    assert isinstance(blnet.load(path), BigLittleNet)

@@ -311,3 +311,20 @@ def test_a_missing_package_is_told_with_what_installs_it(
     monkeypatch.setattr("blnet.vision.table.run", missing)
     assert main(["table"]) == 2
     assert "install it with: pip install 'blnet[vision]'" in capsys.readouterr().err
+
+
+def test_debug_may_stand_before_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--debug"]) == 2
+    assert "usage" in capsys.readouterr().out.lower()
+    assert main(["--debug", "--version"]) == 0
+    assert capsys.readouterr().out.count(".") >= 2
+
+
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_the_overview_to_a_full_disk_is_one_line(flag: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "blnet.cli", flag], stdout=full, text=True,
+                              stderr=subprocess.PIPE, check=False)  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("blnet: error: ")
+    assert done.stderr.count("\n") == 1

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from blnet.kernels.native import Builder, NativeError, status
 from blnet.kernels.native import library as libraries
@@ -103,3 +104,35 @@ def test_the_key_follows_sources_and_flags(monkeypatch):
     before = libraries._key(compiling)
     monkeypatch.setattr(libraries, "FLAGS", (*libraries.FLAGS, "-g"))
     assert libraries._key(compiling) != before
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_defaults_of_the_process_do_not_matter(dtype):
+    code = (
+        "import torch; from torch.nn.functional import conv2d;"
+        "from blnet.kernels.native.builder import Builder;"
+        "x, w = torch.randn(1, 16, 9, 9), torch.randn(24, 16, 3, 3);"
+        "right = conv2d(x.double(), w.double(), padding=1);"
+        "b = Builder(x.shape); early = b.build([b.conv(b.input, w, padding=(1, 1))]);"
+        f"torch.set_default_dtype({dtype});"
+        "b = Builder(x.shape); late = b.build([b.conv(b.input, w, padding=(1, 1))]);"
+        "torch.set_default_device('meta');"
+        "found = [y for p in (early, late) for y in p(x)];"
+        "assert all(y.dtype == torch.float32 and y.device.type == 'cpu' for y in found);"
+        "assert all((y - right).abs().max() < 2e-5 * right.abs().max() for y in found)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
+
+
+@pytest.mark.parametrize("left", [0, 1000, -1])
+def test_a_damaged_library_is_made_again(left, monkeypatch, tmp_path):
+    whole = libraries.load().path.read_bytes()
+    path = tmp_path / "blnet" / "native" / libraries.load().path.name
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path.parent.mkdir(parents=True)
+    path.write_bytes(whole[:left])
+    monkeypatch.setattr(libraries, "_compile", lambda _, partial: partial.write_bytes(whole))
+    assert libraries._cached() == path
+    assert path.read_bytes() == whole
+    monkeypatch.setattr(libraries, "_compile", lambda *_: pytest.fail("it is whole"))
+    assert libraries._cached() == path

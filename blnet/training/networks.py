@@ -110,4 +110,5 @@ def _twin(path: Path, extra: dict[str, Any]) -> nn.Module | None:
             f"{path} was trained as {name}, and rebuilding it would import and call that; build "
             "the network yourself and fill it: blnet.load(path, model)"
         )
-    return registry.build(name, **(options if isinstance(options, dict) else {}))
+    options = options if isinstance(options, dict) else {}
+    return registry.build(name, **{k: v for k, v in options.items() if k not in checkpoint.UNREAD})

@@ -158,8 +158,8 @@ class Builder:
         name = "average" if average else "maximum"
         draft = Draft(step, f"{name} {_window(rows)}x{_window(columns)}", target, x)
         draft.tensors = {
-            "rows": torch.tensor(rows, dtype=torch.int32),
-            "columns": torch.tensor(columns, dtype=torch.int32),
+            "rows": torch.tensor(rows, dtype=torch.int32, device="cpu"),
+            "columns": torch.tensor(columns, dtype=torch.int32, device="cpu"),
         }
         return self._finish(draft)
 
@@ -316,7 +316,7 @@ def pixel_table(rows: Tensor, columns: Tensor, width: int) -> Tensor:
 
 
 def _padded(values: Tensor, size: int) -> Tensor:
-    padded = torch.zeros(size)
+    padded = torch.zeros(size, dtype=torch.float32, device="cpu")
     padded[: len(values)] = values.detach()
     return padded
 

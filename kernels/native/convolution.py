@@ -113,7 +113,7 @@ def order_weights(
         last = min(first + library.group, out_channels)
         # What is left at the end is computed by the smaller kernel where that suffices.
         size = BLOCK if last - first <= BLOCK else library.group
-        dense = torch.zeros(size, planes, *kernel)
+        dense = torch.zeros(size, planes, *kernel, dtype=torch.float32, device="cpu")
         for group in range(first // width_out, (last - 1) // width_out + 1):
             begin, end = max(first, group * width_out), min(last, (group + 1) * width_out)
             place = group * width_in - start * BLOCK

@@ -53,8 +53,8 @@ def pack(library: Library, conv: Convolution, weight: Tensor, bias: Tensor, thre
     scratch, segments = _cut_direct(library, conv, step, span, threads)
     step.segment_count = len(segments)
     packed = order_weights(library, conv, weight, starts, span)
-    first = torch.tensor(starts, dtype=torch.int32) if conv.groups > 1 else None
-    offsets = torch.tensor(segments, dtype=torch.int32)
+    first = torch.tensor(starts, dtype=torch.int32, device="cpu") if conv.groups > 1 else None
+    offsets = torch.tensor(segments, dtype=torch.int32, device="cpu")
     return Packed(step, packed, bias, offsets, first, scratch, METHOD)
 
 

@@ -11,6 +11,7 @@ import platform
 import secrets
 import shlex
 import shutil
+import struct
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -205,9 +206,9 @@ def _cached() -> Path:
     """Return the library's file, made if it is not there."""
     compiling = compiler()
     path = cache_folder() / f"{_key(compiling)}.so"
-    if path.exists():
-        return path
     try:
+        if path.exists() and _is_whole(path):
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with _aside(path) as partial:
             _compile(compiling, partial)
@@ -219,12 +220,28 @@ def _cached() -> Path:
     return path
 
 
+def _is_whole(path: Path) -> bool:
+    """Return whether a library ends where it says; loading one that was cut kills the process.
+
+    The table at the end of an ELF file begins at the eight bytes from 40 on, and the two from 58
+    and from 60 on say how large and how many its entries are (ELF-64 Object File Format 1.5).
+    """
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head.startswith(b"\x7fELF\x02\x01"):  # another system's
+        return any(head)
+    begin, size, count = struct.unpack_from("<Q10xHH", head.ljust(64, b"\0"), 40)
+    return bool(begin) and path.stat().st_size >= int(begin + size * count)
+
+
 @contextlib.contextmanager
 def _aside(path: Path) -> Iterator[Path]:
     """Give a file to write and rename: two processes may compile at once, and one wins."""
     partial = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.so")
     try:
         yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -34,7 +34,8 @@ def pack(
         method: one of `METHODS`; None chooses by `choose_method`.
     """
     out_channels = conv.weight[0]
-    padded = torch.zeros(math.ceil(out_channels / library.group) * library.group)
+    size = math.ceil(out_channels / library.group) * library.group
+    padded = torch.zeros(size, dtype=torch.float32, device="cpu")
     if bias is not None:
         padded[:out_channels] = bias
     method = method or choose_method(conv)

@@ -77,8 +77,8 @@ class Program:
         self._lanes = min(threads, shape[0]) if count else 0
         self._arena = reserve(size * max(self._lanes, 1))
         self._scratch_floats = -(-max(d.scratch for d in drafts) // _ALIGNMENT) * _ALIGNMENT
-        self._scratch = torch.empty(0)
-        self._taken = torch.empty(0, dtype=torch.int64)
+        self._scratch = torch.empty(0, dtype=torch.float32, device="cpu")
+        self._taken = torch.empty(0, dtype=torch.int64, device="cpu")
         self._prepared = 0
         self._lock = threading.Lock()
         # One for all calls: after each, the caches hold maps and weights and nothing of Python, so
@@ -124,7 +124,7 @@ class Program:
                 f"{x.dtype} of shape {tuple(x.shape)} on {x.device}; build one for this shape"
             )
         x = x.resolve_neg()  # the library reads memory as it is
-        outputs = [torch.empty(shape) for shape in self._outputs]
+        outputs = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in self._outputs]
         threads = torch.get_num_threads() if self._library.threaded and not _forked else 1
         with self._lock:
             call = self._call
@@ -146,7 +146,9 @@ class Program:
     def _prepare(self, threads: int) -> None:
         """Reserve what so many threads need beside the arena."""
         self._scratch = reserve(threads * self._scratch_floats)
-        self._taken = torch.empty(len(self._steps) * threads * COUNTERS, dtype=torch.int64)
+        self._taken = torch.empty(
+            len(self._steps) * threads * COUNTERS, dtype=torch.int64, device="cpu"
+        )
         self._call.scratch, self._call.taken = self._scratch.data_ptr(), self._taken.data_ptr()
         self._prepared = threads
 

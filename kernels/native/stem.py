@@ -69,7 +69,7 @@ def pack(library: Library, conv: Convolution, weight: Tensor, bias: Tensor, thre
     line = tiles * OUTPUTS * down + kernel - down
     inputs = math.ceil((points * channels * rows * tiles + line) / BLOCK) * BLOCK
     scratch = inputs + points * library.pixels * library.group
-    segments = torch.tensor(offsets, dtype=torch.int32)
+    segments = torch.tensor(offsets, dtype=torch.int32, device="cpu")
     return Packed(step, _transformed(library, conv, weight), bias, segments, None, scratch, METHOD)
 
 
@@ -77,7 +77,8 @@ def _transformed(library: Library, conv: Convolution, weight: Tensor) -> Tensor:
     """Return the weights of each point, in the order of `order_weights`."""
     halves = ((_EVEN, weight[..., 0::2]), (_ODD, weight[..., 1::2]))
     transformed = [
-        (part.double() @ torch.tensor(rows, dtype=torch.float64).T).float() for rows, part in halves
+        (part.double() @ torch.tensor(rows, dtype=torch.float64, device="cpu").T).float()
+        for rows, part in halves
     ]
     product = Convolution(conv.shape, (*conv.weight[:2], KERNEL[0], 1), (1, 1), (0, 0), 1, True)
     starts = [0] * math.ceil(conv.weight[0] / library.group)

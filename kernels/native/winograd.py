@@ -57,7 +57,9 @@ class Tile:
     @property
     def transforms(self) -> tuple[Tensor, Tensor]:
         """What makes U = G_h g G_w^T of weights g: (points, 3) of each side, float64."""
-        down, across = (torch.tensor(rows, dtype=torch.float64) for rows in self._sides)
+        down, across = (
+            torch.tensor(rows, dtype=torch.float64, device="cpu") for rows in self._sides
+        )
         return down, across
 
     @property
@@ -182,7 +184,7 @@ def pack(
     cut_slices(library, step, pieces, 1)
     step.chunks = math.ceil(tiles / step.chunk)  # they go on from image to image
     step.items = step.chunks * step.slices
-    segments = torch.arange(step.blocks, dtype=torch.int32) * step.chunk * BLOCK
+    segments = torch.arange(step.blocks, dtype=torch.int32, device="cpu") * step.chunk * BLOCK
     # As point_floats in winograd.cpp: a line of memory between points.
     lines = step.chunk * blocks + 2
     scratch = points * lines * BLOCK
