@@ -9,13 +9,13 @@ with a bootstrap interval (each run resampled for itself). It is called slower o
 - the lower end of the interval is above 1 + threshold.
 
 Both are asked twice: of the times as they are, and of the times held against the controls. Controls
-are implementations that a change of our code cannot touch, PyTorch's own ways to run the plain
-network or the op; they run in the same rounds, so a machine that runs slower as a whole (frequency,
-another process) moves them too. Two runs on the machine of `bench/results` lay 11 % apart at batch
-1 and 15 % at batch 8, PyTorch's own ways like ours: judged by the times alone, a gate of 5 % would
-have failed on all of them. To be slower, an implementation must have moved more
-than each control did, for how far the controls lie apart is how far identical code may. So the
-verdict is
+are implementations that are not ours: other projects' ways to run the plain network or the op, some
+of them on a network that our folding prepared; they run in the same rounds, so a machine that runs
+slower as a whole (frequency, another process) moves them too. Two runs on the machine of
+`bench/results` lay 11 % apart at batch 1 and 15 % at batch 8, PyTorch's own ways like ours: judged
+by the times alone, a gate of 5 % would have failed on all of them. To be slower, an implementation
+must have moved more than each control did, for how far the controls lie apart is how far identical
+code may. So the verdict is
 
 - slower or faster if the times say so, and they say so against the controls too;
 - unclear if only one of the two says so: all of the group became slower, or a slow-down hides in a
@@ -192,7 +192,13 @@ def compare(
             for key, found in zip(groups, changes, strict=True)
             if found.shift is not None
         ],
-        missing(before, after, new, _slowest(before, groups, threshold)),
+        missing(
+            before,
+            after,
+            new,
+            _slowest(before, groups, threshold),
+            {key for key, measurement in before.items() if is_control(measurement)},
+        ),
         _differences(old, new),
         lost_groups(before, after, new),
         new.interrupted,
@@ -247,7 +253,7 @@ def _text(value: Any) -> str:
 
 
 def is_control(measurement: Measurement) -> bool:
-    """Return whether no change of our code can touch it: PyTorch's own, of the plain network."""
+    """Return whether it is not ours: PyTorch's and other projects' ways, of the plain network."""
     facts = measurement.facts
     baseline = facts.get("baseline")
     if isinstance(baseline, str):
@@ -285,7 +291,7 @@ def _rows(groups: list[Pairs], changes: list[Change], threshold: float) -> list[
         for number, (old, new) in enumerate(pairs):
             here = p[:, len(rows)]
             verdict = _verdict(found, number, here, threshold)
-            if found.least_p * p.shape[1] > ALPHA:
+            if verdict == "same" and found.least_p * p.shape[1] > ALPHA:
                 verdict = "too few"
             rows.append(
                 Row(

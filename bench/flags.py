@@ -101,7 +101,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     mode.add_argument(
         "--full",
         action="store_true",
-        help="every rung, every merge site, more rounds: 52 minutes on two cores of a Xeon",
+        help="every rung, every merge site, more rounds: 51 minutes on two cores of a Xeon",
     )
     add(
         "--repeat",

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 RESAMPLES = 4000
 CONFIDENCE = 0.95
+_AT_ONCE = 1_000_000  # samples that are resampled together
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,12 @@ def _median_ratio(above: tuple[float, ...], below: tuple[float, ...], seed: int)
     top, bottom = np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
     rounds = len(above)
     value = float(np.median(top) / np.median(bottom))
-    picks = np.random.default_rng(seed).integers(rounds, size=(RESAMPLES, rounds))
-    ratios = np.median(top[picks], axis=1) / np.median(bottom[picks], axis=1)
-    return with_intervals([value], ratios[None])[0]
+    draw, ratios = np.random.default_rng(seed), []
+    part = max(1, _AT_ONCE // rounds)  # of the resamples: all of a long run's would fill the memory
+    for done in range(0, RESAMPLES, part):
+        picks = draw.integers(rounds, size=(min(part, RESAMPLES - done), rounds))
+        ratios.append(np.median(top[picks], axis=1) / np.median(bottom[picks], axis=1))
+    return with_intervals([value], np.concatenate(ratios)[None])[0]
 
 
 def resampled_medians(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from blnet.bench.results import LEASHED, Measurement, Results
+from blnet.bench.results import LATE, LEASHED, Measurement, Results
 
 Key = tuple[str, str, str, str]
 Part = tuple[str, str]  # suite and group
@@ -24,8 +25,9 @@ class Missing:
         kind: "lost" if the new run has it without a time, else the run that has it.
         status: what the new run says of a lost one; "" for the others.
         note: why it has no time.
-        slower: whether it was dropped for a time that is slower than the old one by more than the
-            threshold, and than its controls became.
+        slower: whether it is ours and was dropped for a time that is slower than the old one by
+            more than the threshold, and than its controls became, or for a build that took more
+            than twice as long.
     """
 
     suite: str
@@ -58,6 +60,7 @@ def missing(
     after: Mapping[Key, Measurement],
     new: Results,
     slowest: Mapping[Part, float],
+    controls: Collection[Key] = (),
 ) -> list[Missing]:
     """Return what has a time in one run only.
 
@@ -66,6 +69,7 @@ def missing(
         after: what has one in the new run.
         new: the new run.
         slowest: group of the old run -> times the old median from which on a time is slower.
+        controls: which of the old run are not ours.
     """
     untimed = {key_of(m): m for m in new.measurements if not m.timed}
     found = []
@@ -74,7 +78,10 @@ def missing(
             lost = untimed[key]
             # Its best time while warming up: what is dropped for it has no other.
             limit = measurement.median * slowest[key[:2]]
-            slower = lost.status == "dropped" and lost.facts.get(LEASHED, 0.0) > limit
+            # A build that took less than half of the time allowed, and then more than all of it.
+            late = lost.facts.get(LATE, 0.0) > 2 * (measurement.build_seconds or math.inf)
+            slower = lost.facts.get(LEASHED, 0.0) > limit or late
+            slower = lost.status == "dropped" and key not in controls and slower
             found.append(Missing(*key, "lost", lost.status, lost.note, slower))
         elif key not in after:
             found.append(Missing(*key, "only old"))

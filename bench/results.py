@@ -30,13 +30,14 @@ FACTS: dict[str, Any] = {
     **dict.fromkeys(("batch", "bytes", "flops", "seed", "macs", "parameters", "epochs"), int),
     **dict.fromkeys(("steps", "evaluation_images"), int),
     **dict.fromkeys(("alpha", "beta"), int | None),
-    **dict.fromkeys(("accuracy", "wer", "cer", "cost", "real_time_factor", "leash"), float),
+    **dict.fromkeys(("accuracy", "wer", "cer", "cost", "real_time_factor", "leash", "late"), float),
     "baseline": str | bool | None,
     "ours": bool,
     "kept_bytes_an_image": dict[str, int],
 }
 # What every trained network has of them.
 STUDY_FACTS = ("network", "alpha", "beta", "baseline", "parameters", "macs", "epochs", "seed")
+LATE = "late"  # fact of what was dropped for its build and first call: their limit, seconds
 LEASHED = "leash"  # fact of what was dropped for its times: the best of them, seconds
 
 

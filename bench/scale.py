@@ -65,7 +65,7 @@ def measure(name: str, batch: int, size: int, rounds: int) -> Sharing:
         size: height and width of the images, pixels.
         rounds: how often each of the three is timed, after once that is not.
     """
-    on_gpu = torch.cuda.is_available() and dist.get_backend() == "nccl"
+    on_gpu = dist.get_backend() == "nccl"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     torch.manual_seed(0)
     plain: nn.Module = known().build(name).to(device)
@@ -124,6 +124,7 @@ def _record(args: argparse.Namespace, found: Sequence[Sharing]) -> dict[str, Any
     return {
         "command": command_line(),
         **{name: getattr(args, name) for name in ("batch", "size", "rounds")},
+        "backend": dist.get_backend(),
         "environment": collect().as_dict(),
         "networks": [asdict(sharing) for sharing in found],
     }
@@ -140,7 +141,8 @@ def main(words: Sequence[str] | None = None) -> None:
     args = parser.parse_args(words)
     if not dist.is_torchelastic_launched():
         parser.error("it needs several processes; start it with torchrun --nproc-per-node 2 -m ...")
-    dist.init_process_group()
+    # Named, as torch tells the backend of a group only where one was asked for.
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if torch.cuda.is_available():
         torch.cuda.set_device(dist.get_node_local_rank())
     found = [measure(name, args.batch, args.size, args.rounds) for name in args.models]

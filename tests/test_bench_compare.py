@@ -16,7 +16,7 @@ from blnet.bench.changes import corrected
 from blnet.bench.compare import ALPHA, Comparison, compare, is_control
 from blnet.bench.intervals import median_ratio
 from blnet.bench.report.comparison import FEW, comparison_markdown, shown
-from blnet.bench.results import Measurement, Results, read_json, write_json
+from blnet.bench.results import LATE, LEASHED, Measurement, Results, read_json, write_json
 from blnet.cli import main
 
 ENVIRONMENT = {
@@ -496,3 +496,41 @@ def test_markdown_has_every_row() -> None:
     assert "| suite, group 0 | family, way 0 (control) |" in text
     assert "| slower |" in text
     assert "| suite, group 0 | 2 | " in text  # how much the controls moved
+
+
+def test_equal_times_do_not_blind_the_gate() -> None:
+    draw = np.random.default_rng(3)
+    old, new = 1 + 0.01 * draw.random((2, 45, 8))
+    new[5:] *= 3
+    tied = old.copy()
+    tied[0, 1] = tied[0, 0]
+    for before in (old, tied, np.round(old, 2)):
+        comparison = compare(run_of([before]), run_of([new]), 0.05, resamples=200)
+        assert len(comparison.of("slower")) == 40
+        assert not comparison.passed
+
+
+def test_equal_runs_of_a_coarse_clock_are_the_same() -> None:
+    draw = np.random.default_rng(4)
+    old, new = np.round(1 + 0.01 * draw.random((2, 45, 24)), 3)
+    assert compare(run_of([old]), run_of([new]), resamples=200).of("slower") == []
+
+
+@pytest.mark.parametrize(("before", "passed"), [(1.0, False), (40.0, True), (None, True)])
+def test_what_was_dropped_for_its_build_fails_where_that_took_far_less(
+    before: float | None, passed: bool
+) -> None:
+    old = run_of([steady(4, 24)])
+    old.measurements[-1].build_seconds = before
+    new = lose(run_of([steady(4, 24)]), "dropped", "building took more than 60.0 s")
+    assert compare(old, new, 0.05).passed, "of what the run's time was up for nothing is known"
+    new.measurements[-1].facts = {**new.measurements[-1].facts, LATE: 60.0}
+    assert compare(old, new, 0.05).passed is passed
+
+
+def test_a_control_that_was_dropped_is_the_machines() -> None:
+    old, new = run_of([steady(4, 24)]), lose(run_of([steady(4, 24)]), "dropped", "slow")
+    for run in (old, new):
+        run.measurements[-1].facts = {**run.measurements[0].facts, LEASHED: 9.0}
+    assert is_control(old.measurements[-1])
+    assert compare(old, new, 0.05).passed

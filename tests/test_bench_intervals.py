@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from blnet.bench import intervals
 from blnet.bench.intervals import median_ratio, percentile
 
 
@@ -48,3 +49,11 @@ def test_noise_widens_the_interval() -> None:
     quiet = median_ratio(draw.normal(2, 0.01, 20), draw.normal(1, 0.01, 20))
     noisy = median_ratio(draw.normal(2, 0.2, 20), draw.normal(1, 0.2, 20))
     assert noisy.high - noisy.low > 3 * (quiet.high - quiet.low)
+
+
+def test_parts_of_the_resamples_are_the_same_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    above, below = np.random.default_rng(0).random((2, 31)).tolist()
+    whole = median_ratio(above, below)
+    monkeypatch.setattr(intervals, "_AT_ONCE", 1000)
+    intervals._median_ratio.cache_clear()
+    assert median_ratio(above, below) == whole

@@ -14,6 +14,7 @@ from blnet.bench.measure import (
     BuildBudget,
     Group,
     Implementation,
+    _surely,
     declare,
     measure,
     relative_error,
@@ -254,3 +255,12 @@ def test_peak_memory_counts_what_lives_at_once() -> None:
 
     assert peak_bytes(call, "cpu") == pytest.approx(2e6, rel=0.01)
     assert tensor_bytes(torch.nn.BatchNorm1d(10), torch.ones(3)) == 4 * 4 * 10 + 8 + 12
+
+
+def test_one_slow_call_drops_nothing() -> None:
+    times = iter([9.0, 1.0, 9.0])
+    assert _surely([9.0], 4.0, lambda: RIGHT, lambda _: next(times)) == 1.0
+    calls: list[int] = []
+    assert _surely([9.0], 4.0, lambda: RIGHT, lambda _: float(calls.append(1) or 9)) == 9.0
+    assert len(calls) == 2
+    assert _surely([1.0], 4.0, lambda: RIGHT, lambda _: pytest.fail("fast enough")) == 1.0

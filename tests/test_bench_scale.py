@@ -27,6 +27,7 @@ def test_two_processes_share_their_gradients(tmp_path) -> None:
     kept = json.loads((tmp_path / "scale.json").read_text())
     assert (kept["batch"], kept["size"], kept["rounds"]) == (2, 32, 2)
     assert {"device", "threads", "packages", "commit"} <= set(kept["environment"])
+    assert kept["backend"] == "gloo"
     (found,) = kept["networks"]
     assert found["processes"] == 2
     assert found["gradient_bytes"] == 4 * 11_689_512  # torchvision's count of ResNet-18

@@ -155,7 +155,7 @@ def gains(results: Results, suite: str, batch: int) -> Figure | None:
         "uniformtext": {"mode": "hide", "minsize": 10},
         "xaxis": {
             "type": "log",
-            "title": {"text": "speed; plain network, eager = 1"},
+            "title": {"text": "speed; plain network in plain PyTorch = 1"},
             "tickvals": list(_TICKS),
             "ticktext": [f"{tick:g}x" for tick in _TICKS],
         },

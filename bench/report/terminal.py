@@ -100,7 +100,9 @@ def _print_layers(results: Results, console: Console) -> None:
 
 def rich_table(title: str, header: list[str], left: tuple[int, ...], gap: int = 1) -> Table:
     """Return an empty table; `gap` is the space between columns beside that of the box."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0))
+    table = Table(
+        title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0)
+    )
     for number, name in enumerate(header):
         # Words of a header stand below each other, so that the numbers set the width.
         text = name if number in left else name.replace(" ", "\n").replace("[95\n%]", "[95 %]")
