@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,12 +15,26 @@ from blnet.environment import Environment, collect, versions
 
 # Extra -> what it brings: (distribution on PyPI, import name).
 EXTRAS = {
+    "train": (
+        ("accelerate", "accelerate"),
+        ("jsonargparse", "jsonargparse"),
+        ("matplotlib", "matplotlib"),
+        ("rich", "rich"),
+        ("tensorboard", "tensorboard"),
+        ("timm", "timm"),
+        ("torchmetrics", "torchmetrics"),
+    ),
     "vision": (("torchvision", "torchvision"), ("timm", "timm"), ("pillow", "PIL")),
     "speech": (
         ("torchaudio", "torchaudio"),
         ("librosa", "librosa"),
         ("soundfile", "soundfile"),
         ("espeakng-loader", "espeakng_loader"),
+    ),
+    "export": (
+        ("onnx", "onnx"),
+        ("onnxscript", "onnxscript"),
+        ("onnxruntime", "onnxruntime"),
     ),
     "bench": (
         ("pytest", "pytest"),
@@ -102,7 +117,8 @@ def _extra(extra: str) -> Finding:
 
 def _compiler() -> Finding:
     """Look for the C++ compiler that torch.compile needs for code on a CPU."""
-    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    named = shlex.split(os.environ.get("CXX", ""))  # with flags, as the native engine takes it
+    wanted = named[:1] or ["g++", "clang++"]
     found = next((path for name in wanted if (path := shutil.which(name))), None)
     if found:
         return Finding("tool", "C++ compiler", True, found)

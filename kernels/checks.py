@@ -45,17 +45,32 @@ def check_same_kind(op: str, **tensors: torch.Tensor) -> None:
     Raises:
         ValueError: naming the first argument that differs from the first one given.
     """
+    check_same_device(op, **tensors)
+    (first_name, first), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.dtype != first.dtype:
+            raise ValueError(
+                f"{op}: {first_name} is {first.dtype} and {name} is {tensor.dtype}; convert one "
+                "with .to(dtype), or run under torch.autocast, which promotes to the wider"
+            )
+
+
+def check_same_device(op: str, **tensors: torch.Tensor) -> None:
+    """Check that tensors share one device, as they must under autocast too.
+
+    Args:
+        op: the op's name.
+        tensors: the arguments by name.
+
+    Raises:
+        ValueError: naming the first argument that differs from the first one given.
+    """
     (first_name, first), *others = tensors.items()
     for name, tensor in others:
         if tensor.device != first.device:
             raise ValueError(
                 f"{op}: {first_name} is on {str(first.device)!r} and {name} on "
                 f"{str(tensor.device)!r}; move one with .to(device)"
-            )
-        if tensor.dtype != first.dtype:
-            raise ValueError(
-                f"{op}: {first_name} is {first.dtype} and {name} is {tensor.dtype}; convert one "
-                "with .to(dtype), or run under torch.autocast, which promotes to the wider"
             )
 
 
@@ -181,6 +196,7 @@ def check_expand_merge(
     autocast = torch.is_autocast_enabled(x.device.type)
     for name, vector in vectors.items():
         check_vector(op, name, vector, weight.shape[0], x)
+    check_same_device(op, x=x, weight=weight)
     if not autocast:
         check_same_kind(op, x=x, weight=weight)
     if big is None:
@@ -188,6 +204,7 @@ def check_expand_merge(
     check_map(op, "big", big)
     assert isinstance(big, torch.Tensor)
     check_upsampling(op, big, x, weight.shape[0])
+    check_same_device(op, x=x, big=big)
     if not autocast:
         check_same_kind(op, x=x, big=big)
 

@@ -30,6 +30,7 @@ STAGES = (1, 8)
 # Kernel -> block -> its smallest and largest value; filled by tuning.register.
 BLOCKS: dict[str, Mapping[str, tuple[int, int]]] = {}
 
+_LONGEST = 1e12  # microseconds of a launch
 _FACTS = ("device", "architecture", "torch", "triton", "date")
 
 
@@ -126,8 +127,10 @@ def _entry(kernel: str, key: str, values: Any) -> Entry:
     if problem:
         raise ValueError(f"the choice of {where} is wrong: {problem}")
     times = (values["microseconds"], values["rule_microseconds"])
-    if not all(isinstance(t, int | float) and not isinstance(t, bool) and t > 0 for t in times):
-        raise ValueError(f"the times of {where} must be numbers above 0")
+    if not all(
+        isinstance(t, int | float) and not isinstance(t, bool) and 0 < t < _LONGEST for t in times
+    ):
+        raise ValueError(f"the times of {where} must be numbers above 0 and below {_LONGEST:g}")
     return Entry(values["choice"], *map(float, times))
 
 

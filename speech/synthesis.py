@@ -91,6 +91,8 @@ class Synthesizer:
         for name, value, (low, high) in (("rate", rate, _RATES), ("pitch", pitch, _PITCHES)):
             if not low <= value <= high:
                 raise ValueError(f"{name} must be from {low} to {high}, got {value}")
+        if not text.strip() or "\0" in text:
+            raise ValueError(f"eSpeak NG cannot say {text!r}; give it words")
         encoded = text.encode() + b"\0"
         with self._lock:
             self._chunks.clear()

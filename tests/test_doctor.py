@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 
 import pytest
 
@@ -18,7 +19,8 @@ def test_it_says_what_works_and_what_to_do(capsys) -> None:
     for line, after in zip(text.splitlines(), text.splitlines()[1:], strict=False):
         if "does not work" in line:
             assert after.startswith("    to get it: ")
-    for word in ("device:", "packages:", "torch 2", "extra vision", "extra speech", "extra bench"):
+    extras = (f"extra {name}" for name in ("train", "vision", "speech", "export", "bench"))
+    for word in ("device:", "packages:", "torch 2", *extras):
         assert word in text
 
 
@@ -41,6 +43,12 @@ def test_a_missing_package_is_named(monkeypatch) -> None:
     assert not finding.works
     assert finding.detail == "missing: librosa"
     assert finding.advice == "pip install 'blnet[speech]'"
+
+
+def test_a_compiler_may_be_given_with_flags(monkeypatch) -> None:
+    monkeypatch.setenv("CXX", f"'{sys.executable}' -O2")
+    finding = next(f for f in doctor.examine() if f.kind == "tool")
+    assert finding.works
 
 
 @pytest.mark.parametrize("variable", ["", "no-such-compiler"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -18,6 +19,7 @@ import blnet
 from blnet import BigLittleConfig, BigLittleNet
 from blnet.exporting import parity
 from blnet.exporting.formats import FORMATS
+from blnet.exporting.metadata import describe
 from blnet.exporting.onnx import onnx_bytes
 from blnet.exporting.parity import ParityError
 from blnet.exporting.programs import tracing
@@ -151,6 +153,18 @@ def test_the_network_stays_as_it_is(tmp_path: Path) -> None:
     assert model.training
     assert all(p.requires_grad and p.dtype is torch.float64 for p in model.parameters())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_config_of_ones_own_that_is_no_json_is_left_out() -> None:
+    @dataclasses.dataclass
+    class Own:
+        kind: type = nn.ReLU
+
+    model = nn.Sequential(nn.ReLU())
+    model.config = Own()
+    assert "config" not in describe(model)
+    with pytest.raises(ValueError, match="metadata must be JSON"):
+        describe(model, {"mine": nn.ReLU})
 
 
 def test_metadata_is_in_every_file(tmp_path: Path) -> None:

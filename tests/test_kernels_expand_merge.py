@@ -381,3 +381,12 @@ def test_plans_cover_everything_once(sizes, itemsize):
 )
 def test_offsets_are_64_bits_where_32_do_not_reach(sizes, wide):
     assert Problem(*sizes, 2).wide is wide
+
+
+def test_devices_must_agree_under_autocast_too():
+    x, weight = torch.randn(1, 16, 4, 4), torch.randn(32, 16, device="meta")
+    with (
+        torch.autocast("cpu"),
+        pytest.raises(ValueError, match="x is on 'cpu' and weight on 'meta'"),
+    ):
+        expand_merge(x, weight, torch.ones(32), torch.zeros(32))

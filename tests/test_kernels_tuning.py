@@ -239,6 +239,7 @@ BROKEN = {
     "kernel": (changed(entries={KERNEL: 3}), "the entries of expand_merge forward must be a dict"),
     "entry": (changed(entries={KERNEL: {KEY: {}}}), f"the entry of {KERNEL}, {KEY} must hold"),
     "time": (with_entry(microseconds=-1), "must be numbers above 0"),
+    "endless time": (with_entry(microseconds=10**400), "must be numbers above 0 and below 1e+12"),
     "time as text": (with_entry(rule_microseconds="1"), "must be numbers above 0"),
     "choice": (with_entry(choice=[1]), "a choice is a dict of numbers, got list"),
     "unknown block": (with_entry(choice={**CHOICE, "BLOCK_X": 16}), "it must hold BLOCK_ROWS"),

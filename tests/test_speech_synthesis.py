@@ -267,3 +267,9 @@ def test_where_the_cache_is(monkeypatch):
     assert synth.cache_folder() == Path("/b/blnet")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert synth.cache_folder() == Path(os.path.expanduser("~"), ".cache", "blnet")
+
+
+@pytest.mark.parametrize("text", ["", " \n", "one\0two"])
+def test_what_is_no_text_is_not_said(text) -> None:
+    with pytest.raises(ValueError, match=r"cannot say .*; give it words"):
+        synthesize(text)

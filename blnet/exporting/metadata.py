@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -22,8 +23,8 @@ def describe(model: nn.Module, extra: Mapping[str, Any] | None = None) -> dict[s
         extra: more to say, anything JSON can hold: preprocessing and classes, say.
 
     Returns:
-        blnet_version; class; config, or plan of a converted network, as JSON; and `extra`, texts as
-        they are and all else as JSON.
+        blnet_version; class; config if it is JSON, or plan of a converted network, as JSON; and
+        `extra`, texts as they are and all else as JSON.
 
     Raises:
         ValueError: if `extra` is not JSON.
@@ -31,7 +32,8 @@ def describe(model: nn.Module, extra: Mapping[str, Any] | None = None) -> dict[s
     found: dict[str, Any] = {"blnet_version": blnet.__version__, "class": type(model).__name__}
     config, plan = getattr(model, "config", None), getattr(model, "plan", None)
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        found["config"] = dataclasses.asdict(config)
+        with contextlib.suppress(Exception):  # of one's own it may hold anything
+            found["config"] = _text(dataclasses.asdict(config))
     elif plan is not None and hasattr(plan, "to_dict"):
         found["plan"] = plan.to_dict()
     found |= extra or {}
