@@ -117,21 +117,19 @@ def load_folder(data: DataConfig, evaluation_only: bool = False) -> Parts:
     Raises:
         ValueError: if there are no such folders, or no recordings in them.
     """
-    if data.eval_path is not None:
-        _, held = _parts(Tree.of(data.eval_path, data.eval_flag), data.eval_flag)
-        evaluation = _word_folders(held, data.eval_flag)
-        train = (
-            []
-            if evaluation_only
-            else _word_folders(_parts(tree_of(data), "--data.path")[0], "--data.path")
-        )
-    else:
+    if data.eval_path is None:
         own, held = _parts(tree_of(data), "--data.path")
         train = _word_folders(own, "--data.path")
         if held is own:
             train, evaluation = hold_out(train, data.holdout, data.split_seed)
         else:
             evaluation = _word_folders(held, "--data.path")
+    else:
+        _, held = _parts(Tree.of(data.eval_path, data.eval_flag), data.eval_flag)
+        evaluation, train = _word_folders(held, data.eval_flag), []
+        if not evaluation_only:
+            own, _ = _parts(tree_of(data), "--data.path")
+            train = _word_folders(own, "--data.path")
     return Parts(train, evaluation, labels_of(train or evaluation))
 
 

@@ -165,8 +165,11 @@ def _check_parts(path: Path, train: Path) -> None:
     called = [name for name in names if name.casefold() in _PART_NAMES and _is_part(path / name)]
     if _is_part(train):
         own = set(_folders(train, "--data.path"))
-        others = [name for name in called if own & set(_folders(path / name, "--data.path"))]
-        others.remove("train")
+        others = [
+            name
+            for name in called
+            if name.casefold() != "train" and own & set(_folders(path / name, "--data.path"))
+        ]
         if others:
             raise ValueError(
                 f"--data.path {path} has a folder train and beside it {others[0]}, with classes of "
