@@ -153,9 +153,12 @@ def _has_layers_of(model: nn.Module, rebuilt: nn.Module) -> bool:
     """Return whether all layers of a network are what another one has in their places.
 
     A class derived from the other's will do, as fused layers have, and SyncBatchNorm for BatchNorm;
-    momentum and whether a layer works in place change no answer.
+    dropout, momentum and whether a layer works in place change no answer.
     """
-    own, others = dict(model.named_modules()), dict(rebuilt.named_modules())
+    own, others = (
+        {name: layer for name, layer in one.named_modules() if not isinstance(layer, nn.Dropout)}
+        for one in (model, rebuilt)
+    )
     return own.keys() == others.keys() and all(
         (isinstance(layer, type(others[name])) or _are_norms(layer, others[name]))
         and _settings_of(layer) == _settings_of(others[name])
