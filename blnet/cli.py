@@ -205,7 +205,7 @@ def _run(name: str, words: Sequence[str], debug: bool) -> int:
         if debug:
             raise
         _discard_unwritable()
-        if isinstance(error, UnicodeEncodeError) and _lacks(sys.stdout.encoding, error):
+        if isinstance(error, UnicodeEncodeError) and _lacks(sys.stdout.encoding or "utf-8", error):
             error = ValueError(
                 f"the standard output takes {sys.stdout.encoding} and not "
                 f"{error.object[error.start]!a}; set PYTHONUTF8=1, or write to a file"

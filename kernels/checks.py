@@ -193,20 +193,15 @@ def check_expand_merge(
     assert isinstance(x, torch.Tensor)
     check_weight(op, weight, x.shape[1])
     assert isinstance(weight, torch.Tensor)
-    autocast = torch.is_autocast_enabled(x.device.type)
     for name, vector in vectors.items():
         check_vector(op, name, vector, weight.shape[0], x)
-    check_same_device(op, x=x, weight=weight)
-    if not autocast:
-        check_same_kind(op, x=x, weight=weight)
+    _check_kind(op, x=x, weight=weight)
     if big is None:
         return
     check_map(op, "big", big)
     assert isinstance(big, torch.Tensor)
     check_upsampling(op, big, x, weight.shape[0])
-    check_same_device(op, x=x, big=big)
-    if not autocast:
-        check_same_kind(op, x=x, big=big)
+    _check_kind(op, x=x, big=big)
 
 
 def check_upsampling(
@@ -252,11 +247,11 @@ def check_width(op: str, what: str, width: int, largest: int) -> None:
 
 
 def _check_kind(op: str, **tensors: object) -> None:
-    """Check that the tensors among the arguments share device and dtype, where autocast is off."""
+    """Check that the tensors among the arguments share a device, and a dtype but under autocast."""
     given = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
     first = next(iter(given.values()))
-    if not torch.is_autocast_enabled(first.device.type):
-        check_same_kind(op, **given)
+    autocast = torch.is_autocast_enabled(first.device.type)
+    (check_same_device if autocast else check_same_kind)(op, **given)
 
 
 def check_bottleneck(

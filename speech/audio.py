@@ -254,8 +254,8 @@ def _why_empty(data: BinaryIO) -> str:
     data.seek(0)
     head = data.read(8)
     size = data.seek(0, os.SEEK_END)
-    unfinished = head[:4] == b"RIFF" and 44 < size > 8 + int.from_bytes(head[4:], "little")
-    return _NO_LENGTH if unfinished else "it holds no samples"
+    promised = max(44, 8 + int.from_bytes(head[4:], "little"))  # 44: a header alone
+    return _NO_LENGTH if head[:4] == b"RIFF" and size > promised else "it holds no samples"
 
 
 def _missing_bytes(data: BinaryIO, size: int) -> int:

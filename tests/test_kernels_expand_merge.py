@@ -390,3 +390,7 @@ def test_devices_must_agree_under_autocast_too():
         pytest.raises(ValueError, match="x is on 'cpu' and weight on 'meta'"),
     ):
         expand_merge(x, weight, torch.ones(32), torch.zeros(32))
+    told = "x is on 'cpu' and big on 'meta'"
+    big = torch.randn(1, 32, 2, 2, device="meta")
+    with torch.autocast("cpu"), pytest.raises(ValueError, match=told):
+        expand_merge(x, torch.randn(32, 16), torch.ones(32), torch.zeros(32), big)
