@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
-import pickle
 import sys
 import threading
 import time
@@ -22,7 +21,6 @@ from blnet.limits import UnavailableError
 from blnet.optimizing import choosing, engines
 from blnet.optimizing.choosing import Candidate, candidates, choose, difference
 from blnet.optimizing.engines import Engine
-from blnet.optimizing.graphs import side_by_side
 from blnet.speech.models import bl_resnet22
 from blnet.vision.models import bl_resnet18
 
@@ -386,138 +384,9 @@ def test_the_original_is_untouched_and_its_later_changes_do_not_matter(model, im
     assert torch.equal(fast(images), before)
 
 
-REFUSED = {
-    "given other weights": lambda fast: nn.Sequential(fast).load_state_dict(
-        nn.Sequential(fast).state_dict()
-    ),
-    "trained": lambda fast: fast.train(),
-    "moved": lambda fast: fast.double(),
-    "copied": copy.deepcopy,
-    "pickled": pickle.dumps,
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_an_engine_cannot_follow_is_refused(what, model) -> None:
-    fast = blnet.optimize(model)
-    assert fast.eval() is fast
-    with pytest.raises(ValueError, match=what):
-        REFUSED[what](fast)
-
-
-IMAGE = torch.randn(1, 3, 32, 32)
-BAD = [
-    ({"mode": "fast"}, "mode must be one of inference, train"),
-    ({"engine": "tvm", "example_input": IMAGE}, "engine must be one of auto, pytorch"),
-    ({"precision": "int8"}, "precision must be one of float32, float16, bfloat16"),
-    ({"graph": "yes"}, "graph must be one of"),
-    ({"other_inputs": "guess"}, "other_inputs must be one of"),
-    ({"example_input": "x"}, "example_input must be a tensor"),
-    ({"example_input": torch.randn(1, 4, 32, 32)}, "does not take the example_input of shape"),
-    ({"example_input": IMAGE.to("meta")}, "put both on the device"),
-    ({"engine": "pytorch"}, "give example_input"),
-    ({"graph": True, "example_input": IMAGE}, "needs a CUDA device"),
-    ({"recompute": True}, "are for mode='train'"),
-    ({"seconds": 0}, "seconds must be a number above 0"),
-    ({"seconds": "60"}, "seconds must be a number above 0"),
-    ({"mode": "train", "graph": True}, "are for mode='inference'"),
-    ({"mode": "train", "other_inputs": "error"}, "are for mode='inference'"),
-    ({"mode": "train", "seconds": 5}, "are for mode='inference'"),
-    ({"mode": "train", "without": 5}, "without must be names"),
-    ({"mode": "train", "precision": "bfloat16"}, "are for mode='inference'"),
-    ({"engine": "tensorrt", "example_input": IMAGE}, "does not run on cpu"),
-    (
-        {"engine": "native", "example_input": IMAGE, "precision": "bfloat16"},
-        "computes in float32 only",
-    ),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_bad_arguments_are_one_sentence(arguments, message, model) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        blnet.optimize(model, **arguments)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("call", [
-    blnet.optimize, lambda net: blnet.optimize(net, mode="train"), blnet.fuse, blnet.unfuse,
-    lambda net: blnet.optimize(net, example_input=torch.randn(1, 3, 8, 8)),
-])  # fmt: skip
-@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-def test_a_network_that_cannot_be_copied_is_refused(call) -> None:
-    net = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3)))
-    with pytest.raises(ValueError, match=r"^Sequential cannot be copied \(.*give a network that"):
-        call(net)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_torchscript_is_refused_whole_and_left_inside(images) -> None:
-    parts = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())).eval()
-    scripted = torch.jit.script(parts)
-    with pytest.raises(ValueError, match="is of TorchScript, whose layers cannot be exchanged"):
-        blnet.optimize(scripted)
-    network = nn.Sequential(scripted, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).eval()
-    fast = blnet.optimize(network)
-    assert difference(fast(images), network(images).detach()) < 1e-5
-
-
-@pytest.mark.parametrize("mode", ["inference", "train"])
-def test_what_is_no_network_is_refused(mode) -> None:
-    with pytest.raises(ValueError, match=r"must be a torch\.nn\.Module, got NoneType"):
-        blnet.optimize(None, mode=mode)
-
-
-def test_a_network_that_returns_no_tensor_is_refused(images) -> None:
-    class Pair(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x, x
-
-    with pytest.raises(ValueError, match="returns a tuple"):
-        blnet.optimize(Pair(), example_input=images)
-
-
 def test_explain_prints_layers_and_engines(model, images, capsys) -> None:
     blnet.optimize(model, example_input=images, engine="native").explain()
     text = capsys.readouterr().out
     assert "native for (2, 3, 33, 47) float32 on cpu" in text
     assert "stem.bn1 (BatchNorm2d): folded into stem.conv1" in text
     assert "runs (" in text
-
-
-def test_two_streams_leave_results_and_networks_alone(model, images, monkeypatch) -> None:
-    log = []
-
-    class Stream:
-        def wait_stream(self, other: Any) -> None:
-            log.append((self, other))
-
-        def __enter__(self) -> Stream:
-            return self
-
-        def __exit__(self, *_: Any) -> None:
-            pass
-
-    here = Stream()
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: here)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
-    split = side_by_side(model)
-    with torch.no_grad():
-        assert torch.equal(split(images), model(images))
-    forks = [pair for pair in log if pair[1] is here]
-    joins = [pair for pair in log if pair[0] is here]
-    # One module a stage but the last; each waits before its big branch and before its merge.
-    assert len(forks) == len(joins) == 3
-    assert log[::2] == forks
-    assert side_by_side(torchvision.models.resnet18()) is None
-
-
-def test_captured_engines_are_tried_on_a_gpu_only() -> None:
-    assert not any(c.graph or c.streams for c in candidates("cpu", "auto", "auto"))
-    names = [c.name for c in candidates("cuda", "auto", "auto")]
-    assert {"kernels", "kernels, CUDA graph", "kernels, two streams, CUDA graph"} <= set(names)
-    assert "kernels, two streams" not in names
-    assert all(c.graph for c in candidates("cuda", "auto", True))
-    assert not any(c.graph for c in candidates("cuda", "auto", False))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,36 +24,73 @@ class Captured:
     """A run captured as a CUDA graph for inputs of one shape.
 
     A call copies the inputs in, replays the graph and gives the output, a copy of its own unless
-    asked otherwise: the graph's output is overwritten by the next replay.
+    asked otherwise: the graph's output is overwritten by the next replay. Calls may come from any
+    thread, on any stream and with any device the current one.
 
     Args:
         run: what is captured; it must do the same work in every call.
-        inputs: examples, on a CUDA device.
+        inputs: examples, on a CUDA device; without any it is the current device.
         copies: whether a call gives a copy of the output.
+        stream: what to capture on; a new one if None.
     """
 
-    def __init__(self, run: Run, inputs: Inputs, copies: bool = True) -> None:
+    def __init__(
+        self,
+        run: Run,
+        inputs: Inputs,
+        copies: bool = True,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
         self.copies = copies
         self._lock = threading.Lock()
-        self._inputs = tuple(x.clone(memory_format=torch.preserve_format) for x in inputs)
-        with torch.no_grad():
-            _warm_up(run, self._inputs)
+        here = torch.cuda.current_device
+        self._device = inputs[0].device if inputs else torch.device("cuda", here())
+        # Outside of inference mode, as a tensor made inside could be written to nowhere else.
+        with torch.inference_mode(False), torch.no_grad():
+            self._inputs = tuple(x.clone(memory_format=torch.preserve_format) for x in inputs)
+        with torch.no_grad(), torch.cuda.device(self._device):
+            self._last = torch.cuda.current_stream()
+            _warm_up(run, self._inputs, stream or torch.cuda.Stream())
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # Not on PyTorch's own stream for it: that is on the device of a process's first graph.
+            with torch.cuda.graph(self._graph, stream=stream or torch.cuda.Stream()):
                 self._output = run(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Return the output for inputs of the example's shapes."""
-        with self._lock:
+        with self._lock, torch.cuda.device(self._device):
+            self._wait_for_last_call()
             for static, given in zip(self._inputs, inputs, strict=True):
                 static.copy_(given)
             self._graph.replay()
             return self._output.clone() if self.copies else self._output
 
+    def _wait_for_last_call(self) -> None:
+        """Let what another stream still does with the graph's inputs and output end first."""
+        here = torch.cuda.current_stream()
+        if here != self._last:
+            here.wait_stream(self._last)
+            self._last = here
 
-def _warm_up(run: Run, inputs: Inputs) -> None:
+
+def captured_where_made(make: Callable[[], Run]) -> Captured:
+    """Make a run without inputs on the stream that it is captured on; calls give no copies.
+
+    For a backward pass: autograd runs it on the stream of its forward pass, and nothing may run on
+    another stream while this one is captured.
+
+    Args:
+        make: returns the run.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run = make()
+    return Captured(run, (), copies=False, stream=stream)
+
+
+def _warm_up(run: Run, inputs: Inputs, side: torch.cuda.Stream) -> None:
     """Let libraries choose and allocate on another stream, as capturing asks for."""
-    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_UP_CALLS):

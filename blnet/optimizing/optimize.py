@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from blnet.checks import check_choice
 from blnet.fusing import unfuse
+from blnet.kernels.launch import device_guard
 from blnet.optimizing.choosing import BASELINE, Choice, candidates, choose, difference
 from blnet.optimizing.engines import Inputs, channels_last, engine_names, name_of
 from blnet.optimizing.engines import engine as engine_named
@@ -148,7 +149,8 @@ def _for_inference(
         return OptimizedNetwork(network, report, dtype=precision)
     inputs = tuple(x.to(precision or x.dtype) if x.is_floating_point() else x for x in example)
     tried = candidates(device.type, engine, graph)
-    choice = choose(tried, network, inputs, reference, dtype, seconds)
+    with device_guard(inputs[0]):  # engines are built and timed on the current device
+        choice = choose(tried, network, inputs, reference, dtype, seconds)
     if choice.run is None:
         _fall_back(choice, network, inputs, engine, graph)
     report.engine, report.trials = choice.name, choice.trials
