@@ -68,7 +68,7 @@ gpu:  ## everything that needs a GPU: correctness, sanitizer, suites (GPU_PYTHON
 	    { echo "$$name failed ($$?)"; status=1; }; \
 	  tail -n 12 $(OUT)/$$name.txt; }; \
 	run check 60 $(GPU_PYTHON) -m blnet.cli kernels check --device cuda --jobs $$jobs; \
-	run tests 140 $(GPU_PYTHON) -m pytest -q tests/test_gpu.py; \
+	run tests 140 $(GPU_PYTHON) -m pytest -q tests/test_gpu.py tests/test_gpu_optimizing.py; \
 	run training 60 $(GPU_PYTHON) -m pytest -q tests/test_gpu_training.py; \
 	if command -v compute-sanitizer >/dev/null; then \
 	  run sanitizer 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \

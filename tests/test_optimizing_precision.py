@@ -1,8 +1,11 @@
-"""A trained network in 16 bits says of real pictures what it says in float32."""
+"""A trained network in 16 bits says of real pictures what it says in float32; what is right."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import blnet
-from blnet.optimizing.choosing import difference
+from blnet.optimizing import choosing, engines
+from blnet.optimizing.choosing import TOLERANCES, difference, tolerance
+from blnet.optimizing.engines import Engine
 
 datasets = pytest.importorskip("sklearn.datasets")
 PICTURES = 1000
@@ -63,3 +68,55 @@ def test_16_bits_agree_on_real_pictures(precision, trained, pictures) -> None:
     double = copy.deepcopy(trained).double()(maps.double())
     eager = copy.deepcopy(trained).to(dtype)(maps.to(dtype))
     assert difference(fast(maps), double) <= 1.25 * difference(eager, double)
+
+
+@contextlib.contextmanager
+def multiplying(device: str, **precisions: str) -> Iterator[None]:
+    """Set how PyTorch's convolutions and products of matrices multiply in float32."""
+    backends = torch.backends
+    units: dict[str, Any] = {
+        "cpu": {"conv": backends.mkldnn.conv, "matmul": backends.mkldnn.matmul},
+        "cuda": {"conv": backends.cudnn.conv, "matmul": backends.cuda.matmul},
+    }[device]
+    before = {name: units[name].fp32_precision for name in precisions}
+    try:
+        for name, precision in precisions.items():
+            units[name].fp32_precision = precision
+        yield
+    finally:
+        for name, precision in before.items():
+            units[name].fp32_precision = precision
+
+
+@pytest.mark.parametrize(
+    ("device", "precisions", "as_in"),
+    [
+        ("cpu", {}, torch.float32),
+        ("cpu", {"matmul": "tf32"}, torch.float16),
+        ("cpu", {"conv": "tf32", "matmul": "bf16"}, torch.bfloat16),
+        ("cuda", {}, torch.float16),  # PyTorch's default
+        ("cuda", {"conv": "ieee"}, torch.float32),
+        ("cuda", {"conv": "ieee", "matmul": "tf32"}, torch.float16),
+    ],
+)
+def test_float32_is_held_to_what_its_products_keep(
+    device: str, precisions: dict[str, str], as_in: torch.dtype
+) -> None:
+    with multiplying(device, **precisions):
+        assert tolerance(torch.float32, torch.device(device)) == TOLERANCES[as_in]
+        for dtype in (torch.float64, torch.float16, torch.bfloat16):
+            assert tolerance(dtype, torch.device(device)) == TOLERANCES[dtype]
+
+
+def test_engines_may_differ_by_tf32_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where folding changes the factors that TF32 rounds, and engines the order."""
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)]
+    network = nn.Sequential(*layers).eval()
+    near = Engine("pytorch", "", lambda net, _: lambda x: net(x) * 1.001)
+    for module in (choosing, engines):
+        monkeypatch.setattr(module, "ENGINES", [near])
+    images = torch.randn(2, 3, 9, 9)
+    with pytest.raises(ValueError, match="its result is wrong"):
+        blnet.optimize(network, example_input=images)
+    with multiplying("cpu", conv="tf32"):
+        assert blnet.optimize(network, example_input=images).report.engine == "pytorch"

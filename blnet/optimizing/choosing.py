@@ -25,8 +25,14 @@ ROUNDS_SECONDS = 6.0  # for all rounds together, so that slow networks do not ta
 # Hooks from there compute a weight (weight_norm, prune) or hide padding, which a graph keeps.
 _COMPUTING = ("torch.nn.utils.", "blnet.speech.")
 # Largest norm of the difference to the original network's result over that result's norm. An engine
-# beyond it computes something else; how exact the engines are is measured in the tests.
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# beyond it computes something else; how exact the engines are is measured in the tests. With 16
+# bits rounding is as large as small mistakes; a lost activation is far larger.
+TOLERANCES = {
+    torch.float64: 1e-8,
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}
 
 
 @dataclass(frozen=True)
@@ -191,9 +197,32 @@ def _try(
     except Exception as failure:  # an engine may fail in any way; another one runs
         return failed(note=f"dropped, it failed: {one_line(failure)}")
     error = difference(result, reference)
-    if not error <= TOLERANCES.get(dtype, 1e-4):
+    if not error <= tolerance(dtype, inputs[0].device):
         return failed(note=f"dropped, its result is wrong (error {error:.1e})")
     return _Running(Trial(candidate.name, error=error, build_seconds=built), run, [first])
+
+
+def tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    """Return how far a result may be from another way's, as PyTorch is set.
+
+    By default convolutions of float32 run in TF32 on an NVIDIA GPU, which keeps as many bits of a
+    factor as float16 does; `torch.set_float32_matmul_precision` allows TF32 and bfloat16 elsewhere.
+
+    Args:
+        dtype: of the network.
+        device: where it runs.
+    """
+    if dtype is torch.float32:
+        backends: Any = torch.backends  # PyTorch's annotations lack what it makes at run time
+        units = (
+            (backends.cudnn.conv, backends.cuda.matmul)
+            if device.type == "cuda"
+            else (backends.mkldnn.conv, backends.mkldnn.matmul)
+        )
+        factors = {"tf32": torch.float16, "bf16": torch.bfloat16}
+        rounded = [factors.get(unit.fp32_precision, dtype) for unit in units]
+        return max(TOLERANCES[each] for each in rounded)
+    return TOLERANCES.get(dtype, TOLERANCES[torch.float32])
 
 
 def difference(result: Any, reference: Tensor) -> float:
@@ -262,4 +291,13 @@ def _clock(device: str) -> Callable[[Callable[[], Any]], float]:
     return clock
 
 
-__all__ = ["BASELINE", "Candidate", "Choice", "candidates", "choose", "difference"]
+__all__ = [
+    "BASELINE",
+    "TOLERANCES",
+    "Candidate",
+    "Choice",
+    "candidates",
+    "choose",
+    "difference",
+    "tolerance",
+]

@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from blnet.checks import check_choice
 from blnet.fusing import unfuse
 from blnet.kernels.launch import device_guard
-from blnet.optimizing.choosing import BASELINE, Choice, candidates, choose, difference
+from blnet.optimizing.choosing import (
+    BASELINE,
+    TOLERANCES,
+    Choice,
+    candidates,
+    choose,
+    difference,
+    tolerance,
+)
 from blnet.optimizing.engines import Inputs, channels_last, engine_names, name_of
 from blnet.optimizing.engines import engine as engine_named
 from blnet.optimizing.folding import fold_batch_norms
@@ -34,14 +42,6 @@ from blnet.tracing import autocast_switched, copied, evaluating
 
 SECONDS = 60.0
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
-# Of the folded network's result in the model's own precision. With 16 bits rounding is as large as
-# small mistakes; a lost activation is far larger.
-FOLDING_TOLERANCES = {
-    torch.float64: 1e-8,
-    torch.float32: 1e-4,
-    torch.float16: 2e-2,
-    torch.bfloat16: 1e-1,
-}
 
 
 def optimize(
@@ -265,14 +265,14 @@ def _folded(
     model: nn.Module, example: Inputs, reference: Tensor | None
 ) -> tuple[nn.Module, list[Change]]:
     """Return a copy with BN folded: all if the example bears it out, else what is sure."""
-    if reference is None or reference.dtype not in FOLDING_TOLERANCES:
+    if reference is None or reference.dtype not in TOLERANCES:
         network = copy.deepcopy(model)
         return network, fold_batch_norms(network)
     for checked in (True, False):
         network = copy.deepcopy(model)
         changes = fold_batch_norms(network, checked)
         error = difference(network(*example), reference)
-        if error <= FOLDING_TOLERANCES[reference.dtype]:
+        if error <= tolerance(reference.dtype, reference.device):
             return network, changes
     reason = f"folding changed the result (error {error:.1e})"
     return model, [Change(c.layer, c.was, reason=c.reason or reason) for c in changes]
