@@ -20,7 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from blnet.limits import out_of_memory
 from blnet.training.confusion import Counts, wilson
 from blnet.training.corrupt import CorruptLog
-from blnet.training.devices import choose_workers, make_accelerator
+from blnet.training.devices import choose_workers, let_cudnn_search, make_accelerator
 from blnet.training.evaluation import Findings, evaluate
 from blnet.training.loading import Loaded, Loader
 from blnet.vision.config import VisionConfig
@@ -116,6 +116,7 @@ def measure(
     config = config or VisionConfig()
     accelerator = accelerator or make_accelerator(config)
     task = ImageTask(config, data)
+    let_cudnn_search(config, accelerator.device, task.one_shape)
     loader = _loader(task, config, accelerator)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     placed = model.to(accelerator.device, memory_format=layout)  # type: ignore[call-overload]

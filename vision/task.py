@@ -196,6 +196,7 @@ class ImageTask(Task):
     name = "vision"
     unit = "images"
     monitor = "accuracy"
+    one_shape = True
 
     def __init__(self, config: VisionConfig, data: ImageData | None = None) -> None:
         self.config = config

@@ -42,7 +42,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
-    torch.backends.cudnn.benchmark = not (cpu or config.deterministic)
+    torch.backends.cudnn.benchmark = False  # see let_cudnn_search
     # Accelerate keeps the settings of a process's first run for all later ones; only the
     # connection between processes has to stay.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
@@ -58,6 +58,20 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             f"{accelerator.device.type}; start the run in processes of its own"
         )
     return accelerator
+
+
+def let_cudnn_search(config: TrainingConfig, device: torch.device, one_shape: bool) -> None:
+    """Let cuDNN time its algorithms for each shape of a convolution, where few shapes come.
+
+    Args:
+        config: of the run.
+        device: where it runs.
+        one_shape: whether batches have one shape; where each has its own, a search for every layer
+            of every batch takes far longer than the best algorithm saves.
+    """
+    torch.backends.cudnn.benchmark = (
+        one_shape and device.type == "cuda" and not config.deterministic
+    )
 
 
 def choose_workers(config: TrainingConfig, device: torch.device, local_devices: int) -> int:

@@ -19,7 +19,7 @@ from blnet.files import reason
 from blnet.limits import out_of_memory
 from blnet.training.checkpoints import BEST, CheckpointFolder
 from blnet.training.config import TrainingConfig
-from blnet.training.devices import by_first, make_accelerator
+from blnet.training.devices import by_first, let_cudnn_search, make_accelerator
 from blnet.training.display import Display, clock
 from blnet.training.journal import PLOT, Journal, plot, read_rows
 from blnet.training.loop import Trainer
@@ -62,6 +62,7 @@ def run(
         OSError: if the folder or a file cannot be written.
     """
     accelerator = accelerator or make_accelerator(config)
+    let_cudnn_search(config, accelerator.device, task.one_shape)
     with (
         _opened(folder, config, accelerator),
         Display(task.unit, accelerator.is_main_process, console) as display,

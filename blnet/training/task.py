@@ -29,6 +29,7 @@ class Task(ABC):
         unit: what a sample is called, "images" say.
         monitor: the metric by which the best network is chosen, a key of `metrics`' results.
         maximize: whether more of it is better.
+        one_shape: whether all batches but the last of an epoch have one shape.
         told: further metrics, of which the last values are told at a run's end.
         train_data: map-style data set, or a `blnet.training.loading.Stream`.
         eval_data: likewise.
@@ -38,6 +39,7 @@ class Task(ABC):
     unit: str
     monitor: str
     maximize: bool = True
+    one_shape: bool = False
     told: tuple[str, ...] = ()
     train_data: Any
     eval_data: Any
