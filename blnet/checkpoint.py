@@ -18,7 +18,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from blnet import registry
 from blnet.files import StrPath, reason, written_aside
@@ -43,7 +43,8 @@ def save(model: nn.Module, path: StrPath, **extra: Any) -> None:
 
     Args:
         model: a `BigLittleNet`, a network made by `blnet.convert`, or any other module, of which
-            only the weights are kept. So it is with a `BigLittleNet` whose layers were exchanged.
+            only the weights are kept. So it is with one of the former whose layers were exchanged;
+            to see that, a converted one of torchvision's or timm's is built again, without weights.
         path: the file to write.
         extra: anything JSON can hold, for the header (`read_header(path)["extra"]`).
 
@@ -146,7 +147,25 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     # One of ours with one branch can be converted like any other plain network.
     plan = getattr(model, "plan", None)
     to_dict = None if isinstance(plan, nn.Module) else getattr(plan, "to_dict", None)
-    return {"kind": "converted", "plan": to_dict()} if to_dict else {"kind": "weights"}
+    if to_dict is None or not _is_as_converted(model, to_dict()):
+        return {"kind": "weights"}
+    return {"kind": "converted", "plan": to_dict()}
+
+
+def _is_as_converted(model: nn.Module, plan: dict[str, Any]) -> bool:
+    """Return whether a converted network has the layers that its plan gives it, as far as is known.
+
+    What cannot be built again, or only by code that is not ours to call at every checkpoint of a
+    run, is for `load` to refuse.
+    """
+    if plan.get("source") is None:
+        return True
+    try:
+        with torch.device("meta"):
+            rebuilt = _reconvert("the network", plan, trust_source=False)
+    except Exception:  # a foreign source is refused; others may raise anything on the meta device
+        return True
+    return _shapes(rebuilt) == _shapes(model) and _has_layers_of(model, rebuilt)
 
 
 def _has_layers_of(model: nn.Module, rebuilt: nn.Module) -> bool:
@@ -160,14 +179,16 @@ def _has_layers_of(model: nn.Module, rebuilt: nn.Module) -> bool:
         for one in (model, rebuilt)
     )
     return own.keys() == others.keys() and all(
-        (isinstance(layer, type(others[name])) or _are_norms(layer, others[name]))
-        and _settings_of(layer) == _settings_of(others[name])
+        _is_of_kind(layer, others[name]) and _settings_of(layer) == _settings_of(others[name])
         for name, layer in own.items()
     )
 
 
-def _are_norms(*layers: nn.Module) -> bool:
-    return all(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers)
+def _is_of_kind(layer: nn.Module, other: nn.Module) -> bool:
+    if isinstance(layer, fx.GraphModule) and isinstance(other, fx.GraphModule):
+        return layer.code == other.code  # each has a class of its own
+    norms = (isinstance(one, nn.modules.batchnorm._BatchNorm) for one in (layer, other))
+    return isinstance(layer, type(other)) or all(norms)
 
 
 def _settings_of(layer: nn.Module) -> str:

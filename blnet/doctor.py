@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import json
 import os
+import platform
 import shlex
 import shutil
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from blnet.environment import Environment, collect, versions
+from blnet.files import reason
 
 # Extra -> what it brings: (distribution on PyPI, import name).
 EXTRAS = {
@@ -44,6 +49,7 @@ EXTRAS = {
         ("scipy", "scipy"),
     ),
 }
+_ARM = ("aarch64", "arm64")
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Finding:
     """Whether one thing works.
 
     Attributes:
-        kind: "backend", "extra" or "tool".
+        kind: "backend", "engine", "extra" or "tool".
         name: what it is.
         works: whether it does.
         detail: one phrase: what it runs on, its versions, or why it does not work.
@@ -87,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def examine() -> list[Finding]:
     """Return what works here and what does not."""
-    return [*_backends(), *(_extra(name) for name in EXTRAS), _compiler()]
+    return [*_backends(), _native(), *(_extra(name) for name in EXTRAS), _compiler()]
 
 
 def _backends() -> list[Finding]:
@@ -102,6 +108,24 @@ def _backends() -> list[Finding]:
     ]
 
 
+def _native() -> Finding:
+    """Look whether the engine for CPUs is there; what is not compiled yet is compiled."""
+    try:
+        from blnet.kernels.native import status
+        from blnet.kernels.native.library import load
+    except ImportError as error:
+        advice = "reinstall: pip install --force-reinstall blnet"
+        return Finding("engine", "native", False, f"cannot be imported: {reason(error)}", advice)
+    found = status()
+    if not found.works:
+        return Finding("engine", "native", False, found.reason, found.advice)
+    library = load()
+    # As kernels/native/vec.h chooses them by what the compiler may use.
+    bits = {(32, 14): 512, (16, 6): 128 if platform.machine() in _ARM else 256}
+    kernels = f"vectors of {bits.get((library.group, library.pixels), 128)} bits"
+    return Finding("engine", "native", True, f"{found.reason}, {kernels}")
+
+
 def _extra(extra: str) -> Finding:
     installed = versions(tuple(distribution for distribution, _ in EXTRAS[extra]))
     missing = [
@@ -112,7 +136,32 @@ def _extra(extra: str) -> Finding:
     if missing:
         advice = f"pip install 'blnet[{extra}]'"
         return Finding("extra", extra, False, f"missing: {', '.join(missing)}", advice)
+    broken = {
+        distribution: why
+        for distribution, module in EXTRAS[extra]
+        if (why := _why_not_imported(module))
+    }
+    if broken:
+        detail = ", ".join(f"{name} cannot be imported ({why})" for name, why in broken.items())
+        advice = f"pip install --force-reinstall {' '.join(broken)}"
+        return Finding("extra", extra, False, detail, advice)
     return Finding("extra", extra, True, ", ".join(f"{k} {v}" for k, v in installed.items()))
+
+
+def _why_not_imported(module: str) -> str:
+    """Import a module quietly and return what it raises; empty where it can be imported."""
+    sink = io.StringIO()
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(sink),
+        contextlib.redirect_stderr(sink),
+    ):
+        warnings.simplefilter("ignore")
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever a broken package raises: an OSError for a library
+            return f"{type(error).__name__}: {reason(error)}"
+    return ""
 
 
 def _compiler() -> Finding:

@@ -86,6 +86,8 @@ def profile(model: nn.Module, input_size: Sequence[int] = (1, 3, 224, 224)) -> P
 
     MACs and activations are those of convolutions and matrix products, as in the paper and in
     torch's FLOP counter (2 FLOPs a MAC). No arithmetic is done and the network is not changed.
+    Hooks that were registered on it run as they always do, on tensors without values: what they do
+    may be part of what it computes.
 
     Args:
         model: any network that takes one tensor.

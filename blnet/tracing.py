@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from blnet.limits import out_of_memory
 
@@ -78,6 +79,8 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 def run_on_meta(twin: nn.Module, input_size: Sequence[int]) -> Any:
     """Run a network that `meta_twin` made, in evaluation mode, and return its output.
 
+    Tensors that its code makes itself are brought to the meta device where they meet others.
+
     Args:
         twin: any network on the meta device that takes one tensor.
         input_size: the input's shape, batch included.
@@ -86,14 +89,18 @@ def run_on_meta(twin: nn.Module, input_size: Sequence[int]) -> Any:
         Exception: whatever the network raises for an input of that shape.
     """
     dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
-    with evaluating(twin), torch.no_grad(), _BatchNormOfShapes():
+    with evaluating(twin), torch.no_grad(), _OnMeta():
         return twin(torch.empty(tuple(input_size), dtype=dtype, device="meta"))
 
 
-class _BatchNormOfShapes(TorchFunctionMode):
-    """Gives a batch normalisation's shape at once: on the meta device PyTorch decomposes it.
+class _OnMeta(TorchFunctionMode):
+    """Lets code that was not written for the meta device run there.
 
-    That took most of the time of a network's run there.
+    A tensor that is made on the CPU (torch.arange, a mask) goes to the meta device where another
+    argument is there: not when it is made, as code may read its values.
+
+    A batch normalisation's shape is given at once: on the meta device PyTorch decomposes it, which
+    took most of the time of a network's run there.
     """
 
     def __torch_function__(
@@ -104,7 +111,17 @@ class _BatchNormOfShapes(TorchFunctionMode):
             sizes = {tuple(v.shape) for v in vectors if isinstance(v, torch.Tensor)}
             if sizes <= {(x.shape[1],)}:  # what does not fit is PyTorch's to tell
                 return torch.empty_like(x)
+        if func is not torch.Tensor.__getitem__:  # by indices on any device
+            args, kwargs = _all_on_meta((args, kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _all_on_meta(given: Any) -> Any:
+    """Return arguments with all of their tensors on the meta device if one of them is there."""
+    tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)]
+    if len({tensor.is_meta for tensor in tensors}) < 2:
+        return given
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), given)
 
 
 def check_size(input_size: object) -> tuple[int, ...]:

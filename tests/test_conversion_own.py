@@ -66,11 +66,14 @@ class PreActivationBlock(nn.Module):
 class SeparableBlock(nn.Module):
     """A depthwise convolution, which may give more channels, before one that mixes them."""
 
-    def __init__(self, in_planes: int, planes: int, stride: int = 1, more: int = 1) -> None:
+    def __init__(
+        self, in_planes: int, planes: int, stride: int = 1, more: int = 1, slopes: bool = False
+    ) -> None:
         super().__init__()
         wide = in_planes * more
         self.conv1 = nn.Conv2d(in_planes, wide, 3, stride, 1, groups=in_planes, bias=False)
         self.bn1 = nn.BatchNorm2d(wide)
+        self.act = nn.PReLU(wide) if slopes else nn.ReLU()
         self.conv2 = nn.Conv2d(wide, planes, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
         self.shortcut: nn.Module = nn.Identity()
@@ -78,7 +81,7 @@ class SeparableBlock(nn.Module):
             self.shortcut = nn.Conv2d(in_planes, planes, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        out = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
         return torch.relu(out + self.shortcut(x))
 
 
@@ -346,9 +349,11 @@ def test_something_else_than_a_module_is_refused() -> None:
 
 
 @pytest.mark.parametrize("more", [1, 2])
-@pytest.mark.parametrize("inherit", [False, True])
-def test_a_block_may_begin_with_a_depthwise_convolution(more: int, inherit: bool) -> None:
-    net = OwnNet(lambda a, b, c: SeparableBlock(a, b, c, more))
+@pytest.mark.parametrize(("inherit", "slopes"), [(False, False), (True, False), (True, True)])
+def test_a_block_may_begin_with_a_depthwise_convolution(
+    more: int, inherit: bool, slopes: bool
+) -> None:
+    net = OwnNet(lambda a, b, c: SeparableBlock(a, b, c, more, slopes))
     made = blnet.convert(net, 2, 2, inherit_weights=inherit, input_size=(1, 1, 32, 32))
     made.train()(torch.randn(2, 1, 32, 32)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters())

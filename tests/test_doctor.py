@@ -45,6 +45,38 @@ def test_a_missing_package_is_named(monkeypatch) -> None:
     assert finding.advice == "pip install 'blnet[speech]'"
 
 
+def test_a_package_that_cannot_be_imported_is_named(monkeypatch, tmp_path) -> None:
+    broken = tmp_path / "librosa.py"
+    broken.write_text("print('hello')\nraise OSError('libsndfile.so.1:\\n no such file')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "librosa", raising=False)
+    finding = next(f for f in doctor.examine() if f.name == "speech")
+    assert not finding.works
+    told = "librosa cannot be imported (OSError: libsndfile.so.1: no such file)"
+    assert finding.detail == told
+    assert finding.advice == "pip install --force-reinstall librosa"
+
+
+def native() -> doctor.Finding:
+    return next(f for f in doctor.examine() if f.name == "native")
+
+
+def test_the_native_engine_is_named(monkeypatch) -> None:
+    from blnet.kernels.native import library
+
+    finding = native()
+    assert finding.works
+    assert f"compiled by {library.compiler()[0]}" in finding.detail
+    assert finding.detail.endswith(("vectors of 512 bits", "vectors of 256 bits", "of 128 bits"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    library.load.cache_clear()
+    finding = native()
+    library.load.cache_clear()
+    assert not finding.works
+    assert "there is no no-such-compiler on PATH" in finding.detail
+    assert finding.advice.startswith("install g++ or clang")
+
+
 def test_a_compiler_may_be_given_with_flags(monkeypatch) -> None:
     monkeypatch.setenv("CXX", f"'{sys.executable}' -O2")
     finding = next(f for f in doctor.examine() if f.kind == "tool")

@@ -105,6 +105,7 @@ def test_files_are_replaced_only_when_asked(
         (["resnet18", "--alpha", "0", "--output", "n.onnx"], "whole number of at least 1"),
         (["resnet18", "--size", "0", "--output", "n.onnx"], "is no size"),
         (["resnet18", "--size", "1x32x32", "--output", "n.onnx"], "does not run on an input"),
+        (["resnet18", "--opset", "18", "--format", "torch", "--output", "n.pt"], "--opset is ONNX"),
         (["resnet18", "--opset", "17", "--output", "n.onnx"], "opset must be from 18"),
     ],
 )

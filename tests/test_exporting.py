@@ -19,6 +19,7 @@ import blnet
 from blnet import BigLittleConfig, BigLittleNet
 from blnet.exporting import parity
 from blnet.exporting.formats import FORMATS
+from blnet.exporting.forms import prepared
 from blnet.exporting.metadata import describe
 from blnet.exporting.onnx import onnx_bytes
 from blnet.exporting.parity import ParityError
@@ -70,6 +71,12 @@ def opened(path: Path, format: str) -> Any:
     return torch.export.load(path).module()
 
 
+def axes_of(path: Path) -> list[list[str | int]]:
+    """Return the names or sizes of the axes of an ONNX file's inputs."""
+    shapes = (value.type.tensor_type.shape for value in onnx.load(path).graph.input)
+    return [[dim.dim_param or dim.dim_value for dim in shape.dim] for shape in shapes]
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[nn.Module, Any]]:
     """One network in every format."""
@@ -107,6 +114,8 @@ def test_recordings_and_their_lengths(tmp_path: Path, format: str, head: Any) ->
     path = tmp_path / f"net{FORMATS[format].suffix}"
     done = blnet.export(model, path, format, torch.empty(1, 1, 16, 60))
     assert done.inputs == ("maps", "lengths")
+    if format == "onnx":
+        assert axes_of(path) == [["batch", 1, 16, "frames"], ["batch"]]
     run = opened(path, format)
     for frames, lengths in ((77, [77, 10, 31]), (120, [64]), (9, [9, 1])):
         maps, counts = torch.randn(len(lengths), 1, 16, frames), torch.tensor(lengths)
@@ -133,6 +142,46 @@ def test_plain_and_converted_networks(tmp_path: Path, source: str) -> None:
     assert done.parity.error < 1e-5
     assert {shape[0] for shape in done.parity.shapes} == {1, 2, 3}
     assert any(shape[2] % 2 for shape in done.parity.shapes)
+
+
+def pooling() -> nn.Module:
+    """A network that takes no image below 9 x 9, of which torch.export finds that out itself."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.Conv2d(4, 4, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("format", ["onnx", "exported-program"])
+def test_a_network_that_takes_no_small_images(tmp_path: Path, format: str) -> None:
+    model, path = pooling(), tmp_path / f"n{FORMATS[format].suffix}"
+    done = blnet.export(model, path, format, torch.empty(1, 3, 40, 40))
+    assert done.dynamic
+    assert done.least == {"height": 9, "width": 9}
+    run, x = opened(path, format), torch.randn(2, 3, 9, 10)
+    given = run(x)[0] if format == "onnx" else run(x)
+    torch.testing.assert_close(given, model(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError):
+        model(x[:, :, 1:])
+    if format == "onnx":
+        assert axes_of(path) == [["batch", 3, "height", "width"]]
+        said = {prop.key: prop.value for prop in onnx.load(path).metadata_props}["least_sizes"]
+    else:
+        extra = {"blnet.json": ""}
+        torch.export.load(path, extra_files=extra)
+        said = json.loads(extra["blnet.json"])["least_sizes"]
+    assert json.loads(said) == done.least
+
+
+def test_a_file_is_not_run_below_its_least_sizes() -> None:
+    form, heights = prepared(network(), torch.empty(1, 3, 64, 64)), []
+
+    def run(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        heights.append(inputs[0].shape[2])
+        return form.answer(*inputs)
+
+    parity.compare(form, run, True, {"height": 60})
+    assert heights == [64, 65]
 
 
 def test_a_file_of_one_size(tmp_path: Path) -> None:
@@ -242,40 +291,6 @@ def test_a_network_of_one_size_is_said_to_be_fixed(tmp_path: Path) -> None:
     assert done.parity is not None
     assert done.parity.shapes == ((1, 3, 64, 64),)
     assert not done.dynamic
-
-
-class Two(nn.Module):
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + y
-
-
-class Asking(nn.Module):
-    """Its answer depends on a value, of which a trace keeps one case."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean((1, 2, 3)) if x.mean() > 9 else x.amax((1, 2, 3))
-
-
-class Pair(nn.Module):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, x
-
-
-@pytest.mark.parametrize(
-    ("model", "format", "told"),
-    [
-        (Two(), "onnx", r"needs 2 inputs \(x, y\)"),
-        (Pair(), "torch", "gives 2 values"),
-        (Asking(), "exported-program", "cannot be traced with free sizes"),
-        (nn.Conv2d(4, 4, 3), "torch", "does not run on an input of shape"),
-        (nn.Conv2d(3, 4, 3), "tensorrt", "format must be one of onnx, torch, exported-program"),
-    ],
-)
-def test_what_cannot_be_exported(tmp_path: Path, model: Any, format: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told) as caught:
-        blnet.export(model, tmp_path / "n", format, torch.empty(1, 3, 8, 8))
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.iterdir())
 
 
 def test_without_onnxruntime_only_unchecked(

@@ -120,6 +120,37 @@ def test_product_in_a_forward_method_counts_for_that_module():
     assert (layer.kind, layer.macs, layer.activations) == ("Scores", 2 * 6 * 4 * 6, 2 * 6 * 6)
 
 
+class Making(nn.Module):
+    """Makes tensors where it pleases, and reads the values of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.places, self.linear = nn.Embedding(50, 8), nn.Linear(8, 8)
+        self.scales = torch.ones(8)
+
+    def forward(self, x):
+        length = x.shape[1]
+        x = (x + self.places(torch.arange(length))) * self.scales
+        later = torch.ones(length, length).triu(1).bool()
+        x = (x @ x.transpose(1, 2)).masked_fill(later, float("-inf")).softmax(-1) @ x
+        x = torch.cat([x, torch.zeros(x.shape[0], 1, 8)], dim=1)
+        (factor,) = torch.linspace(2, 3, 1).tolist()
+        return self.linear(x[:, torch.tensor([0, length])] * factor)
+
+
+def test_a_network_may_make_tensors_itself():
+    counted = blnet.profile(Making(), (2, 5, 8))
+    own, _, linear = counted.layers
+    assert own.macs == 2 * (5 * 8 * 5) * 2
+    assert (linear.macs, linear.output_shape) == (2 * 2 * 8 * 8, (2, 2, 8))
+
+
+def test_hooks_are_part_of_the_network():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(3, 5))
+    model[0].register_forward_hook(lambda module, inputs, output: output[:, :3])
+    assert blnet.profile(model, (2, 4)).macs == 2 * (4 * 6 + 3 * 5)
+
+
 def test_network_is_left_as_it_was():
     model = small_network()
     model.train()

@@ -120,6 +120,11 @@ def test_the_backbone_of_some_levels():
             8,
             "model must be a BigLittleNet or a network of timm's with",
         ),
+        (
+            timm.create_model("resnet18", features_only=True),
+            8,
+            r"model gives 5 maps .* take 4 at most; build it .*out_indices=\(1, 2, 3, 4\)",
+        ),
         (nn.Identity(), 0, "out_channels must be a whole number of at least 1, got 0"),
     ],
 )

@@ -19,6 +19,8 @@ from blnet.checks import check_count
 from blnet.network import BigLittleNet
 from blnet.vision.features import feature_info, feature_maps
 
+_LEVELS = 4  # beside the pyramid's "pool", torchvision's anchors are of five sizes
+
 
 class StageMaps(nn.Module):
     """The stem and the stages of a network, which they share with it; no classifier.
@@ -70,11 +72,13 @@ def fpn_backbone(model: nn.Module, out_channels: int = 256) -> FpnBackbone:
 
     Args:
         model: a `BigLittleNet`, from blnet or from timm, whose stem and stages are shared with it;
-            or what `timm.create_model(..., features_only=True)` gave of any network.
+            or what `timm.create_model(..., features_only=True)` gave of any network, with four
+            levels at most: "0" to "3" are all that the detectors look for.
         out_channels: channels of every map of the pyramid.
 
     Raises:
-        ValueError: if the network is neither, or `out_channels` is no whole number of at least 1.
+        ValueError: if the network is neither or gives more levels, or `out_channels` is no whole
+            number of at least 1.
     """
     check_count("out_channels", out_channels, 1)
     if isinstance(model, BigLittleNet):
@@ -86,4 +90,11 @@ def fpn_backbone(model: nn.Module, out_channels: int = 256) -> FpnBackbone:
             f"model must be a BigLittleNet or a network of timm's with features_only=True, got "
             f"{type(model).__name__}; build one with blnet.vision.bl_resnet50()"
         )
-    return FpnBackbone(model, channels_of(), out_channels)
+    channels = channels_of()
+    if len(channels) > _LEVELS:
+        last = tuple(range(len(channels)))[-_LEVELS:]
+        raise ValueError(
+            f"model gives {len(channels)} maps and torchvision's detectors take {_LEVELS} at most; "
+            f"build it with features_only=True, out_indices={last}"
+        )
+    return FpnBackbone(model, channels, out_channels)

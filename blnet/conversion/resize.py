@@ -136,7 +136,7 @@ def _resize_layer(part: nn.Module, in_channels: int, narrow: int) -> None:
         if width:
             resize_norm(part, in_channels or divided(width))
     elif not isinstance(part, nn.Conv1d):  # over the channels themselves, as in ECA
-        _resize_rest(part, narrow)
+        _resize_rest(part, in_channels, narrow)
 
 
 def _leaves(gate: nn.Module | None) -> list[nn.Module]:
@@ -180,13 +180,16 @@ def _resize_linear(linear: nn.Linear, narrow: int) -> None:
         _replace(linear, "bias", (linear.out_features,))
 
 
-def _resize_rest(part: nn.Module, narrow: int) -> None:
-    """Cut what else has one value a channel: PReLU, layer scales."""
+def _resize_rest(part: nn.Module, in_channels: int, narrow: int) -> None:
+    """Cut or repeat what else has one value a channel: PReLU, layer scales."""
     for name, value in list(part._parameters.items()):
         if value is None or value.numel() == 1:
             continue
-        shape = tuple(n // narrow if n > 1 and n % narrow == 0 else n for n in value.shape)
-        kept = value.detach()[tuple(slice(0, n) for n in shape)].clone()
+        kept = value.detach().clone()
+        for axis, n in enumerate(value.shape):
+            width = in_channels or (n // narrow if n % narrow == 0 else n)
+            if n > 1 and width != n:
+                kept = kept.index_select(axis, torch.arange(width, device=kept.device) % n)
         part._parameters[name] = nn.Parameter(kept, value.requires_grad)
 
 

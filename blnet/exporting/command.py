@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", required=True, help="the file to write")
     parser.add_argument("--format", choices=tuple(FORMATS), default="onnx",
                         help="onnx, torch (TorchScript) or exported-program (onnx)")  # fmt: skip
-    parser.add_argument("--opset", type=positive, default=OPSET, help=f"of ONNX ({OPSET})")
+    parser.add_argument("--opset", type=positive, help=f"of --format onnx ({OPSET})")
     parser.add_argument("--static", action="store_true", help="for one batch and size only")
     parser.add_argument("--no-check", action="store_true", help="do not run the file")
     parser.add_argument("--overwrite", action="store_true", help="replace the file, if any")
@@ -34,6 +34,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export, and print what was written and how far it is from the network."""
     output = _checked_output(args)
+    if args.opset is not None and args.format != "onnx":
+        raise ValueError(f"--opset is ONNX's, and --format {args.format} has none; leave it out")
     model, metadata = load_source(args)
     done = export(
         model,
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         args.format,
         example_of(model, args.size, metadata),
         not args.static,
-        opset=args.opset,
+        opset=OPSET if args.opset is None else args.opset,
         check=not args.no_check,
         metadata=metadata,
     )
@@ -62,6 +64,8 @@ def _checked_output(args: argparse.Namespace) -> Path:
 def _told(done: Exported, size: int) -> str:
     free = "free" if done.parity is not None else "free as traced"
     sizes = f"batch and sizes {free if done.dynamic else 'fixed'}"
+    if done.dynamic and done.least:
+        sizes += ", from " + ", ".join(f"{axis} {size}" for axis, size in done.least.items())
     text = (f"wrote {done.path} ({size / 1e6:.1f} MB, {done.format}; {', '.join(done.inputs)} -> "
             f"{', '.join(done.outputs)}; {sizes})\n")  # fmt: skip
     if done.parity is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Exported:
         dynamic: whether batch and sizes are free; not where the network itself ran at none of the
             other shapes of the check. Without a check, whether they were traced so.
         parity: how far it is from the network; None where that was not checked.
+        least: the free axes ("height", say) that are not free from 1 on, with the least sizes that
+            the file takes. Of "torch" they are not known.
     """
 
     path: Path
@@ -37,6 +39,7 @@ class Exported:
     outputs: tuple[str, ...]
     dynamic: bool
     parity: Parity | None
+    least: Mapping[str, int] = field(default_factory=dict)
 
 
 def export(
@@ -67,7 +70,7 @@ def export(
         example_input: the first input, of which only the shape counts; None for images of 224 x 224
             pixels, or 300 frames of sound.
         dynamic: whether batch and height and width, or batch and frames, are free; else they are
-            the example's.
+            the example's. Sizes are free from 1 on, or from where the network takes them on.
         opset: version of ONNX's operators, 18 or newer.
         check: whether to run the file; "onnx" needs onnxruntime for that.
         metadata: what to say of the network in the file, anything JSON can hold; see
@@ -86,8 +89,9 @@ def export(
     settings = Settings(dynamic, opset, describe(model, metadata))
     with written_aside(path) as aside:
         form = prepared(model, example_input)
-        aside.write_bytes(chosen.write(form, settings))
-        parity = compare(form, chosen.open(aside), dynamic) if check else None
+        written = chosen.write(form, settings)
+        aside.write_bytes(written.data)
+        parity = compare(form, chosen.open(aside), dynamic, written.least) if check else None
     if parity is not None and len(parity.shapes) == 1:
         dynamic = False  # the network runs at its example's size only
-    return Exported(Path(path), format, form.inputs, form.outputs, dynamic, parity)
+    return Exported(Path(path), format, form.inputs, form.outputs, dynamic, parity, written.least)

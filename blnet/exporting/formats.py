@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from blnet.exporting.forms import Form
-from blnet.exporting.metadata import ENTRY
-from blnet.exporting.onnx import OPSET, onnx_model
-from blnet.exporting.programs import trace_program, trace_script, tracing
+from blnet.exporting.metadata import ENTRY, LEAST_SIZES
+from blnet.exporting.onnx import OPSET, check_opset, onnx_model
+from blnet.exporting.programs import least_sizes, trace_program, trace_script, tracing
 
 Runner = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 
@@ -37,19 +37,32 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Written:
+    """A file's content.
+
+    Attributes:
+        data: its bytes.
+        least: the free axes that are not free from 1 on, with their least sizes.
+    """
+
+    data: bytes
+    least: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Format:
     """A kind of file.
 
     Attributes:
         suffix: how its files' names end.
-        write: makes the bytes of a file.
+        write: makes the content of a file.
         open: reads a file and returns what runs it.
         packages: what writing needs beside PyTorch.
         runtime: what running needs beside PyTorch.
     """
 
     suffix: str
-    write: Callable[[Form, Settings], bytes]
+    write: Callable[[Form, Settings], Written]
     open: Callable[[Path], Runner]
     packages: tuple[str, ...] = ()
     runtime: str | None = None
@@ -74,9 +87,16 @@ class Format:
             ) from error
 
 
-def _write_onnx(form: Form, settings: Settings) -> bytes:
-    model = onnx_model(form, settings.dynamic, settings.opset, settings.metadata)
-    return model.SerializeToString()  # type: ignore[no-any-return]
+def _with_least(metadata: Mapping[str, str], least: Mapping[str, int]) -> dict[str, str]:
+    return {**metadata, LEAST_SIZES: json.dumps(least)} if least else dict(metadata)
+
+
+def _write_onnx(form: Form, settings: Settings) -> Written:
+    check_opset(settings.opset)  # before the network is traced, which takes its time
+    program = trace_program(form, settings.dynamic)
+    least = least_sizes(form, program)
+    model = onnx_model(form, program, settings.opset, _with_least(settings.metadata, least))
+    return Written(model.SerializeToString(), least)
 
 
 def _open_onnx(path: Path) -> Runner:
@@ -95,11 +115,11 @@ def _open_onnx(path: Path) -> Runner:
     return run
 
 
-def _write_script(form: Form, settings: Settings) -> bytes:
+def _write_script(form: Form, settings: Settings) -> Written:
     script, buffer = trace_script(form, settings.dynamic), io.BytesIO()
     with tracing():
         torch.jit.save(script, buffer, _extra_files={ENTRY: json.dumps(settings.metadata)})
-    return buffer.getvalue()
+    return Written(buffer.getvalue(), {})  # a trace by example asks for no sizes
 
 
 def _open_script(path: Path) -> Runner:
@@ -107,11 +127,13 @@ def _open_script(path: Path) -> Runner:
         return _torch_runner(torch.jit.load(str(path), map_location="cpu"))
 
 
-def _write_program(form: Form, settings: Settings) -> bytes:
+def _write_program(form: Form, settings: Settings) -> Written:
     program, buffer = trace_program(form, settings.dynamic), io.BytesIO()
+    least = least_sizes(form, program)
+    said = json.dumps(_with_least(settings.metadata, least))
     with tracing():
-        torch.export.save(program, buffer, extra_files={ENTRY: json.dumps(settings.metadata)})
-    return buffer.getvalue()
+        torch.export.save(program, buffer, extra_files={ENTRY: said})
+    return Written(buffer.getvalue(), least)
 
 
 def _open_program(path: Path) -> Runner:
@@ -134,4 +156,4 @@ FORMATS = {
     "exported-program": Format(".pt2", _write_program, _open_program),
 }
 
-__all__ = ["FORMATS", "OPSET", "Format", "Runner", "Settings"]
+__all__ = ["FORMATS", "OPSET", "Format", "Runner", "Settings", "Written"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from blnet.files import reason
 from blnet.fusing import unfuse
@@ -58,6 +59,10 @@ class Form:
             found = self.module(*inputs)
         return found if isinstance(found, tuple) else (found,)
 
+    def is_taken(self, shape: tuple[int, ...], least: Mapping[str, int]) -> bool:
+        """Return whether a shape of the first input has the least sizes of free axes, by name."""
+        return all(shape[axis] >= least.get(name, 1) for axis, name in self.free[0].items())
+
     def traced_shape(self, dynamic: bool, least: int = 1) -> tuple[int, ...]:
         """Return the shape to trace with; where sizes are free, a batch that is no constant."""
         if not dynamic:
@@ -100,6 +105,7 @@ def prepared(model: nn.Module, example: Tensor | None = None, lengths: bool = Tr
     Raises:
         ValueError: if the network takes or gives anything else, or does not run at that size.
     """
+    _check_given(model, example)
     kind = type(model).__name__
     speech = _takes_recordings(model)
     if not speech:
@@ -124,7 +130,29 @@ def prepared(model: nn.Module, example: Tensor | None = None, lengths: bool = Tr
 
 
 def _told(given: tuple[Any, ...]) -> str:
-    return f"{len(given)} values" if len(given) > 1 else f"a {type(given[0]).__name__}"
+    return f"a {type(given[0]).__name__}" if len(given) == 1 else f"{len(given)} values"
+
+
+def _check_given(model: Any, example: Any) -> None:
+    """Raise a ValueError if the network or its example is none, or has no values."""
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"model must be a torch.nn.Module, and not of TorchScript, got {type(model).__name__}; "
+            "give the network itself"
+        )
+    valueless = (name for name, value in model.state_dict(keep_vars=True).items()
+                 if isinstance(value, Tensor) and (is_lazy(value) or value.is_meta))  # fmt: skip
+    if name := next(valueless, None):
+        raise ValueError(
+            f"{name} of {type(model).__name__} has no values yet; give the network weights"
+        )
+    if example is not None and not (isinstance(example, Tensor) and example.ndim and len(example)):
+        got = f"one of shape {tuple(example.shape)}" if isinstance(example, Tensor) else (
+            type(example).__name__)  # fmt: skip
+        raise ValueError(
+            f"example_input must be a tensor of one input or more, got {got}; "
+            f"give torch.empty(1, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), say"
+        )
 
 
 def _check_one_input(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 import blnet
 
 ENTRY = "blnet.json"  # the extra file of PyTorch's two formats
+LEAST_SIZES = "least_sizes"  # of the free axes that are not free from 1 on
 
 
 def describe(model: nn.Module, extra: Mapping[str, Any] | None = None) -> dict[str, str]:

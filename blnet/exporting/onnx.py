@@ -32,36 +32,38 @@ def onnx_bytes(model: nn.Module, example: Tensor) -> bytes:
         ValueError: if the network does not run on such an input or cannot be traced.
         ImportError: if onnx or onnxscript is missing.
     """
+    need_onnx()
     form = prepared(model, example, lengths=False)
-    return onnx_model(form, dynamic=False).SerializeToString()  # type: ignore[no-any-return]
+    program = trace_program(form, dynamic=False)
+    return onnx_model(form, program).SerializeToString()  # type: ignore[no-any-return]
 
 
 def onnx_model(
-    form: Form, dynamic: bool = True, opset: int = OPSET, metadata: Mapping[str, str] | None = None
+    form: Form,
+    program: ExportedProgram,
+    opset: int = OPSET,
+    metadata: Mapping[str, str] | None = None,
 ) -> Any:
-    """Return a network as an onnx.ModelProto.
+    """Return a network as an onnx.ModelProto, whose free axes have their names.
 
     Args:
         form: the network.
-        dynamic: whether batch and sizes are free; else they are the example's.
+        program: what it was traced to.
         opset: version of ONNX's operators, 18 or newer.
         metadata: for the model's metadata_props.
 
     Raises:
-        ValueError: if the network cannot be traced, or ONNX has no such operators or opset.
+        ValueError: if ONNX has no such operators or opset.
         ImportError: if onnx or onnxscript is missing.
     """
-    need_onnx()
-    if type(opset) is not int or not OPSET <= opset <= _newest_opset():
-        raise ValueError(f"opset must be from {OPSET} to {_newest_opset()}, got {opset!r}")
-    program = trace_program(form, dynamic)
+    check_opset(opset)
     try:
         with tracing():
             model = _translated(form, program, opset)
     except Exception as error:
         raise ValueError(
-            f"the network cannot be written as ONNX opset {opset} ({reason(error)}); use another "
-            "--format, or the default opset"
+            f"the network cannot be written as ONNX opset {opset} ({reason(_first_of(error))}); "
+            "use another --format, or the default opset"
         ) from error
     _give_constant_scales(model.graph)
     _remove_unused(model.graph)
@@ -70,10 +72,27 @@ def onnx_model(
     return model
 
 
+def check_opset(opset: int) -> None:
+    """Raise a ValueError if the installed onnx has no such opset.
+
+    Raises:
+        ValueError: if so.
+        ImportError: if onnx or onnxscript is missing.
+    """
+    need_onnx()
+    if type(opset) is not int or not OPSET <= opset <= _newest_opset():
+        raise ValueError(f"opset must be from {OPSET} to {_newest_opset()}, got {opset!r}")
+
+
 def need_onnx() -> None:
     """Raise an ImportError that says what to do where onnx or onnxscript is missing."""
     import onnx  # noqa: F401
     import onnxscript  # noqa: F401
+
+
+def _first_of(error: BaseException) -> BaseException:
+    """Return the error that others came of; PyTorch's own tell of steps and reports first."""
+    return error if error.__cause__ is None else _first_of(error.__cause__)
 
 
 def _newest_opset() -> int:
@@ -90,6 +109,7 @@ def _translated(form: Form, program: ExportedProgram, opset: int) -> Any:
         dynamo=True,
         opset_version=opset,
         verbose=False,
+        dynamic_shapes=form.free,  # of a program these are the names only
         input_names=list(form.inputs),
         output_names=list(form.outputs),
         custom_translation_table={torch.ops.aten.upsample_nearest2d.default: _upsample()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,21 +33,27 @@ class Parity:
     shapes: tuple[tuple[int, ...], ...]
 
 
-def compare(form: Form, run: Runner, dynamic: bool) -> Parity:
+def compare(
+    form: Form, run: Runner, dynamic: bool, least: Mapping[str, int] | None = None
+) -> Parity:
     """Run a file beside its network at several shapes.
 
-    A shape that the network itself does not run at is left out, but for its example's.
+    A shape that the network itself does not run at is left out, but for its example's, and so is
+    one that is too small for the file.
 
     Args:
         form: the network.
         run: runs the file.
         dynamic: whether the file's sizes are free.
+        least: the free axes that are not free from 1 on, with the file's least sizes.
 
     Raises:
         ParityError: if the file does not run, or an error is above `TOLERANCE`, at some shape.
     """
     worst, shapes = 0.0, []
     for seed, shape in enumerate(form.probes(dynamic), 1):
+        if not form.is_taken(shape, least or {}):
+            continue
         inputs = form.drawn(shape, seed)
         try:
             wanted = form.answer(*inputs)

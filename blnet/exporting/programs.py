@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -18,6 +19,8 @@ from blnet.files import reason
 from blnet.kernels import use_backend
 
 _POOLING = "torch._meta_registrations.pooling_output_shape_pad_lr"
+# What torch.export suggests where a network takes no smaller sizes (PyTorch 2.11).
+_LARGER = re.compile(r"(\w+) = Dim\('\1', min=(\d+)\)")
 _LOGGERS = ("torch.export", "torch.onnx", "torch.fx", "onnxscript", "onnx_ir")
 
 
@@ -26,19 +29,33 @@ def trace_program(form: Form, dynamic: bool = True) -> ExportedProgram:
 
     Args:
         form: the network.
-        dynamic: whether batch and sizes are free, from 1 on (see `LEAST`); else they are the
-            example's.
+        dynamic: whether batch and sizes are free, from 1 on (see `LEAST`) or from where the network
+            takes them on (see `least_sizes`); else they are the example's.
 
     Raises:
         ValueError: if the network's code asks for values, or for sizes that are to be free.
     """
-    inputs = form.drawn(form.traced_shape(dynamic))
-    shapes = tuple(_free_dimensions(form)) if dynamic else None
     try:
         with tracing():
-            return torch.export.export(form.module, inputs, dynamic_shapes=shapes)
+            return _traced_program(form, dynamic)
     except Exception as error:
         raise ValueError(_untraceable(form, dynamic, error)) from error
+
+
+def least_sizes(form: Form, program: ExportedProgram) -> dict[str, int]:
+    """Return from which sizes on the free axes of a program are free, by their names.
+
+    Axes that are free from 1 on are left out, as are those of the example's size.
+    """
+    names = program.graph_signature.user_inputs
+    inputs = [node for node in program.graph.nodes if node.name in names]
+    found = {}
+    for node, axes in zip(inputs, form.free, strict=True):
+        for axis, name in axes.items():
+            size = node.meta["val"].shape[axis]
+            if isinstance(size, torch.SymInt):
+                found[name] = int(program.range_constraints[size.node.expr].lower)
+    return {name: least for name, least in found.items() if least > 1}
 
 
 def trace_script(form: Form, dynamic: bool = True) -> torch.jit.ScriptModule:
@@ -121,12 +138,37 @@ class _PoolingSize:
         return (size + pad_left + pad_right - reach + spare) // stride + 1
 
 
-def _free_dimensions(form: Form) -> Iterator[dict[int, Any]]:
-    named: dict[str, Any] = {}
-    for axes in form.free:
-        for name in axes.values():
-            named.setdefault(name, Dim(name, min=LEAST.get(name, 1)))
-        yield {axis: named[name] for axis, name in axes.items()}
+def _traced_program(form: Form, dynamic: bool) -> ExportedProgram:
+    inputs = form.drawn(form.traced_shape(dynamic))
+    if not dynamic:
+        return torch.export.export(form.module, inputs)
+    try:
+        return torch.export.export(form.module, inputs, dynamic_shapes=_free_dimensions(form))
+    except torch._dynamo.exc.UserError as error:
+        least = _least_asked_for(error)
+        if not least:
+            raise
+    return torch.export.export(form.module, inputs, dynamic_shapes=_free_dimensions(form, least))
+
+
+def _free_dimensions(form: Form, least: Mapping[str, int] = LEAST) -> tuple[dict[int, Any], ...]:
+    names = {name for axes in form.free for name in axes.values()}
+    named = {name: Dim(name, min=max(least.get(name, 1), LEAST.get(name, 1))) for name in names}
+    return tuple({axis: named[name] for axis, name in axes.items()} for axes in form.free)
+
+
+def _least_asked_for(error: Exception) -> dict[str, int]:
+    """Return from which sizes on torch.export takes a network; none where it asks for more."""
+    fixes = [_LARGER.fullmatch(line) for line in _suggested(error)]
+    if not all(fixes):  # a size that is one number, or follows from another
+        return {}
+    return {fix[1]: int(fix[2]) for fix in fixes if fix}
+
+
+def _suggested(error: Exception) -> list[str]:
+    """Return the lines of what torch.export would have free sizes be."""
+    _, _, told = str(error).partition("Suggested fixes:\n")
+    return [line.strip() for line in told.partition("\n\n")[0].splitlines()]
 
 
 def _untraceable(form: Form, dynamic: bool, error: Exception) -> str:
@@ -135,4 +177,6 @@ def _untraceable(form: Form, dynamic: bool, error: Exception) -> str:
     advice = "export it for one size (dynamic=False, --static)" if dynamic else (
         "its forward may not depend on the values of tensors")  # fmt: skip
     sizes = " with free sizes" if dynamic else ""
-    return f"{kind} cannot be traced{sizes} ({reason(error)}); {advice}"
+    asked = ", ".join(_suggested(error))
+    why = f"torch.export asks for {asked}" if asked else reason(error)
+    return f"{kind} cannot be traced{sizes} ({why}); {advice}"
