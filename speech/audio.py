@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blnet.files import StrPath, reason
+from blnet.speech.containers import has_whole_pages, missing_bytes, unsaid_mp3_samples
 from blnet.speech.files import open_file
 
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
@@ -22,12 +23,9 @@ _BLOCK = 1 << 16  # frames that are decoded at once while streaming
 _BLOCK_SECONDS = 30  # and how long these may be: at a low rate, resampling makes many of few
 _MP3_LEAST = 0.95  # share of the samples
 _TOLERANCE = 0.01  # seconds; times in manifests are rounded
-# Programs that write WAV into a pipe do not know its length and put one of these in its place:
-# the largest numbers there are, or those less a header of some kilobytes.
-_UNKNOWN_LENGTHS = (range(0x7FFF0000, 0x80000001), range(0xFFFF0000, 0x100000000))
-_PAGE = 65_307  # bytes of the largest page of an Ogg file
-_UNKNOWN_FRAMES = 1 << 60  # likewise of FLAC, where libsndfile says the largest number there is
-_NO_LENGTH = "its header does not say how long it is; write it anew, to a file and not to a pipe"
+_UNKNOWN_FRAMES = 1 << 60  # where FLAC does not know, libsndfile says the largest number there is
+_WRITE_ANEW = "write it anew, to a file and not to a pipe"
+_NO_LENGTH = f"its header does not say how long it is; {_WRITE_ANEW}"
 _LOUDEST = 1e15  # of full scale; what is louder by far has no power spectrum in float32
 
 
@@ -136,11 +134,15 @@ def _opened(file: StrPath) -> Iterator[soundfile.SoundFile]:
     try:
         with open_file(file) as data:
             _check_bytes(file, data)
+            counted = unsaid_mp3_samples(data)
+            data.seek(0)
             with soundfile.SoundFile(data) as sound:
                 if not sound.frames:
                     raise AudioError(file, _why_empty(data))
                 if sound.frames >= _UNKNOWN_FRAMES:
                     raise AudioError(file, _NO_LENGTH)
+                if sound.frames < _MP3_LEAST * counted:
+                    raise AudioError(file, _too_few(sound.frames, counted))
                 yield sound
     except AudioError:
         raise
@@ -223,11 +225,12 @@ def _pieces(file: StrPath, sample_rate: int) -> Iterator[NDArray[np.float32]]:
 def _check_length(file: StrPath, sound: soundfile.SoundFile, promised: int, found: int) -> None:
     """Raise AudioError if far fewer samples came than there were to be."""
     # Some MP3 files say their length nowhere, and libsndfile estimates it.
-    least = _MP3_LEAST * promised if sound.format == "MP3" else promised
+    estimated = sound.format == "MP3"
+    least = _MP3_LEAST * promised if estimated else promised
     if not found or found < least:
+        fault = "cut off, or does not say how long it is" if estimated else "cut off"
         raise AudioError(
-            file,
-            f"it is cut off: its header promises {promised:,} samples, and {found:,} are there",
+            file, f"it is {fault}: {promised:,} samples were promised, and {found:,} are there"
         )
 
 
@@ -237,16 +240,22 @@ def _check_bytes(file: StrPath, data: BinaryIO) -> None:
     data.seek(0)
     if not size:
         raise AudioError(file, "the file is empty")
-    head = data.read(12)
-    if head[:4] in (b"RIFF", b"RF64") and head[8:] == b"WAVE":
-        missing = _missing_bytes(data, size)
-        if missing:
-            raise AudioError(
-                file, f"it is cut off: its header promises {missing:,} bytes more than are there"
-            )
-    if head[:4] == b"OggS" and not _has_whole_pages(data, size):
+    is_ogg = data.read(4) == b"OggS"
+    missing = missing_bytes(data, size)
+    if missing:
+        raise AudioError(
+            file, f"it is cut off: its header promises {missing:,} bytes more than are there"
+        )
+    if is_ogg and not has_whole_pages(data, size):
         raise AudioError(file, "it is cut off in the midst of a page")
-    data.seek(0)
+
+
+def _too_few(estimated: int, counted: int) -> str:
+    """Say why an MP3 file cannot be read to its end: libsndfile stops where it was to be."""
+    return (
+        f"it does not say how long it is, and of {counted:,} samples {estimated:,} would be read; "
+        f"{_WRITE_ANEW}"
+    )
 
 
 def _why_empty(data: BinaryIO) -> str:
@@ -256,45 +265,3 @@ def _why_empty(data: BinaryIO) -> str:
     size = data.seek(0, os.SEEK_END)
     promised = max(44, 8 + int.from_bytes(head[4:], "little"))  # 44: a header alone
     return _NO_LENGTH if head[:4] == b"RIFF" and size > promised else "it holds no samples"
-
-
-def _missing_bytes(data: BinaryIO, size: int) -> int:
-    """Return how many bytes of a WAV file's samples are not there.
-
-    A RIFF file is a list of chunks: a name of four letters, a length of four bytes, little-endian,
-    and as many bytes, and one more where that is odd (Microsoft and IBM, Multimedia Programming
-    Interface and Data Specifications 1.0, 1991). Where files of 4 GB and more, which begin with
-    RF64, have -1 for the samples' length, the chunk ds64 has it in its second eight bytes (EBU
-    Tech 3306).
-    """
-    place, long = 12, None
-    while place + 8 <= size:
-        data.seek(place)
-        head = data.read(8)
-        length = int.from_bytes(head[4:], "little")
-        place += 8
-        if head[:4] == b"ds64":
-            long = int.from_bytes(data.read(16)[8:], "little")
-        if head[:4] == b"data":
-            if length == 0xFFFFFFFF and long is not None:
-                length = long
-            elif any(length in unknown for unknown in _UNKNOWN_LENGTHS):
-                return 0
-            return max(0, place + length - size)
-        place += length + length % 2
-    return 0
-
-
-def _has_whole_pages(data: BinaryIO, size: int) -> bool:
-    """Return whether the last page of an Ogg file is whole.
-
-    A page begins with OggS; byte 26 has the number of segments, and so many bytes follow with the
-    length of each (RFC 3533). The mark of a last page, in byte 5, is not asked for: what FFmpeg
-    cuts into segments has none.
-    """
-    data.seek(max(0, size - 2 * _PAGE))
-    rest = data.read()
-    page = rest[rest.rfind(b"OggS") :]
-    if len(page) < 27 or len(page) < 27 + page[26]:
-        return False
-    return len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])

@@ -129,42 +129,51 @@ def coloured_noise(slopes: Tensor, length: int) -> Tensor:
 
 
 class SpecAugment:
-    """Sets stripes of maps to 0, the mean after normalisation: some bands, some stretches of time.
+    """Sets stripes of maps to their mean: some bands, some stretches of time.
 
     Park et al., "SpecAugment", Interspeech 2019, without its warping of time. The width of each
     mask is uniform from 0 to the widest, and its place uniform among those where it fits; over time
     it lies within the valid frames and covers at most a fifth of them. All channels of a map get
     the same masks.
 
+    The mean is 0 of maps that are normalised. Of others it is each band's own over the recording,
+    which is what 0 stands for in maps that are normalised utterance by utterance; there 0 itself
+    would be a power of 1, louder than nearly all that is said.
+
     Args:
         config: freq_masks, freq_width, time_masks and time_width of it.
         hop_seconds: time from one frame to the next.
+        normalized: whether the maps are.
 
     Raises:
         ValueError: naming the first setting that makes no sense.
     """
 
-    def __init__(self, config: AugmentConfig, hop_seconds: float) -> None:
+    def __init__(self, config: AugmentConfig, hop_seconds: float, normalized: bool = True) -> None:
         config.check()
         self._config = config
+        self._normalized = normalized
         self._time_width = round(config.time_width / hop_seconds)
 
     def __call__(self, maps: Tensor, frames: Tensor) -> Tensor:
         """Return the maps with masks.
 
         Args:
-            maps: floating-point (N, channels, bins, T), normalised.
+            maps: floating-point (N, channels, bins, T), 0 behind a recording's last frame.
             frames: int64 (N,), the valid ones.
         """
         bins, config = maps.shape[2], self._config
+        mean = maps.new_zeros(())
+        if not self._normalized:
+            mean = maps.sum(-1, keepdim=True) / frames[:, None, None, None]
         if config.freq_masks:
             sizes = torch.full_like(frames, bins)
             stripes = _stripes(sizes, sizes.clamp(max=config.freq_width), config.freq_masks, bins)
-            maps = maps.masked_fill(stripes[:, None, :, None], 0)
+            maps = torch.where(stripes[:, None, :, None], mean, maps)
         if config.time_masks:
             widest = (frames // TIME_SHARE).clamp(max=self._time_width)
             stripes = _stripes(frames, widest, config.time_masks, maps.shape[3])
-            maps = maps.masked_fill(stripes[:, None, None], 0)
+            maps = torch.where(stripes[:, None, None], mean, maps)
         return maps
 
 

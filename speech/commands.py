@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from blnet.speech.config import DataConfig
-from blnet.speech.corpora import Parts, check_found, labels_of, tree_of
+from blnet.speech.corpora import Parts, Wanted, check_found, labels_of, tree_of
 from blnet.speech.files import Tree, read_lines
 from blnet.speech.recordings import Utterance, measured
 
@@ -28,7 +28,7 @@ _ROUNDING = 1e-6  # seconds
 _NOISE_SPANS = {"train": (0.0, 0.8), "test": (0.9, 1.0)}
 
 
-def load_speech_commands(data: DataConfig, evaluation_only: bool = False) -> Parts:
+def load_speech_commands(data: DataConfig, wanted: Wanted = "both") -> Parts:
     """Return the corpus with its published split; the validation part is left out.
 
     testing_list.txt and validation_list.txt say which recording is in which part; where they are

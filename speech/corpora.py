@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from blnet.files import StrPath, reason
 from blnet.speech.audio import AUDIO_ENDINGS
@@ -32,6 +33,8 @@ _FSDD_TEST_TAKES = 5
 _FSDD_NAME = re.compile(r"(?:.*/)?(\d)_([a-zA-Z][^/]*)_(\d+)\.wav")
 _YESNO_NAME = re.compile(r"(?:.*/)?([01](?:_[01])*)\.wav")
 
+Wanted = Literal["both", "training", "evaluation"]  # parts; one with a place of its own may be left
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -40,7 +43,7 @@ class Parts:
     Attributes:
         train: the recordings to train on; () where only the evaluation was asked for and they are
             not at hand.
-        evaluation: those to evaluate on.
+        evaluation: those to evaluate on; likewise.
         classes: the words, in order; () where the corpus has no labels.
     """
 
@@ -49,7 +52,7 @@ class Parts:
     classes: tuple[str, ...] = ()
 
 
-def load_fsdd(data: DataConfig, evaluation_only: bool = False) -> Parts:
+def load_fsdd(data: DataConfig, wanted: Wanted = "both") -> Parts:
     """Return the Free Spoken Digit Dataset with its own split: takes 0 to 4 are the test part.
 
     Files are named digit_speaker_take.wav (github.com/Jakobovski/free-spoken-digit-dataset).
@@ -72,7 +75,7 @@ def load_fsdd(data: DataConfig, evaluation_only: bool = False) -> Parts:
     return Parts(train, test, DIGITS)
 
 
-def load_yesno(data: DataConfig, evaluation_only: bool = False) -> Parts:
+def load_yesno(data: DataConfig, wanted: Wanted = "both") -> Parts:
     """Return the 60 recordings of yesno (openslr.org/1), each eight words; a share is held out.
 
     A file's name is its transcript: 1 for yes (in Hebrew), 0 for no.
@@ -94,20 +97,24 @@ def load_yesno(data: DataConfig, evaluation_only: bool = False) -> Parts:
     return Parts(*hold_out(found, data.holdout, data.split_seed))
 
 
-def load_librispeech(data: DataConfig, evaluation_only: bool = False) -> Parts:
+def load_librispeech(data: DataConfig, wanted: Wanted = "both") -> Parts:
     """Return parts of LibriSpeech (openslr.org/12): data.subset, and eval_path or test-clean.
 
     Raises:
         ValueError: if a part is not there or not whole, or could not be fetched.
     """
     train: list[Utterance] = []
-    if not evaluation_only:
+    evaluation: list[Utterance] = []
+    if wanted != "evaluation":
         for part in data.subset.split("+"):
             train += _librispeech_part(data, part.strip(), "--data.subset")
-    return Parts(train, _librispeech_part(data, data.eval_path or "test-clean", "--data.eval-path"))
+    if wanted != "training":
+        part = data.eval_path or "test-clean"
+        evaluation = _librispeech_part(data, part, "--data.eval-path")
+    return Parts(train, evaluation)
 
 
-def load_folder(data: DataConfig, evaluation_only: bool = False) -> Parts:
+def load_folder(data: DataConfig, wanted: Wanted = "both") -> Parts:
     """Return the recordings of a folder (or archive) of folders, one for each word.
 
     The evaluation part is `data.eval_path`, of which a folder val, validation, valid, dev or test
@@ -117,6 +124,8 @@ def load_folder(data: DataConfig, evaluation_only: bool = False) -> Parts:
     Raises:
         ValueError: if there are no such folders, or no recordings in them.
     """
+    train: list[Utterance] = []
+    evaluation: list[Utterance] = []
     if data.eval_path is None:
         own, held = _parts(tree_of(data), "--data.path")
         train = _word_folders(own, "--data.path")
@@ -124,16 +133,17 @@ def load_folder(data: DataConfig, evaluation_only: bool = False) -> Parts:
             train, evaluation = hold_out(train, data.holdout, data.split_seed)
         else:
             evaluation = _word_folders(held, "--data.path")
-    else:
+        return Parts(train, evaluation, labels_of(train))
+    if wanted != "training":
         _, held = _parts(Tree.of(data.eval_path, data.eval_flag), data.eval_flag)
-        evaluation, train = _word_folders(held, data.eval_flag), []
-        if not evaluation_only:
-            own, _ = _parts(tree_of(data), "--data.path")
-            train = _word_folders(own, "--data.path")
+        evaluation = _word_folders(held, data.eval_flag)
+    if wanted != "evaluation":
+        own, _ = _parts(tree_of(data), "--data.path")
+        train = _word_folders(own, "--data.path")
     return Parts(train, evaluation, labels_of(train or evaluation))
 
 
-def load_manifest(data: DataConfig, evaluation_only: bool = False) -> Parts:
+def load_manifest(data: DataConfig, wanted: Wanted = "both") -> Parts:
     """Return the recordings that manifests list (`read_manifest`): path, and eval_path if given.
 
     Without eval_path a share of path is held out.
@@ -141,14 +151,16 @@ def load_manifest(data: DataConfig, evaluation_only: bool = False) -> Parts:
     Raises:
         ValueError: if a manifest is missing or a line makes no sense.
     """
+    train: list[Utterance] = []
+    evaluation: list[Utterance] = []
     if data.eval_path is None:
         found = read_manifest(required(data.path, "a manifest (JSON Lines or a table with tabs)"))
         train, evaluation = hold_out(found, data.holdout, data.split_seed)
-    else:
+        return Parts(train, evaluation, labels_of(train))
+    if wanted != "training":
         evaluation = read_manifest(data.eval_path)
-        train = []
-        if not evaluation_only:
-            train = read_manifest(required(data.path, "the training manifest"))
+    if wanted != "evaluation":
+        train = read_manifest(required(data.path, "the training manifest"))
     return Parts(train, evaluation, labels_of(train or evaluation))
 
 

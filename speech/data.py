@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from blnet.speech import corpora
 from blnet.speech.commands import load_speech_commands
 from blnet.speech.config import DataConfig, TaskName
-from blnet.speech.corpora import Parts
+from blnet.speech.corpora import Parts, Wanted
 from blnet.speech.recordings import Recordings, Utterance
 from blnet.speech.splits import balanced, hold_out_speaker
 from blnet.speech.synth import load_synth
@@ -31,7 +31,7 @@ class SpeechData:
         train: data set of (samples float32 (n,), target int64), varied by the transform; of length
             0 where only the evaluation was asked for.
         evaluation: likewise, not varied; the longest recordings come first, so that the batches
-            hold recordings of similar length.
+            hold recordings of similar length. Of length 0 where only the training was asked for.
         classes: the words in order (keyword); () otherwise.
         name: what to call the set in the log.
     """
@@ -43,7 +43,7 @@ class SpeechData:
 
 
 class _Loader(Protocol):
-    def __call__(self, data: DataConfig, evaluation_only: bool = False) -> Parts: ...
+    def __call__(self, data: DataConfig, wanted: Wanted = "both") -> Parts: ...
 
 
 _LOADERS: dict[str, _Loader] = {
@@ -63,7 +63,7 @@ def load_data(
     target: Target | None = None,
     transform: Transform | None = None,
     *,
-    parts: Literal["both", "evaluation"] = "both",
+    parts: Wanted = "both",
     classes: Sequence[str] | None = None,
     evaluation_target: Target | None = None,
 ) -> SpeechData:
@@ -78,7 +78,8 @@ def load_data(
         target: what the network is to answer to a recording, int64; default: the number of its
             class (keyword).
         transform: varies the samples in training; default: not at all.
-        parts: evaluation leaves the training recordings out, which then need not be there.
+        parts: evaluation leaves the training recordings out, which then need not be there, and
+            training those to evaluate on.
         evaluation_target: the same for evaluation, where it differs: nothing is played faster then.
         classes: the words of a trained network in its order (keyword); default: the corpus's.
 
@@ -94,12 +95,13 @@ def load_data(
             f"--data.longer cut would leave transcripts of the task {task} longer than their "
             "recordings; take --data.longer skip"
         )
-    found = _parts(data, task, parts == "evaluation")
+    found = _parts(data, task, parts)
     words = tuple(classes or found.classes) if task == "keyword" else ()
     train = [] if parts == "evaluation" else found.train
-    for utterances in (train, found.evaluation):
+    held = [] if parts == "training" else found.evaluation
+    for utterances in (train, held):
         _check(utterances, data, task, words)
-    if task == "keyword" and parts == "both" and len(words) < 2:
+    if task == "keyword" and parts != "evaluation" and len(words) < 2:
         raise ValueError(
             f"{data.name} has {len(words)} word{'s' * (len(words) != 1)}, and there is nothing to "
             "tell apart below two; name data of two words at least with --data.path"
@@ -108,15 +110,16 @@ def load_data(
     sets = []
     for utterances, answer, variation in (
         (train, chosen, transform),
-        (_longest_first(found.evaluation), evaluation_target or chosen, None),
+        (_longest_first(held), evaluation_target or chosen, None),
     ):
         limited = balanced(utterances, data.limit, data.split_seed)
         sets.append(
             Recordings(limited, answer, data.sample_rate, data.max_seconds, data.longer, variation)
         )
     training, evaluation = sets
-    _check_kept(evaluation, data, "evaluate")
-    if parts == "both":
+    if parts != "training":
+        _check_kept(evaluation, data, "evaluate")
+    if parts != "evaluation":
         _check_kept(training, data, "train")
     return SpeechData(training, evaluation, words, _title(data, training, evaluation))
 
@@ -135,12 +138,12 @@ def _check_looked_at(data: DataConfig) -> None:
         )
 
 
-def _parts(data: DataConfig, task: TaskName, evaluation_only: bool) -> Parts:
+def _parts(data: DataConfig, task: TaskName, wanted: Wanted) -> Parts:
     if data.name == "synth":
         found = load_synth(data, task)
     else:
         # All recordings of a speaker are evaluated on, those too that the corpus would train on.
-        found = _LOADERS[data.name](data, evaluation_only and data.holdout_speaker is None)
+        found = _LOADERS[data.name](data, wanted if data.holdout_speaker is None else "both")
     if data.holdout_speaker is None:
         return found
     pool = [*found.train, *found.evaluation]

@@ -56,7 +56,10 @@ def given_words(given: Mapping[str, Any]) -> list[str]:
 
 
 def data_settings(
-    trained: Trained, given: Mapping[str, Any], evaluating: bool = False
+    trained: Trained,
+    given: Mapping[str, Any],
+    evaluating: bool = False,
+    training_only: bool = False,
 ) -> DataConfig:
     """Return which data a network meets: what it was trained on, changed by flags.
 
@@ -65,6 +68,8 @@ def data_settings(
         given: flag -> value; None where it was not given.
         evaluating: whether all of a folder or manifest is to be evaluated, where the network was
             trained on another corpus.
+        training_only: whether nothing is to be evaluated on, so that it does not matter where that
+            lies.
 
     Raises:
         ValueError: if a setting makes no sense.
@@ -83,7 +88,8 @@ def data_settings(
             changes.setdefault("eval_path", changes["path"])
         elif settings.name != before.name and "eval_path" not in changes:
             changes = _same_part(before, settings.name) | changes
-    if "path" in changes and "eval_path" not in changes and settings.name != "librispeech":
+    has_eval_path = training_only or "eval_path" in changes or settings.name == "librispeech"
+    if "path" in changes and not has_eval_path:
         check_moved(changes["path"], settings.path, settings.eval_path)
     if evaluating and "eval_path" in changes and settings.eval_path is None:
         changes.setdefault("limit", None)  # how many there were of another part says nothing

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from blnet.checks import positive
+from blnet.speech.config import DataConfig
 from blnet.speech.data import load_data
 from blnet.speech.data_flags import add_data_flags, data_settings, given_words
 from blnet.speech.files import read_lines
@@ -46,17 +47,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Count the n-grams, write the language model and return 0."""
     trained = load_trained(args.checkpoint, ("ctc", "frame"))
-    if args.text is not None and data_settings(trained, vars(args)) != trained.data:
+    settings = data_settings(trained, vars(args), training_only=True)
+    if args.text is not None and settings != trained.data:
         raise ValueError("--text takes the place of transcripts; leave out the flags of the data")
     spelled = _Spelled(trained.alphabet)
-    lines = _transcripts(trained, args) if args.text is None else _lines(args.text)
+    lines = _transcripts(settings) if args.text is None else _lines(args.text)
     model = count_ngrams(map(spelled, lines), args.order)
     model.save(args.output)
     if spelled.warning:
         say(spelled.warning)
-    # Of data of another kind all would be evaluated on, most of which was counted.
-    flags = given_words(vars(args)) if args.data is None else []
-    advice = ["blnet", "evaluate", "speech", args.checkpoint, *flags,
+    advice = ["blnet", "evaluate", "speech", args.checkpoint, *_advised(trained, args),
               "--language-model", args.output]  # fmt: skip
     print(f"{PROG}: wrote {model.order}-grams of {spelled.sentences:,} sentences; try them: "
           f"{shown(shlex.join(advice))}")  # fmt: skip
@@ -97,9 +97,20 @@ class _Spelled:
         )
 
 
-def _transcripts(trained: Trained, args: argparse.Namespace) -> Iterator[str]:
+def _advised(trained: Trained, args: argparse.Namespace) -> list[str]:
+    """Return the data's flags as an evaluation of what was not counted takes them, if it does."""
+    if args.data is not None:  # all of another kind would be evaluated on, most of it counted
+        return []
+    try:
+        data_settings(trained, vars(args), evaluating=True)
+    except ValueError:  # they say where the training part lies now, and not where the other does
+        return []
+    return given_words(vars(args))
+
+
+def _transcripts(settings: DataConfig) -> Iterator[str]:
     """Yield the transcripts of the training recordings."""
-    data = load_data(data_settings(trained, vars(args)), "ctc")
+    data = load_data(settings, "ctc", parts="training")
     yield from (one.text for one in data.train.utterances)
 
 

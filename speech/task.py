@@ -65,7 +65,8 @@ class SpeechTask(Task):
         self.train_data = self.data.train
         self.eval_data = self.data.evaluation
         self._wave = WaveAugment(config.augment)
-        self._spec = SpecAugment(config.augment, config.features.hop)
+        normalized = config.features.normalize != "none"
+        self._spec = SpecAugment(config.augment, config.features.hop, normalized)
         self._made: dict[str, Any] = {}
         if config.features.normalize == "global" and len(self.train_data):
             with torch.random.fork_rng(devices=()):  # the recordings are varied as they are read

@@ -7,7 +7,9 @@ to the sample, and networks that seconds of training make find it to a frame.
 from __future__ import annotations
 
 import functools
+import io
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +215,43 @@ def odd_recordings(folder: Path, samples: Samples) -> list[Path]:
     ]
 
 
+def recorded(path: Path, seconds: float = 0.1, rate: int = RATE) -> None:
+    """Write a recording of nothing but its length, and the folders that it is in.
+
+    Args:
+        path: its ending names the format.
+        seconds: its length.
+        rate: samples a second.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(_constant(round(seconds * rate), rate, path.suffix[1:].upper()))
+
+
+@functools.cache
+def _constant(count: int, rate: int, kind: str) -> bytes:
+    return _packed(np.full(count, 0.25), kind, rate)
+
+
+def zipped(folder: Path) -> Path:
+    """Return an archive of a folder, with that folder in it."""
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, file.relative_to(folder.parent))
+    return path
+
+
+def without_length(mp3: bytes) -> bytes:
+    """Return an MP3 file less its first frame, which says how many there are."""
+    return mp3[mp3.index(mp3[:2], 2) :]
+
+
+def _packed(samples: Samples, kind: str, rate: int = RATE) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=kind)
+    return buffer.getvalue()
+
+
 def bad_recordings(folder: Path) -> dict[Path, str]:
     """Write files that are no recordings; return each with what is to be said of it.
 
@@ -225,6 +264,14 @@ def bad_recordings(folder: Path) -> dict[Path, str]:
         "text": (b"no recording\n" * 100, "it cannot be decoded as WAV, FLAC, OGG or MP3"),
         "cut": (whole[:-1000], "its header promises 1,000 bytes more than are there"),
         "head": (whole[:30], "it cannot be decoded as WAV, FLAC, OGG or MP3"),
+        "cut64": (
+            _packed(spoken("abc"), "W64")[:-1000],
+            "its header promises 1,000 bytes more than are there",
+        ),
+        "bare": (
+            without_length(_packed(np.append(spoken("abc"), np.zeros(RATE)), "MP3")),
+            "it does not say how long it is",
+        ),
     }
     found = {}
     for name, (content, said) in contents.items():

@@ -7,11 +7,20 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from blnet.cli import main
+from blnet.speech.alignment import FrameLabels
+from blnet.speech.config import DataConfig, FeatureConfig, ModelConfig, SpeechConfig, TaskName
 from blnet.speech.testing import RATE, spoken, write
+from blnet.speech.text import Alphabet
+
+TEXTS = ("a", "ab", "aab")
+AB = Alphabet("ab")
+FEATURES = FeatureConfig(bins=16)
+MODEL = ModelConfig(width=0.125)
 
 
 def write_corpus(folder: Path, texts: Sequence[str], count: int, name: str) -> Path:
@@ -31,6 +40,40 @@ def write_corpus(folder: Path, texts: Sequence[str], count: int, name: str) -> P
     manifest = folder / f"{name}.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return manifest
+
+
+def write_labelled(folder: Path) -> Path:
+    """Write recordings of `TEXTS`, manifests train.jsonl and eval.jsonl and labels of all frames.
+
+    Args:
+        folder: where to, which exists and is returned.
+    """
+    entries = []
+    for name, count in (("train", 6), ("eval", 5)):
+        write_corpus(folder, TEXTS, count, name)
+        for number in range(count):
+            text = TEXTS[number % len(TEXTS)]
+            # A letter is 10 frames of sound, 10 ms each, and 10 of silence.
+            labels = torch.tensor([label for c in text for label in [AB.classes[c], 0]])
+            entries.append((str(folder / f"{name}-{number}.wav"), labels.repeat_interleave(10)))
+    FrameLabels.of(entries, AB, 0.01, "by hand").save(folder / "labels")
+    return folder
+
+
+def labelled_config(folder: Path, task: TaskName, **changes: Any) -> SpeechConfig:
+    """Return the configuration of a tiny network for what `write_labelled` wrote.
+
+    Args:
+        folder: of the recordings.
+        task: keyword, ctc or frame.
+        changes: fields that are to be otherwise; data: a mapping of more of its fields.
+    """
+    data = DataConfig(
+        "manifest", str(folder / "train.jsonl"), str(folder / "eval.jsonl"), sample_rate=RATE,
+        alphabet="ab", labels=str(folder / "labels"), **changes.pop("data", {}),
+    )  # fmt: skip
+    return SpeechConfig(**{"task": task, "model": MODEL, "data": data, "features": FEATURES,
+                           "channels_last": False, **changes})  # fmt: skip
 
 
 def tiny_flags(folder: Path, task: str, *flags: str) -> list[str]:

@@ -304,6 +304,23 @@ def test_recordings_are_masked_each_in_its_own_way() -> None:
     assert len({tuple(row.flatten().tolist()) for row in masked}) == 8
 
 
+def test_maps_that_are_not_normalised_get_each_bands_own_mean() -> None:
+    config = AugmentConfig(freq_masks=2, time_masks=2, time_width=1)
+    frames = torch.tensor([100, 60])
+    maps = torch.randn(2, 3, 64, 100) - torch.arange(64.0)[:, None]
+    maps[1, ..., 60:] = 0
+    torch.manual_seed(1)
+    masked = SpecAugment(config, HOP, normalized=False)(maps, frames)
+    torch.manual_seed(1)
+    hidden = SpecAugment(config, HOP)(torch.ones_like(maps), frames) == 0
+    assert hidden.any()
+    assert torch.equal(masked[~hidden], maps[~hidden])
+    for row, count in enumerate(frames.tolist()):
+        means = maps[row, ..., :count].mean(-1, keepdim=True).expand(3, 64, 100)
+        within = hidden[row, ..., :count]
+        torch.testing.assert_close(masked[row, ..., :count][within], means[..., :count][within])
+
+
 def test_a_speed_that_changes_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"--augment\.speed 0\.004 changes nothing; give 0, or"):
         AugmentConfig(speed=0.004).check()

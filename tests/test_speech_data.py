@@ -218,7 +218,7 @@ def test_the_training_loader_reads_past_what_is_broken(folder):
     )
     (loaded,) = loader.batches([[0, 1]], 0, 0)
     assert loaded.batch["lengths"].tolist() == [4000]
-    assert [name for name, _ in loaded.corrupt] == [str(folder / "bad.wav")]
+    assert [one.name for one in loaded.corrupt] == [str(folder / "bad.wav")]
 
 
 # Loading -----------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import dataclasses
 import json
 import os
 import random
@@ -17,8 +16,6 @@ from scipy.stats import binomtest
 from blnet.cli import main
 from blnet.speech import testing as tones
 from blnet.speech.audio import read_audio
-from blnet.speech.config import DataConfig
-from blnet.speech.data_flags import add_data_flags, data_settings
 from blnet.speech.decode import Decoder, Hypothesis, Token, make_decoder
 from blnet.speech.evaluate import configure, evaluate
 from blnet.speech.inference import load_trained
@@ -205,7 +202,7 @@ def test_the_figures_are_those_of_training(nets, words, texts, tmp_path, capsys,
     (network,) = json.loads((out / "results.json").read_text())["networks"]
     for key in ("wer", "cer"):
         assert network["metrics"][key] == pytest.approx(best[f"ngram_{key}"], rel=1e-5)
-        assert best[f"ngram_{key}"] not in (0, 1, best[key])  # else nothing was compared
+    assert best["ngram_cer"] not in (0, 1, best["cer"])  # else nothing was compared
 
 
 # What is told -----------------------------------------------------------------------------------
@@ -299,7 +296,7 @@ def test_names_that_are_not_utf_8_are_written_as_far_as_they_go(nets, tmp_path):
     assert row["hypothesis"] == "ab"
 
 
-@pytest.mark.parametrize("place", range(6))
+@pytest.mark.parametrize("place", range(8))
 def test_a_recording_in_a_hundred_may_be_spoilt(nets, tmp_path, capsys, place):
     good = tones.write(tmp_path / "good.wav", tones.spoken("ab"))
     bad, said = list(tones.bad_recordings(tmp_path).items())[place]
@@ -325,7 +322,7 @@ def test_nothing_that_can_be_used(nets, tmp_path, capsys):
     *bad, missing = tones.bad_recordings(tmp_path)
     out = tmp_path / "out"
     line = refused(capsys, nets["ctc"], *on(manifest(tmp_path, bad, "ab")), "--output", out)
-    assert line.startswith("6 of the 6 recordings cannot be used, more than 1%, ")
+    assert line.startswith("8 of the 8 recordings cannot be used, more than 1%, ")
     line = refused(capsys, nets["ctc"], *on(manifest(tmp_path, [missing], "ab")), "--output", out)
     assert f"line 2: recording {missing} is not there; correct its name or add it" in line
     assert not list(out.iterdir())
@@ -379,83 +376,3 @@ def test_an_output_that_cannot_be_written_shows_first(nets, texts, tmp_path, cap
     (tmp_path / "file").write_text("x")
     monkeypatch.setattr("blnet.speech.evaluate.measure", lambda *_: pytest.fail("measured"))
     assert "--output" in refused(capsys, nets["ctc"], *on(texts), "--output", tmp_path / "file")
-
-
-# Which data --------------------------------------------------------------------------------------
-
-
-def given(*flags):
-    parser = argparse.ArgumentParser()
-    add_data_flags(parser)
-    return vars(parser.parse_args(list(map(str, flags))))
-
-
-@pytest.mark.parametrize(
-    ("before", "flags", "after"),
-    [
-        ({"name": "fsdd", "path": "p", "limit": 5}, (), {"name": "fsdd", "path": "p", "limit": 5}),
-        ({"name": "fsdd", "path": "p", "limit": 5}, ("--limit", 3, "--holdout-speaker", "ann"),
-         {"name": "fsdd", "path": "p", "limit": 3, "holdout_speaker": "ann"}),
-        ({"name": "manifest", "path": "p", "eval_path": "e"}, ("--data-path", "./p"),
-         {"name": "manifest", "path": "./p", "eval_path": "e"}),
-        ({"name": "manifest", "path": "p", "limit": 5}, ("--data-path", "q"),
-         {"name": "manifest", "path": "q", "limit": 5}),
-        ({"name": "manifest", "path": "p", "limit": 5}, ("--eval-path", "f"),
-         {"name": "manifest", "path": "p", "eval_path": "f"}),
-        ({"name": "manifest", "path": "p", "eval_path": "e", "limit": 5}, ("--eval-path", "f"),
-         {"name": "manifest", "path": "p", "eval_path": "f", "limit": 5}),
-        ({"name": "manifest", "path": "p", "eval_path": "e"},
-         ("--data", "folder", "--data-path", "p"),
-         {"name": "folder", "path": "p", "eval_path": "e"}),
-        ({"name": "manifest", "path": "p", "holdout": 0.3, "split_seed": 2},
-         ("--data", "folder", "--data-path", "p"),
-         {"name": "folder", "path": "p", "holdout": 0.3, "split_seed": 2}),
-        ({"name": "manifest", "path": "p"}, ("--data.path", "q", "--data.eval-path", "f"),
-         {"name": "manifest", "path": "q", "eval_path": "f"}),
-        ({"name": "librispeech", "path": "p", "eval_path": "dev-clean"}, ("--data-path", "q"),
-         {"name": "librispeech", "path": "q", "eval_path": "dev-clean"}),
-        ({"name": "fsdd", "path": "p", "limit": 5, "sample_rate": 8000, "alphabet": "abc"},
-         ("--data", "yesno", "--data-path", "q"),
-         {"name": "yesno", "path": "q", "sample_rate": 8000, "alphabet": "abc"}),
-        ({"name": "fsdd", "path": "p"}, ("--data", "manifest", "--data-path", "q"),
-         {"name": "manifest", "path": "q", "eval_path": "q"}),
-        ({"name": "fsdd", "path": "p"},
-         ("--data", "folder", "--data-path", "q", "--eval-path", "r"),
-         {"name": "folder", "path": "q", "eval_path": "r"}),
-    ],
-)  # fmt: skip
-def test_data_are_those_of_training_but_for_the_flags(nets, before, flags, after):
-    trained = dataclasses.replace(load_trained(nets["ctc"]), data=DataConfig(**before))
-    assert data_settings(trained, given(*flags), evaluating=True) == DataConfig(**after)
-
-
-@pytest.mark.parametrize("evaluating", [False, True])
-def test_a_part_with_a_place_of_its_own_is_not_guessed(nets, evaluating):
-    own = DataConfig(name="manifest", path="p", eval_path="e")
-    trained = dataclasses.replace(load_trained(nets["ctc"]), data=own)
-    with pytest.raises(ValueError, match=r"--data-path q .* e was evaluated on; .* --eval-path"):
-        data_settings(trained, given("--data-path", "q"), evaluating=evaluating)
-
-
-@pytest.mark.parametrize(
-    ("flags", "evaluating"),
-    [
-        (("--data-path", "q"), False),  # align and ngrams read both parts
-        (("--data-path", "q", "--holdout-speaker", "ann"), True),
-    ],
-)
-def test_not_all_of_a_manifest_is_evaluated(nets, flags, evaluating):
-    trained = load_trained(nets["ctc"])
-    trained = dataclasses.replace(trained, data=DataConfig(name="fsdd", path="p"))
-    found = data_settings(trained, given("--data", "manifest", *flags), evaluating=evaluating)
-    assert found.eval_path is None
-
-
-def test_a_corpus_with_a_split_of_its_own_has_no_other_name(nets):
-    trained = load_trained(nets["ctc"])
-    trained = dataclasses.replace(trained, data=DataConfig(name="fsdd", path="p"))
-    words = ("--data", "manifest", "--data-path", "p")
-    with pytest.raises(ValueError, match=r"trained on p as fsdd, which has a split .* --eval-path"):
-        data_settings(trained, given(*words), evaluating=True)
-    found = data_settings(trained, given(*words, "--eval-path", "e"), evaluating=True)
-    assert found.eval_path == "e"

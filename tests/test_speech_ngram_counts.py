@@ -162,6 +162,36 @@ def test_transcripts_of_the_training_recordings_are_the_default(
     assert main(advised[1:]) == 0
 
 
+@pytest.mark.parametrize("kind", ["manifest", "folder"])
+def test_only_the_training_part_need_be_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    for name, text in (("train", "abc"), ("eval", "cba")):
+        word = tmp_path / name / text
+        word.mkdir(parents=True)
+        tones.write(word / "one.wav", tones.spoken(text))
+        (tmp_path / f"{name}.tsv").write_text(f"audio\ttext\n{name}/{text}/one.wav\t{text}\n")
+    ending = ".tsv" if kind == "manifest" else ""
+    data = {
+        "name": kind, "sample_rate": tones.RATE, "alphabet": tones.ALPHABET.characters,
+        "path": "gone", "eval_path": str(tmp_path / f"eval{ending}"),
+    }  # fmt: skip
+    net = tones.save(tmp_path / "net.safetensors", "ctc", data=data)
+    out = tmp_path / "abc.arpa"
+    moved = tmp_path / f"train{ending}"
+    assert run(net, "--data-path", moved, "--output", out) == 0
+    advised = shlex.split(capsys.readouterr().out.partition("try them: ")[2])
+    model = LanguageModel.load(out)
+    assert "abc" in model
+    assert "cba" not in model
+    # The evaluation finds its part where it was, which the training part's place does not say.
+    assert advised == ["blnet", "evaluate", "speech", str(net), "--language-model", str(out)]
+    assert main(advised[1:]) == 0
+    (tmp_path / f"eval{ending}").rename(tmp_path / "elsewhere")
+    assert run(net, "--data-path", moved, "--output", out) == 0
+    assert "abc" in LanguageModel.load(out)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

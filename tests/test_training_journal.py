@@ -18,6 +18,7 @@ from blnet.training.corrupt import CorruptLog
 from blnet.training.devices import make_accelerator
 from blnet.training.display import Display, clock
 from blnet.training.journal import METRICS, PLOT, Journal, plot, read_rows
+from blnet.training.loading import Corrupt
 
 
 @pytest.fixture
@@ -224,24 +225,34 @@ def log() -> tuple[CorruptLog, list[str], list[tuple[str, str]]]:
 def test_each_corrupt_sample_is_named_once(log: Any) -> None:
     made, told, noted = log
     for _ in range(3):
-        made.add([("a", "empty"), ("old", "empty")], "training", 1000)
+        made.add([Corrupt("a", "empty"), Corrupt("old", "empty")], "training", 1000)
     assert noted == [("a", "empty")]
     assert told == ["warning: skipped a, which cannot be read: empty"]
 
 
 def test_more_than_one_percent_is_an_error(log: Any) -> None:
     made, _, noted = log
-    made.add([("old", "empty")], "training", 200)
-    made.add([("a", "empty")], "training", 200)  # 2 of 200 are one percent
-    made.add([("a", "empty")], "evaluation", 100)
+    made.add([Corrupt("old", "empty")], "training", 200)
+    made.add([Corrupt("a", "empty")], "training", 200)  # 2 of 200 are one percent
+    made.add([Corrupt("a", "empty")], "evaluation", 100)
     with pytest.raises(ValueError, match=r"^3 of the 200 training images .*more than 1%, b among"):
-        made.add([("b", "cut short")], "training", 200)
+        made.add([Corrupt("b", "cut short")], "training", 200)
     assert ("b", "cut short") in noted
+
+
+def test_a_file_that_two_samples_are_of_counts_twice(log: Any) -> None:
+    made, told, noted = log
+    for _ in range(3):  # each epoch finds them again
+        made.add([Corrupt("a", "empty", 4), Corrupt("a", "empty", 9)], "training", 200)
+    assert noted == [("a", "empty")]
+    assert len(told) == 1
+    with pytest.raises(ValueError, match=r"^3 of the 200 training images "):
+        made.add([Corrupt("a", "empty", 11)], "training", 200)
 
 
 def test_many_are_not_all_shown(log: Any) -> None:
     made, told, noted = log
     for number in range(30):
-        made.add([(f"{number}", "empty")], "training", 100_000)
+        made.add([Corrupt(f"{number}", "empty")], "training", 100_000)
     assert len(noted) == 30
     assert len(told) == 21

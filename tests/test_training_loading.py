@@ -129,8 +129,8 @@ def test_the_next_sample_takes_the_place_of_a_corrupt_one(workers: int) -> None:
     data = TinyData(10, corrupt=(9, 0, 4), noise=0)
     loader = Loader(data, collate, workers, replace=True)
     first, second = loader.batches([[9, 5], [4, 2]], seed=0, epoch=0)
-    assert [name for name, _ in first.corrupt] == ["sample-9", "sample-0"]
-    assert [name for name, _ in second.corrupt] == ["sample-4"]
+    assert [(one.name, one.place) for one in first.corrupt] == [("sample-9", 9), ("sample-0", 0)]
+    assert [(one.name, one.place) for one in second.corrupt] == [("sample-4", 4)]
     for batch, indices in ((first, (1, 5)), (second, (5, 2))):
         assert batch.batch is not None
         assert torch.equal(batch.batch["inputs"], torch.stack([data[i][0] for i in indices]))
@@ -142,7 +142,7 @@ def test_without_replacement_a_corrupt_sample_is_missing() -> None:
     assert first.batch is not None
     assert len(first.batch["inputs"]) == 1
     assert second.batch is None
-    assert second.corrupt[0] == ("sample-2", "it was spoilt on purpose")
+    assert second.corrupt[0] == ("sample-2", "it was spoilt on purpose", 2)
 
 
 def test_loading_leaves_the_main_process_its_random_state() -> None:
@@ -241,7 +241,7 @@ def test_readers_take_turns_and_skip_what_they_gave(
 def test_a_streams_corrupt_samples_are_named_and_missing(workers: int) -> None:
     loader = Loader(TinyStream(60, corrupt=(1,)), collate, workers)
     first = next(iter(loader.stream(4, epoch=0)))
-    assert first.corrupt == [("item-0-1", "it was spoilt on purpose")]
+    assert first.corrupt == [("item-0-1", "it was spoilt on purpose", None)]
     assert first.batch is not None
     assert len(first.batch["inputs"]) == 3
 

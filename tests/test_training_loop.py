@@ -1,4 +1,4 @@
-"""The loop against plain PyTorch, with every option, and with everything that can go wrong."""
+"""The loop against plain PyTorch, with every option: what it computes and what it records."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from blnet.training import run as run_module
 from blnet.training import state as state_module
 from blnet.training.checkpoints import BEST, EMA, MODEL, CheckpointFolder
 from blnet.training.config import (
@@ -32,9 +31,8 @@ from blnet.training.journal import METRICS, PLOT, RUN, read_rows
 from blnet.training.loading import Loader, mixed_seed, shuffled_batches
 from blnet.training.optimization import make_schedule
 from blnet.training.progress import RunProgress
-from blnet.training.run import describe, report_stop, run
+from blnet.training.run import describe, run
 from blnet.training.state import INIT_SEED, STEP_SEED
-from blnet.training.stopping import Interrupted
 from blnet.training.task import Batch
 from blnet.training.testing import TinyTask, tiny_config, train_tiny
 
@@ -183,8 +181,27 @@ def test_devices_that_are_not_there_say_so() -> None:
 def test_compile_compiles_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
-    train_tiny(str(tmp_path / "run"), epochs=1, compile=True)
+    train_tiny(str(tmp_path / "run"), epochs=1, compile=True, ema=EmaConfig())
     assert [type(model) for model in compiled] == [nn.Sequential]
+
+
+def test_compile_compiles_the_average_that_is_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[nn.Module] = []
+    evaluated: list[nn.Module] = []
+
+    class Watched(TinyTask):
+        def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+            if not model.training:
+                evaluated.append(model)
+            return super().forward(model, batch)
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    config = tiny_config(str(tmp_path), epochs=1, compile=True, ema=EmaConfig(0.9))
+    run(Watched(), config, tmp_path / "run")
+    assert len(compiled) == 2
+    assert {id(model) for model in evaluated} < {id(model) for model in compiled}
 
 
 class Taught(TinyTask):
@@ -376,105 +393,7 @@ def test_an_evaluation_leaves_the_mode_as_it_was_and_names_what_is_corrupt() -> 
     found = evaluate(task, model, Loader(task.eval_data, task.collate), accelerator, 3)
     assert model.training
     assert found.samples == 5
-    assert [name for name, _ in found.corrupt] == ["sample-2", "sample-3"]
+    assert [one.name for one in found.corrupt] == ["sample-2", "sample-3"]
     task.eval_data.corrupt = tuple(range(7))
     with pytest.raises(ValueError, match="no sample that could be read"):
         evaluate(task, model, Loader(task.eval_data, task.collate), accelerator, 3)
-
-
-# --- what goes wrong ----------------------------------------------------------------------------
-
-
-def test_a_batch_larger_than_the_data_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--batch-size 12 is more than the 11 training blobs"):
-        train_tiny(str(tmp_path / "run"), {"train": 11})
-
-
-TROUBLES = {
-    "memory": r"a micro-batch of 12 blobs does not fit into the memory of the cpu device; "
-    r"lower --batch-size \(12\) or raise --accumulate \(1\)",
-    "nan": r"the loss became nan by step 8 and the last good checkpoint is .*step-00000006; start",
-}
-
-
-@pytest.mark.parametrize("trouble", TROUBLES)
-def test_trouble_is_one_sentence_and_the_run_goes_on_after_it(trouble: str, tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    settings: dict[str, Any] = {"epochs": 3}
-    train_tiny(str(whole), **settings)
-    with pytest.raises(ValueError, match=TROUBLES[trouble]) as caught:
-        train_tiny(str(broken), {"trouble": trouble, "at": 7}, **settings)
-    assert len(str(caught.value).splitlines()) == 1
-    latest = CheckpointFolder(broken).latest()
-    assert latest is not None
-    assert latest.name == "step-00000006"
-    assert (broken / PLOT).is_file()
-    train_tiny(str(broken), **settings)
-    check_same(whole, broken)
-
-
-class Exploding(TinyTask):
-    """Its loss is a number, whose gradient is none."""
-
-    def loss(self, outputs: Tensor, batch: Batch, training: bool) -> Tensor:
-        return super().loss(outputs, batch, training) + 0 * (outputs * 0).sqrt().sum()
-
-
-def test_weights_that_are_no_numbers_are_not_kept(tmp_path: Path) -> None:
-    config = tiny_config(str(tmp_path), checkpoint_steps=1)
-    with pytest.raises(ValueError, match=r"the loss became nan by step 1 and no checkpoint was"):
-        run(Exploding(), config, tmp_path / "run")
-    assert CheckpointFolder(tmp_path / "run").latest() is None
-
-
-def test_a_network_too_large_for_memory_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(TinyTask, "build_model", lambda self: nn.Linear(2**23, 2**22))
-    with pytest.raises(ValueError, match="the network does not fit into the memory of the cpu"):
-        train_tiny(str(tmp_path / "run"))
-
-
-def test_a_stream_that_ends_too_early_says_so(tmp_path: Path) -> None:
-    task = TinyTask(stream=True)
-    task.train_data.ends = 30
-    with pytest.raises(ValueError, match="blobs ended in the middle of an epoch of 48"):
-        run(task, tiny_config(str(tmp_path)), tmp_path / "run")
-
-
-class Whole(TinyTask):
-    """Its batch normalisation sees one value for each sample."""
-
-    def build_model(self) -> nn.Module:
-        return nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.BatchNorm1d(3))
-
-
-def test_a_batch_too_small_for_batch_normalisation_says_so(tmp_path: Path) -> None:
-    config = tiny_config(str(tmp_path), accumulate=12)
-    told = (
-        r"a micro-batch of 1 blobs is too little .*--batch-size \(12\) or lower --accumulate \(12"
-    )
-    with pytest.raises(ValueError, match=told):
-        run(Whole(), config, tmp_path / "run")
-
-
-def test_a_picture_that_fails_hides_no_error_and_ends_no_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def failing(*arguments: Any) -> None:
-        raise RuntimeError("no fonts\nanywhere")
-
-    monkeypatch.setattr(run_module, "plot", failing)
-    train_tiny(str(tmp_path / "run"), epochs=1)
-    assert "warning: summary.png could not be drawn (no fonts anywhere)" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="the loss became nan"):
-        train_tiny(str(tmp_path / "other"), {"trouble": "nan"})
-
-
-def test_a_stop_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
-    stop = Interrupted(15, 40)
-    assert stop.status == 143
-    report_stop(stop, "blnet try", Path("results/x"))
-    told = capsys.readouterr().err
-    assert "stopped after step 40" in told
-    assert "--output results/x --resume auto" in told

@@ -126,7 +126,7 @@ class TrainingConfig:
         label_smoothing: share of each label that is spread over all classes.
         precision: fp32, or automatic mixed precision in bf16 or fp16 over float32 weights.
         channels_last: whether weights and inputs lie in channels-last (NHWC) order.
-        compile: whether torch.compile compiles the network.
+        compile: whether torch.compile compiles the network, and the average of its weights.
         optimize: whether blnet.optimize puts fused training ops in, where the device has them.
         recompute: whether backward computes normalised maps again rather than keep them, for less
             memory.

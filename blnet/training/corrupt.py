@@ -8,10 +8,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from blnet.training.devices import by_first
+from blnet.training.loading import Corrupt
 
 MOST = 0.01  # share of the samples that may be corrupt
 _NAMED = 20  # on the screen; the journal has them all
-_Found = tuple[str, str, str, int]  # name, reason, part of the data, samples of that part
+_Found = tuple[Corrupt, str, int]  # it, part of the data, samples of that part
 
 
 class CorruptLog:
@@ -38,15 +39,16 @@ class CorruptLog:
         self._tell = tell
         self._note = note
         self._named = set(known)
-        self._counted: dict[str, set[str]] = {}
+        # Two samples may have one name, as where a manifest lists a file twice.
+        self._counted: dict[str, set[tuple[str, int | None]]] = {}
         self._new: list[_Found] = []
         self._shown = 0
 
-    def add(self, found: list[tuple[str, str]], part: str, samples: int) -> None:
+    def add(self, found: Iterable[Corrupt], part: str, samples: int) -> None:
         """Note what could not be read; a process alone shares it at once.
 
         Args:
-            found: (name, reason) of each.
+            found: each of them.
             part: of the data, "training" or "evaluation".
             samples: how many samples that part has.
 
@@ -54,7 +56,7 @@ class CorruptLog:
             ValueError: if more than 1 % of the part is corrupt.
         """
         counted = self._counted.setdefault(part, set())
-        self._new += [(name, why, part, samples) for name, why in found if name not in counted]
+        self._new += [(one, part, samples) for one in found if (one.name, one.place) not in counted]
         if self._accelerator.num_processes == 1:
             self.share()
 
@@ -71,14 +73,14 @@ class CorruptLog:
         if not found:
             return
         by_first(lambda: self._name(found), self._accelerator)
-        for name, _, part, _ in found:
-            self._counted.setdefault(part, set()).add(name)
-        for name, why, part, samples in found:
+        for one, part, _ in found:
+            self._counted.setdefault(part, set()).add((one.name, one.place))
+        for one, part, samples in found:
             count = len(self._counted[part])
             if count > MOST * samples:
                 raise ValueError(
                     f"{count} of the {samples} {part} {self._unit} cannot be read, more than "
-                    f"{MOST:.0%}, {name} among them ({why}); mend or remove them"
+                    f"{MOST:.0%}, {one.name} among them ({one.reason}); mend or remove them"
                 )
 
     @property
@@ -87,7 +89,7 @@ class CorruptLog:
         return len(self._named)
 
     def _name(self, found: list[_Found]) -> None:
-        for name, why, _, _ in found:
+        for (name, why, _), _, _ in found:
             if name in self._named:
                 continue
             self._named.add(name)

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from blnet.training.loading import Loaded, Loader
+from blnet.training.loading import Corrupt, Loaded, Loader
 from blnet.training.task import Task, to_device
 
 
@@ -22,14 +22,14 @@ class Findings:
     Attributes:
         values: metric -> number, "loss" among them.
         samples: how many were evaluated.
-        corrupt: (name, reason) of those that this process could not read.
+        corrupt: those that this process could not read.
         seconds: how long it took this process.
         waited: how long of that it waited for data.
     """
 
     values: dict[str, float]
     samples: int
-    corrupt: list[tuple[str, str]]
+    corrupt: list[Corrupt]
     seconds: float
     waited: float
 
@@ -65,7 +65,7 @@ def evaluate(
     """
     metrics = (task.metrics() if metrics is None else metrics).to(accelerator.device)
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    corrupt: list[tuple[str, str]] = []
+    corrupt: list[Corrupt] = []
     training = model.training
     model.eval()
     waited, start = 0.0, time.monotonic()

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
@@ -37,6 +37,20 @@ class CorruptSample(Exception):  # noqa: N818 - it is a finding, not a fault of 
         super().__init__(name, reason)
         self.name = name
         self.reason = reason
+
+
+class Corrupt(NamedTuple):
+    """What is known of a corrupt sample.
+
+    Attributes:
+        name: the file or entry.
+        reason: what was wrong with it, one line.
+        place: which sample of the data set it is, as two may have one name; None in a stream.
+    """
+
+    name: str
+    reason: str
+    place: int | None = None
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -137,16 +151,17 @@ class _Guarded(Dataset[Any]):
         self.dataset = dataset
         self.replace = replace
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, list[tuple[str, str]]]:
-        index, seed = key
-        corrupt: list[tuple[str, str]] = []
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, list[Corrupt]]:
+        first, seed = key
+        corrupt: list[Corrupt] = []
         count = len(self.dataset)
         for offset in range(min(count, _MOST_TRIES) if self.replace else 1):
             torch.default_generator.manual_seed(seed)
+            index = (first + offset) % count
             try:
-                return self.dataset[(index + offset) % count], corrupt
+                return self.dataset[index], corrupt
             except CorruptSample as error:
-                corrupt.append((error.name, error.reason))
+                corrupt.append(Corrupt(error.name, error.reason, index))
         return None, corrupt
 
 
@@ -172,7 +187,7 @@ class _GuardedStream(IterableDataset[Any]):
     rank: int
     devices: int
 
-    def __iter__(self) -> Iterator[tuple[Any, list[tuple[str, str]]]]:
+    def __iter__(self) -> Iterator[tuple[Any, list[Corrupt]]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         # Loading processes take turns giving a batch, from the first. After some batches another
@@ -189,7 +204,7 @@ class _GuardedStream(IterableDataset[Any]):
                 return
             skip += 1
             if isinstance(sample, CorruptSample):
-                yield None, [(sample.name, sample.reason)]
+                yield None, [Corrupt(sample.name, sample.reason)]
             else:
                 yield sample, []
 
@@ -200,11 +215,11 @@ class Loaded:
 
     Attributes:
         batch: the collated samples; None where all were corrupt.
-        corrupt: (name, reason) of every sample that could not be read.
+        corrupt: every sample that could not be read.
     """
 
     batch: dict[str, Any] | None
-    corrupt: list[tuple[str, str]]
+    corrupt: list[Corrupt]
 
     def pin_memory(self) -> Loaded:
         """Move the tensors to page-locked memory; DataLoader calls it."""
@@ -216,7 +231,7 @@ class _Collate:
     def __init__(self, collate: Collate) -> None:
         self.collate = collate
 
-    def __call__(self, items: list[tuple[Any, list[tuple[str, str]]]]) -> Loaded:
+    def __call__(self, items: list[tuple[Any, list[Corrupt]]]) -> Loaded:
         samples = [sample for sample, _ in items if sample is not None]
         corrupt = [entry for _, found in items for entry in found]
         return Loaded(self.collate(samples) if samples else None, corrupt)

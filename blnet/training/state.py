@@ -86,7 +86,9 @@ class RunState:
         # Seconds of earlier sessions count as well.
         self._began = time.monotonic() - self.progress.seconds
         if config.compile:
-            self.network.compile()
+            # The average, where there is one, is a copy with a compiled call of its own.
+            for network in {self.network, self.result}:
+                network.compile()
         self.model, self.stepper = accelerator.prepare(self.network, self.optimizer)
         if accelerator.scaler is not None:
             # One run's scale is not the next one's, where they share the accelerator.

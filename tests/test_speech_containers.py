@@ -1,0 +1,150 @@
+"""Lengths by a file's own bytes: MP3 files that do not say theirs, and Wave64 files cut off."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from blnet.speech.audio import AudioError, audio_seconds, read_audio, stream_audio
+from blnet.speech.testing import without_length
+
+RATE = 16000
+TONE = (0.5 * np.sin(2 * np.pi * 440 * np.arange(10 * RATE) / RATE)).astype(np.float32)
+NOISE = np.random.RandomState(0).uniform(-0.3, 0.3, 10 * RATE)
+SILENCE = np.zeros(5 * RATE)
+CONSTANT = {"bitrate_mode": "CONSTANT", "compression_level": 0.5}
+
+
+def encoded(samples: Any, kind: str, rate: int = RATE, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=kind, **options)
+    return buffer.getvalue()
+
+
+def unnumbered(mp3: bytes, flags: int) -> bytes:
+    """An MP3 file as a program that was stopped leaves it: with no number of frames, or with 0."""
+    place = mp3.index(b"Xing") + 4
+    return mp3[:place] + bytes((0, 0, 0, flags)) + bytes(4) + mp3[place + 8 :]
+
+
+def tagged(content: bytes, size: int) -> bytes:
+    """A file behind a tag of a size, as a picture in it makes it."""
+    return (
+        b"ID3\4\0\0"
+        + bytes(size >> shift & 127 for shift in (21, 14, 7, 0))
+        + bytes(size)
+        + content
+    )
+
+
+def refusals(file: Path) -> list[str]:
+    """Why each way to read a recording refuses it, in one line that names it once."""
+    found = []
+    for read in (audio_seconds, lambda one: read_audio(one, RATE),
+                 lambda one: list(stream_audio(one, RATE, 1))):  # fmt: skip
+        with pytest.raises(AudioError) as error:
+            read(file)
+        assert str(error.value).count(str(file)) == 1
+        assert "\n" not in str(error.value)
+        found.append(error.value.reason)
+    return found
+
+
+# MP3 ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", [0, 300])
+@pytest.mark.parametrize("flags", [None, 0, 15])
+def test_an_mp3_file_that_would_not_be_read_to_its_end_is_refused(
+    tmp_path: Path, head: int, flags: int | None
+) -> None:
+    whole = encoded(np.append(NOISE, SILENCE), "MP3")
+    spoilt = without_length(whole) if flags is None else unnumbered(whole, flags)
+    path = tmp_path / "a.mp3"
+    path.write_bytes(tagged(spoilt, head) if head else spoilt)
+    for told in refusals(path):
+        assert told.startswith("it does not say how long it is, and of 24")  # 24x,xxx samples
+        assert told.endswith("would be read; write it anew, to a file and not to a pipe")
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+@pytest.mark.parametrize("end", [b"", b"TAG" + bytes(125)])
+def test_an_mp3_file_of_one_bit_rate_need_not_say_its_length(
+    tmp_path: Path, rate: int, end: bytes
+) -> None:
+    path = tmp_path / "a.mp3"
+    path.write_bytes(without_length(encoded(NOISE, "MP3", rate, **CONSTANT)) + end)
+    assert len(read_audio(path, rate)) == pytest.approx(len(NOISE), rel=0.02)
+    assert audio_seconds(path) == pytest.approx(len(NOISE) / rate, rel=0.02)
+
+
+def test_an_mp3_file_that_seems_longer_than_it_is_is_refused_once_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp3"
+    path.write_bytes(without_length(encoded(np.append(SILENCE, NOISE), "MP3")))
+    for read in (lambda: read_audio(path, RATE), lambda: list(stream_audio(path, RATE, 1))):
+        with pytest.raises(AudioError, match="cut off, or does not say how long it is: 69"):
+            read()
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("options", [{}, CONSTANT])
+def test_an_mp3_file_that_says_its_length_is_believed(
+    tmp_path: Path, channels: int, options: dict[str, Any]
+) -> None:
+    path = tmp_path / "a.mp3"
+    path.write_bytes(encoded(np.stack([TONE] * channels, 1), "MP3", **options))
+    assert len(read_audio(path, RATE)) == len(TONE)
+
+
+@pytest.mark.parametrize("size", range(2, 80, 3))
+def test_the_head_of_an_mp3_file_alone_is_refused(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "a.mp3"
+    path.write_bytes(encoded(TONE, "MP3")[:size])
+    refusals(path)
+
+
+# Wave64 ------------------------------------------------------------------------------------------
+
+
+def test_a_wave64_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.w64"
+    path.write_bytes(encoded(TONE, "W64", subtype="FLOAT"))
+    assert np.array_equal(read_audio(path, RATE), TONE)
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT"])
+@pytest.mark.parametrize("missing", [1, 1000, 100_000])
+def test_a_wave64_file_that_is_cut_off_is_refused(
+    tmp_path: Path, subtype: str, missing: int
+) -> None:
+    path = tmp_path / "a.w64"
+    path.write_bytes(encoded(TONE, "W64", subtype=subtype)[:-missing])
+    told = f"it is cut off: its header promises {missing:,} bytes more than are there"
+    assert refusals(path) == [told] * 3
+
+
+def test_a_wave64_file_of_unknown_length_is_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.w64"
+    whole = encoded(TONE, "W64")
+    place = whole.index(b"data") + 16
+    path.write_bytes(whole[:place] + b"\xff" * 8 + whole[place + 8 :])
+    assert len(read_audio(path, RATE)) == len(TONE)
+
+
+def test_a_wave64_file_with_other_chunks_is_read_and_a_spoilt_one_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a.w64"
+    whole = encoded(TONE, "W64")
+    place = whole.index(b"data")
+    # The name of a chunk is anything, its length counts name and length, and 3 bytes more follow.
+    other = b"junk" + whole[place + 4 : place + 16] + (29).to_bytes(8, "little") + bytes(8)
+    path.write_bytes(whole[:place] + other + whole[place:])
+    assert len(read_audio(path, RATE)) == len(TONE)
+    path.write_bytes((whole[:place] + other + whole[place:])[:-1000])
+    assert "1,000 bytes more than are there" in refusals(path)[0]
+    path.write_bytes(whole[:place] + b"junk" + bytes(40))  # a length of 0 leads nowhere
+    refusals(path)
