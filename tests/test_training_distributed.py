@@ -161,6 +161,8 @@ def test_checkpoints_are_written_at_steps_without_a_line(
             {"task": {"train": 240, "corrupt": tuple(range(0, 240, 2))}},
             r"^\d\d? of the 240 training blobs cannot be read",
         ),
+        # One of them in each process, which counts those of both.
+        ({"task": {"unread": (0, 1)}}, "^2 of the 24 evaluation blobs cannot be read"),
         (
             {"optimizer": OptimizerConfig(lr=1e30)},
             "the loss became nan by step 2 and no checkpoint",

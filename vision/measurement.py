@@ -163,7 +163,7 @@ def _account(
     """
     corrupt: list[tuple[str, str]] = []
     log = CorruptLog("images", accelerator, tell, lambda name, why: corrupt.append((name, why)))
-    log.add(found.corrupt, "evaluation", found.samples + len(found.corrupt))
+    log.add(found.corrupt, "evaluation", found.asked_for)
     log.share()
     return tuple(corrupt)
 

@@ -21,7 +21,8 @@ class Findings:
 
     Attributes:
         values: metric -> number, "loss" among them.
-        samples: how many were evaluated.
+        samples: how many were evaluated, on all devices.
+        asked_for: how many were to be, those that could not be read included.
         corrupt: those that this process could not read.
         seconds: how long it took this process.
         waited: how long of that it waited for data.
@@ -29,6 +30,7 @@ class Findings:
 
     values: dict[str, float]
     samples: int
+    asked_for: int
     corrupt: list[Corrupt]
     seconds: float
     waited: float
@@ -64,7 +66,7 @@ def evaluate(
         ValueError: if nothing could be read, or a loading process dies.
     """
     metrics = (task.metrics() if metrics is None else metrics).to(accelerator.device)
-    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     corrupt: list[Corrupt] = []
     training = model.training
     model.eval()
@@ -86,16 +88,18 @@ def evaluate(
                 outputs = task.forward(model, batch).float()
             count = task.samples(batch)
             loss = task.loss(outputs, batch, training=False).double()
-            sums += torch.stack([loss * count, torch.full_like(loss, count)])
+            sums[:2] += torch.stack([loss * count, torch.full_like(loss, count)])
             task.update(metrics, outputs, batch)
     finally:
         model.train(training)
-    loss, samples = accelerator.reduce(sums, "sum").tolist()
+    sums[2] = len(corrupt)
+    loss, samples, unread = accelerator.reduce(sums, "sum").tolist()
     if not samples:
         raise ValueError("the evaluation data has no sample that could be read; check its path")
     values = {name: float(value) for name, value in metrics.compute().items() if value.ndim == 0}
     seconds = time.monotonic() - start
-    return Findings({"loss": loss / samples, **values}, int(samples), corrupt, seconds, waited)
+    values = {"loss": loss / samples, **values}
+    return Findings(values, int(samples), int(samples + unread), corrupt, seconds, waited)
 
 
 def _batches(task: Task, loader: Loader, accelerator: Accelerator, size: int) -> Iterator[Loaded]:

@@ -372,7 +372,7 @@ class Trainer:
             self.layout.micro_batch,
             before_batch=self._stop_evaluation,
         )
-        self._corrupt.add(found.corrupt, "evaluation", found.samples + len(found.corrupt))
+        self._corrupt.add(found.corrupt, "evaluation", found.asked_for)
         self._corrupt.share()
         return found
 

@@ -92,6 +92,7 @@ class TinyTask(Task):
         train: training samples.
         evaluation: samples to evaluate on.
         corrupt: training samples that cannot be read.
+        unread: the same of those to evaluate on.
         dropout: probability of dropout.
         norm: whether the network has batch statistics.
         stream: whether the training samples come as a stream.
@@ -111,9 +112,10 @@ class TinyTask(Task):
         self, train: int = 48, evaluation: int = 24, corrupt: tuple[int, ...] = (),
         dropout: float = 0.2, norm: bool = True, stream: bool = False, trouble: str | None = None,
         at: int = 0, rank: int | None = None, evaluating: bool = False,
+        unread: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
         self.train_data: Any = TinyStream(train, corrupt) if stream else TinyData(train, corrupt)
-        self.eval_data = TinyData(evaluation)
+        self.eval_data = TinyData(evaluation, unread)
         self.dropout = dropout
         self.norm = norm
         self.trouble = trouble
