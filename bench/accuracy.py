@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from blnet.bench.intervals import Mean, mean
-from blnet.bench.results import Measurement, Results
+from blnet.bench.results import ELSEWHERE, Measurement, Results
 from blnet.bench.studies import median_epoch
 from blnet.files import written_aside
 
@@ -172,8 +172,26 @@ def title(results: Results, suite: str) -> str:
     return f"{STUDIES[suite]}: {scale}{on}"
 
 
-def notes(suite: str) -> str:
-    """Return how a study's table is to be read."""
+def notes(results: Results, suite: str) -> str:
+    """Return how a study's table is to be read, and which of its runs were trained elsewhere."""
+    return " ".join([_how(suite), *_elsewhere(results, suite)])
+
+
+def _elsewhere(results: Results, suite: str) -> list[str]:
+    """Return a sentence for each other environment that runs of a study were trained in."""
+    found: dict[str, list[str]] = {}
+    for m in results.of(suite):
+        had = ", ".join(f"{name} {value}" for name, value in m.facts.get(ELSEWHERE, {}).items())
+        if had:
+            found.setdefault(had, []).append(f"{m.family}, {m.implementation}")
+    return [
+        f"Trained in another environment than the report's, so that seconds may not compare: "
+        f"{'; '.join(runs)} (with {had})."
+        for had, runs in found.items()
+    ]
+
+
+def _how(suite: str) -> str:
     if suite == "speech":
         return (
             "Error of the last epoch's network on the evaluation recordings: the share of wrong "

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blnet.bench.intervals import Ratio, resampled_medians, with_intervals
+from blnet.bench.intervals import LEAST_ROUNDS, Ratio, resampled_medians, with_intervals
 
 Array = NDArray[np.float64]
-LEAST_ROUNDS = 5  # the interval of a median of fewer is hardly one
 
 
 @dataclass(frozen=True)
@@ -60,26 +59,27 @@ def change(
     values = np.median(new, axis=1) / np.median(old, axis=1)
     draws = resampled_medians(new, 1, resamples) / resampled_medians(old, 0, resamples)
     most, least = _moved(values, control, np.max), _moved(values, control, np.min)
+    rounds = old.shape[1], new.shape[1]
+    fewest = min(rounds)
 
     def over(pick: Callable[..., Any]) -> list[Ratio]:
         moved = _moved(values, control, pick), _moved(draws, control, pick)
-        return with_intervals(values / moved[0], draws / moved[1])
+        return with_intervals(values / moved[0], draws / moved[1], fewest)
 
     shift = None
     if control.any():
         middle = np.median(draws[control], axis=0)
-        shift = with_intervals(np.median(values[control], keepdims=True), middle[None])[0]
+        shift = with_intervals([np.median(values[control])], middle[None], fewest)[0]
     larger = 1 + threshold
     slower = rank_tests(new, np.stack([old, old * most[:, None]]) * larger)
     faster = rank_tests(np.stack([old, old * least[:, None]]), new * larger)
-    rounds = old.shape[1], new.shape[1]
     return Change(
-        ratios=with_intervals(values, draws),
+        ratios=with_intervals(values, draws, fewest),
         relatives=over(np.median),
         over_most=over(np.max),
         over_least=over(np.min),
         p=np.concatenate([slower, faster]),
-        least_p=1 / math.comb(sum(rounds), rounds[0]) if min(rounds) >= LEAST_ROUNDS else 1.0,
+        least_p=1 / math.comb(sum(rounds), rounds[0]) if fewest >= LEAST_ROUNDS else 1.0,
         shift=shift,
         controls=int(control.sum()),
     )

@@ -21,16 +21,17 @@ code may. So the verdict is
 - unclear if only one of the two says so: all of the group became slower, or a slow-down hides in a
   machine that became faster. It does not fail a gate, but is always shown and counted, so that
   nothing is hidden: measure both again on an idle machine;
-- too few if a run has fewer than five rounds, or even the smallest p that so few can give, every
-  new time above every old one, is not small enough.
+- too few if a run has fewer than five rounds, whose ratios have no interval, or even the smallest p
+  that so few can give, every new time above every old one, is not small enough.
 
 The controls of a Big-Little network are those of the plain network alone: its own eager rung gets
 slower when our blocks do. A control is held against the other controls, and with fewer than two
 others against itself. In a group without any the times decide alone, and a slower machine looks
 like slower code.
 
-What has no time in the new run fails a gate if it raised, is wrong, or was dropped for times that
-are slower (`blnet.bench.missing`); so do a group without any pair, and a run that was interrupted.
+What has no time in the new run fails a gate if it raised, is wrong, was skipped, or was dropped for
+times that are slower (`blnet.bench.missing`); so do a group without any pair, and a run that was
+interrupted.
 
 What differs between two runs of one implementation but not between its rounds, such as where its
 buffers lie, is in no sample: a threshold must stay above it, and 5 % is little for ops of a few
@@ -313,12 +314,12 @@ def _verdict(found: Change, number: int, p: Array, threshold: float) -> Verdict:
     """Return what the times say, and the times against the controls, of one implementation."""
     sure, above, below = p <= ALPHA, 1 + threshold, 1 / (1 + threshold)
     slower = (
-        bool(sure[0] and found.ratios[number].low > above),
-        bool(sure[1] and found.over_most[number].low > above),
+        bool(sure[0] and found.ratios[number].above(above)),
+        bool(sure[1] and found.over_most[number].above(above)),
     )
     faster = (
-        bool(sure[2] and found.ratios[number].high < below),
-        bool(sure[3] and found.over_least[number].high < below),
+        bool(sure[2] and found.ratios[number].below(below)),
+        bool(sure[3] and found.over_least[number].below(below)),
     )
     if all(slower):
         return "slower"

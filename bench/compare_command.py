@@ -112,8 +112,8 @@ def planned(arguments: argparse.Namespace, settings: Settings) -> Results | None
             if given:
                 raise ValueError(f"{flag} needs a run to compare with; name it with --compare FILE")
         return None
-    from blnet.bench.changes import LEAST_ROUNDS
     from blnet.bench.compare import check_comparable, timed
+    from blnet.bench.intervals import LEAST_ROUNDS
     from blnet.environment import collect
 
     old = read_json(Path(arguments.compare))

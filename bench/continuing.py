@@ -59,13 +59,23 @@ def check_same(before: Results, environment: dict[str, Any]) -> None:
     Raises:
         ValueError: if the machine, the software or the code is another.
     """
-    for name in SAME:
-        then, now = before.environment.get(name), environment.get(name)
-        if then != now:
-            raise ValueError(
-                f"--continue: the run began with {name} {_shown(then, now)} and here it is "
-                f"{_shown(now, then)}, so its halves could not be compared; start another run"
-            )
+    then = differences(before.environment, environment)
+    now = differences(environment, before.environment)
+    if then:
+        name = next(iter(then))
+        raise ValueError(
+            f"--continue: the run began with {name} {then[name]} and here it is {now[name]}, so "
+            "its halves could not be compared; start another run"
+        )
+
+
+def differences(environment: dict[str, Any], other: dict[str, Any]) -> dict[str, str]:
+    """Return what of `SAME` an environment has unlike another one, of packages only those."""
+    return {
+        name: _shown(environment.get(name), other.get(name))
+        for name in SAME
+        if environment.get(name) != other.get(name)
+    }
 
 
 def _shown(value: Any, other: Any) -> str:

@@ -36,7 +36,8 @@ PASSES = 8
 MIN_PASSES = 3
 SECONDS = 2.0  # for the passes of a network
 BETWEEN = Layer("between layers", "add, ReLU, upsampling", (), 0, 0, 0.0)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Modules that read windows of a map, and may leave out what lies between them.
+_WINDOWED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MaxPool2d, nn.AvgPool2d)
 Around = Callable[[Call], Any]
 
 
@@ -168,11 +169,16 @@ def _bytes_moved(call: _Call, read: Iterable[Tensor], written: Sequence[Tensor])
     module, recurse = call.module, not call.inside
     own = [*module.parameters(recurse), *module.buffers(recurse)]
     given = tensor_bytes(*read)
-    if isinstance(module, _CONVOLUTIONS):
-        # A 1x1 convolution with a stride of 2 reads one position in four.
-        steps = zip(module.kernel_size, module.stride, strict=True)
+    if isinstance(module, _WINDOWED):
+        # A 1x1 window with a stride of 2 reads one position in four.
+        steps = zip(_sides(module.kernel_size), _sides(module.stride), strict=True)
         given = round(given * math.prod(min(1.0, kernel / stride) for kernel, stride in steps))
     return given + tensor_bytes(*(x for x in own if x.is_floating_point()), *written)
+
+
+def _sides(size: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Return the sides of a window or stride: a pool may have one number for both of its own."""
+    return size if isinstance(size, tuple) else (size, size)
 
 
 def _own(call: _Call, span: Callable[[Any, Any], Any]) -> Any:

@@ -41,8 +41,12 @@ class Missing:
 
     @property
     def failed(self) -> bool:
-        """Whether it raised, its result is wrong, or it became too slow to be timed."""
-        return self.slower or self.status in ("wrong", "error")
+        """Whether it raised, is wrong or skipped, or became too slow to be timed.
+
+        What the old run timed the new one could have: a package that is gone would else hide that
+        an implementation, or the baseline of all others, is slower.
+        """
+        return self.slower or self.status in ("wrong", "error", "skipped")
 
 
 def key_of(measurement: Measurement) -> Key:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from blnet.bench.roofline import measure_ceilings
 from blnet.bench.session import Case, Session
 from blnet.bench.settings import Settings
 from blnet.optimizing.engines import compiled
-from blnet.optimizing.graphs import Captured
+from blnet.optimizing.graphs import captured_where_made
 
 REFERENCE = "the same in float64"
 Function = Callable[..., Any]
@@ -111,6 +112,8 @@ class OpSuite(Generic[S]):
             ones are differentiated; the last is the result's gradient.
         tolerances: largest relative error by dtype.
         rounds: rounds for one of a network's.
+        counted: what the passes' costs are, where that is not what any implementation must move and
+            multiply.
     """
 
     name: str
@@ -123,6 +126,7 @@ class OpSuite(Generic[S]):
         default_factory=lambda: {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
     )
     rounds: int = 4
+    counted: str = ""
 
     def _sites(self, settings: Settings) -> tuple[S, ...]:
         return self.sites if settings.full else self.quick_sites
@@ -182,20 +186,19 @@ class OpSuite(Generic[S]):
 
         def make() -> Call:
             if way.compile is None:
-                call = _run(what.kind, function, tensors, leaves)
-            else:
-                # A retained graph is run again and again: its buffers must not be given away.
-                with torch._functorch.config.patch(donated_buffer=False):
-                    call = _run(what.kind, function, tensors, leaves, way.compile)
-                    call()
-            return Captured(call, (), copies=False) if graphs else call
+                return _run(what.kind, function, tensors, leaves)
+            # A retained graph is run again and again: its buffers must not be given away.
+            with torch._functorch.config.patch(donated_buffer=False):
+                call = _run(what.kind, function, tensors, leaves, way.compile)
+                call()
+            return call
 
         bytes_moved, flops = what.cost(site, tensors)
         on_cpu = present[0].device.type == "cpu"
         return Implementation(
             name=way.name,
             family=site.label,
-            build=make,
+            build=partial(captured_where_made, make) if graphs else make,
             description=way.description,
             facts={
                 "computes": self.computes,
@@ -205,6 +208,7 @@ class OpSuite(Generic[S]):
                 "bytes": bytes_moved,
                 "flops": flops,
                 "baseline": way.baseline,
+                **({"counted": self.counted} if self.counted else {}),
             },
             held_bytes=tensor_bytes(*present),
             compiles=way.compile is not None,

@@ -25,17 +25,21 @@ SETTINGS = ("device", "dtype", "batch", "size")
 # dropped: too slow to build or to run. skipped: cannot run on this machine.
 Status = Literal["pending", "ok", "wrong", "error", "dropped", "skipped"]
 FAILED: tuple[Status, ...] = ("wrong", "error")
+SCORES = ("accuracy", "wer", "cer", "ngram_wer")  # facts of a trained network, 0 to 1
+ELSEWHERE = "elsewhere"  # fact of what was trained in another environment: what that had instead
 # Facts that tables, plots and comparisons count with -> what they are.
 FACTS: dict[str, Any] = {
     **dict.fromkeys(("batch", "bytes", "flops", "seed", "macs", "parameters", "epochs"), int),
     **dict.fromkeys(("steps", "evaluation_images"), int),
     **dict.fromkeys(("alpha", "beta"), int | None),
-    **dict.fromkeys(("accuracy", "wer", "cer", "cost", "real_time_factor", "leash", "late"), float),
+    **dict.fromkeys((*SCORES, "cost", "real_time_factor", "leash", "late"), float),
     "baseline": str | bool | None,
     "ours": bool,
     "kept_bytes_an_image": dict[str, int],
+    ELSEWHERE: dict[str, str],
+    "counted": str,
 }
-# What every trained network has of them.
+# What every trained network has of them; one score of two beside.
 STUDY_FACTS = ("network", "alpha", "beta", "baseline", "parameters", "macs", "epochs", "seed")
 LATE = "late"  # fact of what was dropped for its build and first call: their limit, seconds
 LEASHED = "leash"  # fact of what was dropped for its times: the best of them, seconds
@@ -147,12 +151,26 @@ class Measurement:
         if not all(0 < sample < math.inf for sample in found.samples):
             raise ValueError(f"a time of {what} is no positive number")
         for name, kind in FACTS.items():
-            if name in found.facts and not fits(found.facts[name], kind):
-                raise ValueError(f"{what} has {found.facts[name]!r} as its {name!r}")
-        lacking = set(STUDY_FACTS) - set(found.facts) if found.suite in STUDIES else set()
-        if found.timed and lacking:
-            raise ValueError(f"{what} lacks {', '.join(sorted(lacking))}")
+            value = found.facts.get(name)
+            endless = isinstance(value, float) and not math.isfinite(value)
+            if name in found.facts and (endless or not fits(value, kind)):
+                raise ValueError(f"{what} has {value!r} as its {name!r}")
+        if found.timed and found.suite in STUDIES:
+            _check_study(found, what)
         return found
+
+
+def _check_study(run: Measurement, what: str) -> None:
+    """Check that a trained network has the figures that tables and plots of studies count with."""
+    needed = {*STUDY_FACTS, *(("steps",) if run.suite == "speech" else ())}
+    lacking = sorted(needed - set(run.facts))
+    if not {"accuracy", "wer"} & set(run.facts):
+        lacking.append("accuracy or wer")
+    if lacking:
+        raise ValueError(f"{what} lacks {', '.join(lacking)}")
+    for name in ("macs", "steps"):  # by which others are divided
+        if run.facts.get(name, 1) < 1:
+            raise ValueError(f"{what} has {run.facts[name]!r} as its {name!r}")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """The roofline: what the device can do, measured in the run, and the least time that follows.
 
-Three ceilings, each the best of several measurements. `copy_bandwidth` is the rate of a copy far
-larger than any cache, in bytes/s, read and written. `matmul_rate` is the rate of a large matrix
-product, in FLOP/s; on a CPU that of a convolution if it is faster, since PyTorch leaves the two to
-different libraries, and on some CPUs one of them makes use of narrower vectors only. On a CPU whose
-caches are known there is `cache_bandwidth` as well, the rate of a copy that its last caches hold,
-for work on no more than `cache_bytes`: an op that is timed right after a call of its own finds such
-maps there, and so does a layer the map that the one before has just written.
+Three ceilings, each the best of several measurements, at the beginning of a run and at its end.
+`copy_bandwidth` is the rate of a copy far larger than any cache, in bytes/s, read and written.
+`matmul_rate` is the rate of a large matrix product, in FLOP/s; on a CPU that of a convolution if it
+is faster, since PyTorch leaves the two to different libraries, and on some CPUs one of them makes
+use of narrower vectors only. On a CPU whose caches are known there is `cache_bandwidth` as well,
+the rate of a copy that its last caches hold, for work on no more than `cache_bytes`: an op that is
+timed right after a call of its own finds such maps there, and so does a layer the map that the one
+before has just written.
 """
 
 from __future__ import annotations
@@ -52,33 +53,25 @@ def measure_ceilings(session: Session) -> None:
     if "copy_bandwidth" in ceilings:
         return
     session.watch("the ceilings of the device", 0.0)
-    dtype = session.settings.torch_dtype
-    with full_precision():
-        ceilings |= _copies(session)
-        if session.settings.on_gpu:
-            ceilings["matmul_rate"] = matmul_rate(session.clock, dtype)
-        else:
-            # What a CPU multiplies slowly in 16 bits it can widen.
-            rates = [cpu_matmul_rate(session.clock, d) for d in {dtype, torch.float32}]
-            ceilings["matmul_rate"] = max(rates)
+    ceilings |= _rates(session)
 
 
 def measure_ceilings_again(session: Session) -> None:
-    """Copy once more at the end of a run that has ceilings, and keep the better rates.
+    """Copy and multiply once more at the end of a run that has ceilings, and keep the better rates.
 
-    A machine that others use too, or whose memory is laid out anew, copies at one rate now and at
-    another later, and every share of a bound moves with it: that is worth a note.
+    A machine that others use too, whose clock changes or whose memory is laid out anew has one rate
+    now and another later, and every share of a bound moves with it: that is worth a note.
     """
     ceilings = session.results.ceilings
     if "copy_bandwidth" not in ceilings:
         return
-    for name, after in _copies(session).items():
+    for name, after in _rates(session).items():
         before = ceilings.get(name, after)
         ceilings[name] = max(before, after)
         if abs(after - before) > APART * min(before, after):
             session.note(
-                f"{name.replace('_', ' ')} was {before / 1e9:.0f} GB/s at first and "
-                f"{after / 1e9:.0f} GB/s at the end; shares of bounds take the better one, and are "
+                f"{name.replace('_', ' ')} was {_text(name, before)} at first and "
+                f"{_text(name, after)} at the end; shares of bounds take the better one, and are "
                 "no surer than that"
             )
     bounded = {group: _bounded(found, ceilings) for group, found in session.results.layers.items()}
@@ -93,6 +86,25 @@ def _bounded(
         label: [replace(one, bound=least_seconds(one.bytes, one.flops, ceilings)) for one in found]
         for label, found in networks.items()
     }
+
+
+def _text(name: str, rate: float) -> str:
+    """Return a ceiling with its unit."""
+    return f"{rate / 1e12:.3g} TFLOP/s" if name == "matmul_rate" else f"{rate / 1e9:.0f} GB/s"
+
+
+def _rates(session: Session) -> dict[str, float]:
+    """Return all ceilings as they are now."""
+    dtype = session.settings.torch_dtype
+    with full_precision():
+        found = _copies(session)
+        if session.settings.on_gpu:
+            found["matmul_rate"] = matmul_rate(session.clock, dtype)
+        else:
+            # What a CPU multiplies slowly in 16 bits it can widen.
+            rates = [cpu_matmul_rate(session.clock, d) for d in {dtype, torch.float32}]
+            found["matmul_rate"] = max(rates)
+    return found
 
 
 def _copies(session: Session) -> dict[str, float]:

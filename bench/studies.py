@@ -7,6 +7,8 @@ are finished, whoever trained them: on eight GPUs, say, by torchrun.
 
 from __future__ import annotations
 
+import json
+import math
 import shlex
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -15,7 +17,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from blnet.bench.results import Measurement, read_json
+from blnet.bench.continuing import differences
+from blnet.bench.results import ELSEWHERE, SCORES, Measurement, read_json
 from blnet.bench.settings import RESULTS
 
 if TYPE_CHECKING:
@@ -239,7 +242,8 @@ def train(
 
     Returns:
         A measurement whose samples are seconds an epoch, with the last evaluation's metrics (0 to
-        1), epochs, samples, parameters and MACs among its facts.
+        1), epochs, samples, parameters and MACs among its facts, and what of its environment is not
+        that of the session.
 
     Raises:
         KeyboardInterrupt: if the run was stopped; its checkpoint goes on with the study.
@@ -258,6 +262,7 @@ def train(
         config, command = configure(settings, kind, model, folder, seed, epochs)
         made.description = command
         made.facts |= _trained(session, kind, config, folder)
+        made.facts |= _elsewhere(session, folder)
     except Interrupted:
         raise KeyboardInterrupt from None
     except (ValueError, OSError) as error:
@@ -275,7 +280,11 @@ def run_folder(session: Session, suite: str, family: str, seed: int) -> Path:
 
 
 def _trained(session: Session, kind: str, config: Any, folder: Path) -> dict[str, Any]:
-    """Run the training, and return what it came to."""
+    """Run the training, and return what it came to.
+
+    Raises:
+        ValueError: if it could not be trained, or a score is no number.
+    """
     from rich.console import Console
 
     from blnet.training.devices import make_accelerator
@@ -290,12 +299,24 @@ def _trained(session: Session, kind: str, config: Any, folder: Path) -> dict[str
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         console = Console(file=log, width=140)
         summary = run(task, config, folder, make_accelerator(config), console)
+    facts = _facts(config, summary, task)
+    for name in SCORES:
+        if not math.isfinite(facts.get(name, 0.0)):
+            raise ValueError(f"its {name} is no number, so there is nothing to compare")
     cost = task.cost(load_network(folder)[0])
-    return {
-        "parameters": cost.parameters,
-        "macs": cost.macs,
-        **_facts(config, summary, task),
-    }
+    return {"parameters": cost.parameters, "macs": cost.macs, **facts}
+
+
+def _elsewhere(session: Session, folder: Path) -> dict[str, dict[str, str]]:
+    """Return what the environment of a run has unlike the session's: it may be taken over."""
+    from blnet.training.journal import RUN
+
+    try:
+        trained = json.loads((folder / RUN).read_text(encoding="utf-8"))["environment"]
+    except (OSError, ValueError, KeyError):
+        return {ELSEWHERE: {"environment": "unknown"}}
+    found = differences(trained, session.results.environment)
+    return {ELSEWHERE: found} if found else {}
 
 
 def _facts(config: Any, summary: Summary, task: Task) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from blnet.bench.intervals import Ratio, median_ratio
-from blnet.bench.results import Measurement, Network, Results
+from blnet.bench.results import LEASHED, Measurement, Network, Results
 from blnet.bench.roofline import least_seconds
 
 
@@ -49,6 +49,8 @@ class BatchRow:
         engine: what our rungs bring alone, over the network's own fastest rung that is not ours;
             None where no rung of ours has a time.
         peak_memory: bytes; None if not measured.
+        lacking: rungs that are not ours and of which the plain network has no time, because it
+            failed on them or although this network has one: its fastest may be among them.
     """
 
     batch: int
@@ -62,6 +64,7 @@ class BatchRow:
     architecture: Ratio | None
     engine: Ratio | None
     peak_memory: int | None
+    lacking: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,8 @@ def model_rows(results: Results, suite: str = "models") -> list[ModelRow]:
         for batch in batches:
             found = _batch_row(at_batch(results, suite, batch), network, batch, ratio)
             if found is not None:
-                row.batches[batch] = found
+                group = [m for m in results.of(suite) if m.group == found.group]
+                row.batches[batch] = replace(found, lacking=_lacking(group, network))
         rows.append(row)
     return rows
 
@@ -182,6 +186,19 @@ def _batch_row(
         engine=_over(others, ours),
         peak_memory=best.peak_memory,
     )
+
+
+def _lacking(group: list[Measurement], network: Network) -> tuple[str, ...]:
+    """Return the rungs of `BatchRow.lacking` from all of a group, timed or not.
+
+    What was dropped for its times is none of them: it was slower than a rung that stayed.
+    """
+    others = [m for m in group if is_baseline(m)]
+    plain = {m.implementation: m for m in others if m.family == network.baseline}
+    own = [m.implementation for m in others if m.family == network.label and m.timed]
+    failed = [rung for rung, m in plain.items() if m.failed]
+    known = [rung for rung, m in plain.items() if m.timed or LEASHED in m.facts]
+    return tuple(dict.fromkeys([*failed, *(rung for rung in own if rung not in known)]))
 
 
 def share_rows(results: Results, suite: str, rows: Sequence[ModelRow]) -> list[ShareRow]:

@@ -6,17 +6,20 @@ import csv
 import importlib
 import io
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from rich.console import Console
 
 from blnet.bench import accuracy, progress, runner, studies
 from blnet.bench.catalogue import STUDIES, SUITES, default_suites
 from blnet.bench.flags import parse_settings
 from blnet.bench.intervals import mean
-from blnet.bench.report import csv_text, markdown, print_tables
+from blnet.bench.report import csv_text, html_page, markdown, print_tables
 from blnet.bench.results import Measurement, Results, read_json, write_json
 from blnet.bench.session import Session
 from blnet.bench.settings import Settings
@@ -274,6 +277,50 @@ def test_an_interrupted_study_goes_on_with_the_same_command(
     for suites in (["accuracy", "merge"], ["accuracy", "conversion"], ["conversion"], []):
         assert main(["bench", *suites, "--device", "cpu", "--output", str(folder)]) == 2
         assert "holds a results.json already" in capsys.readouterr().err
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Give back the number of threads that a session sets."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("tiny", "threads")
+def test_runs_keep_what_they_were_trained_with(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "study"
+    assert bench(accuracy_suite, 1, folder) == 0
+    said = "Trained in another environment than the report's"
+    assert said not in capsys.readouterr().out
+    assert bench(accuracy_suite, 1, folder, "--seeds", "2", "--threads", "2") == 0
+    found = read_json(folder / "results.json")
+    assert found.environment["threads"] == 2
+    assert [m.facts.get("elsewhere") for m in found.measurements] == 2 * [{"threads": "1"}] + [
+        None,
+        None,
+    ]
+    note = (
+        f"{said}, so that seconds may not compare: resnet18, seed 0; bl_resnet18 a2 b4, seed 0 "
+        "(with threads 1)."
+    )
+    for text in (capsys.readouterr().out, markdown(found), html_page([found])):
+        assert note in " ".join(text.replace("&#x27;", "'").split())
+    for path in (folder / "runs" / "accuracy").glob("*-seed1/run.json"):
+        path.unlink()
+    assert bench(accuracy_suite, 1, folder, "--seeds", "2", "--threads", "2") == 0
+    assert "seed 1 (with environment unknown)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_score_that_is_no_number_is_a_red_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    facts = studies._facts
+    monkeypatch.setattr(studies, "_facts", lambda *of: {**facts(*of), "accuracy": math.nan})
+    assert bench(accuracy_suite, 1, tmp_path / "study") == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "FAILED accuracy, digits, resnet18, seed 0: its accuracy is no number" in said
+    found = read_json(tmp_path / "study" / "results.json")
+    assert [m.status for m in found.measurements] == ["error", "error"]
 
 
 def test_a_study_s_results_are_not_lost_to_another_study(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ ENVIRONMENT = {
 SETTINGS = {"device": "cpu", "dtype": "float32", "batch": 8, "size": 224}
 STUDY = {
     "network": "resnet18", "baseline": "resnet18", "alpha": None, "beta": None, "seed": 0,
-    "parameters": 1, "macs": 1, "epochs": 1,
+    "parameters": 1, "macs": 1, "epochs": 1, "accuracy": 0.5,
 }  # fmt: skip
 Array = NDArray[np.float64]
 
@@ -278,7 +278,7 @@ def lose(results: Results, status: Any, note: str) -> Results:
 
 
 @pytest.mark.parametrize(("status", "passed"), [("wrong", False), ("error", False),
-                                                ("dropped", True), ("skipped", True)])  # fmt: skip
+                                                ("dropped", True), ("skipped", False)])  # fmt: skip
 def test_what_lost_its_time_is_named(status: str, passed: bool) -> None:
     old = run_of([steady(4, 24)])
     comparison = compare(old, lose(run_of([steady(4, 24)]), status, "because"), 0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from blnet.bench.measure import Group, Implementation
 from blnet.bench.plugin import measured, pytest_generate_tests
 from blnet.bench.replay import replay, virtual_clock
 from blnet.bench.session import Case
+from blnet.limits import UnavailableError
 
 NAME = "tiny"
 WAYS = ("eager", "compile", "blnet")
@@ -32,6 +34,8 @@ def build(group, session):
 
     def make(way):
         broken = os.environ.get("TINY", "") if way == "blnet" else ""
+        if broken == "skipped":
+            raise UnavailableError("nosuch is not installed")
         sign = torch.tensor([1.0, -1.0 if broken.startswith("flipped") else 1.0, 1.0])
 
         def call():
@@ -104,6 +108,40 @@ def test_the_gate_catches_what_is_too_slow_to_be_timed(
     said = capfd.readouterr().out
     assert "lost its time: tiny, g, f, blnet: dropped, 166.7 times slower" in said
     assert "1 lost their time because they are far slower now" in said
+
+
+def test_the_gate_catches_what_is_skipped_now(
+    tiny: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """A package that is gone must not hide what runs on it."""
+    monkeypatch.setattr("blnet.bench.measure.make_clock", lambda device: lambda call: call.seconds)
+    gate = ("--compare", "old", "--fail-if-slower", "30%")
+    assert tiny("old") == 0
+    assert tiny("new", *gate, broken="skipped") == 1
+    said = capfd.readouterr().out
+    assert "lost its time: tiny, g, f, blnet: skipped, nosuch is not installed" in said
+    assert "1 lost their time because they are skipped now" in said
+    assert "fail now" not in said
+    for words, status in ((["old", "new"], 1), (["new", "new"], 0), (["new", "old"], 0)):
+        assert main(["bench", "compare", *words, "--fail-if-slower", "30%"]) == status
+
+
+def test_too_few_rounds_on_one_side_tell_nothing(
+    tiny: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """Ranks of 4 and 12 rounds would be sure, but the 4 have no interval."""
+    monkeypatch.setattr("blnet.bench.measure.make_clock", lambda device: lambda call: call.seconds)
+    assert tiny("old") == 0
+    gate = ("--compare", "old", "--fail-if-slower", "30%")
+    assert tiny("few", *gate, broken="slow", repeat=4) == 1
+    said = capfd.readouterr().out
+    assert "Nothing can be told: 4 to 12 rounds are too few" in said
+    assert "2.000 [" not in said
+    assert " slower" not in said
+    assert main(["bench", "compare", "old", "few", "--json", "compared.json"]) == 0
+    row = json.loads(Path("compared.json").read_text())["rows"][-1]
+    assert row["verdict"] == "too few"
+    assert row["ratio"] == {"value": 2.0, "low": None, "high": None}
 
 
 def test_a_crash_of_a_suite_is_told_and_the_run_is_kept(

@@ -51,6 +51,10 @@ def found(model: nn.Module, example: Tensor, **rates: float) -> list[Layer]:
         (nn.Conv2d(8, 16, 1, stride=2, bias=False), 2 * PIXELS // 4 * 16 * 8,
          PIXELS // 4 * (8 + 16) + 16 * 8),
         (nn.MaxPool2d(2), 0, PIXELS * 8 + PIXELS // 4 * 8),
+        (nn.MaxPool2d(3, 2, 1), 0, PIXELS * 8 + PIXELS // 4 * 8),
+        # So does a pool of single positions, which some shortcuts are.
+        (nn.MaxPool2d(1, 2), 0, PIXELS // 4 * (8 + 8)),
+        (nn.AvgPool2d((1, 2), (2, 2)), 0, PIXELS // 2 * 8 + PIXELS // 4 * 8),
         (nn.BatchNorm2d(8), 0, 2 * PIXELS * 8 + 4 * 8),
     ],
 )  # fmt: skip

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from blnet.bench import ops
 from blnet.bench.catalogue import SUITES, op_suites
+from blnet.bench.measure import declare
 from blnet.bench.ops import OpSuite, Pass, group_name
+from blnet.bench.report.cells import COUNTED, op_notes
 from blnet.bench.session import Session
 from blnet.bench.settings import Settings, resolve
 from blnet.bench.summary import op_rows
@@ -151,13 +153,23 @@ def test_costs_of_expand_merge_are_those_of_the_limits() -> None:
     assert forward[1] == 2 * pixels * 128 * 256 + pixels * 128**2
 
 
+def test_a_report_says_whose_costs_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, said in (("expand_merge", suite_of("expand_merge").COUNTED), ("merge", COUNTED)):
+        session = Session(CPU)
+        suite = suite_of(name).SUITE
+        group = suite.build(group_name(suite.quick_sites[-1], suite.passes[-1]), session)
+        session.results.measurements = declare(group)
+        assert f"- GB/s and TFLOP/s count {said}." in op_notes(session.results, name)
+    assert "reads x twice" in suite_of("expand_merge").COUNTED
+
+
 def test_graphs_replay_every_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in: what is captured runs once without autograd, replays give what it gave."""
     captured = []
 
     class Replayed:
-        def __init__(self, run: Callable[..., Any], inputs: tuple[Tensor, ...], copies: bool):
-            assert (inputs, copies) == ((), False)
+        def __init__(self, make: Callable[[], Callable[[], Any]]):
+            run = make()
             with torch.no_grad():
                 self.output = run()
             captured.append(self)
@@ -165,7 +177,7 @@ def test_graphs_replay_every_implementation(monkeypatch: pytest.MonkeyPatch) -> 
         def __call__(self) -> Any:
             return self.output
 
-    monkeypatch.setattr(ops, "Captured", Replayed)
+    monkeypatch.setattr(ops, "captured_where_made", Replayed)
     session = Session(CPU)
     session.settings = dataclasses.replace(session.settings, graphs=True)
     suite = small(lambda x, y: x * y)

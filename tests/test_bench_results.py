@@ -66,10 +66,10 @@ def results() -> Results:
         Network(BL, "bl_resnet50", 2, 4, "resnet50", 26_689_256, 2_044_500_000),
     ]
     found.measurements = [
-        model("resnet50", 1, "eager", [0.06, 0.06, 0.06]),
-        model("resnet50", 1, "folded", [0.05, 0.05, 0.05]),
-        model(BL, 1, "eager", [0.04, 0.04, 0.04]),
-        model("resnet50", 8, "eager", [0.4, 0.4, 0.4]),
+        model("resnet50", 1, "eager", [0.06] * 5),
+        model("resnet50", 1, "folded", [0.05] * 5),
+        model(BL, 1, "eager", [0.04] * 5),
+        model("resnet50", 8, "eager", [0.4] * 5),
         model(
             "resnet50",
             8,
@@ -79,11 +79,11 @@ def results() -> Results:
             check=Check(math.nan, 1e-3, "float64"),
             note="relative error nan",
         ),
-        model(BL, 8, "eager", [0.25, 0.25, 0.25]),
-        model(BL, 8, "folded", [0.2, 0.2, 0.2]),
-        merge("eager", [0.2, 0.2], True),
-        merge("compile", [0.1, 0.1], True),
-        merge("blnet", [0.05, 0.05], False, note="on a CPU"),
+        model(BL, 8, "eager", [0.25] * 5),
+        model(BL, 8, "folded", [0.2] * 5),
+        merge("eager", [0.2] * 5, True),
+        merge("compile", [0.1] * 5, True),
+        merge("blnet", [0.05] * 5, False, note="on a CPU"),
     ]
     return found
 
@@ -103,7 +103,7 @@ def test_the_speed_up_is_over_the_fastest_rung_with_a_time(results) -> None:
 
 
 def test_a_share_is_of_the_same_rung_on_both_sides(results) -> None:
-    results.measurements.append(model(BL, 1, "compile", [0.01, 0.01, 0.01]))
+    results.measurements.append(model(BL, 1, "compile", [0.01] * 5))
     one, eight = share_rows(results, "models", model_rows(results))
     assert (one.network.label, one.batch, eight.batch) == (BL, 1, 8)
     # Only ours was compiled, and of the plain network's folded rung nothing was right at batch 8.
@@ -117,7 +117,7 @@ def test_a_share_is_of_the_same_rung_on_both_sides(results) -> None:
 def test_the_table_of_shares_has_a_column_for_each_rung_in_order(results) -> None:
     for batch, rungs in ((1, ("kernels",)), (8, ("compile", "kernels"))):
         pairs = [(name, rung) for name in ("resnet50", BL) for rung in rungs]
-        results.measurements += [model(name, batch, rung, [0.1] * 3) for name, rung in pairs]
+        results.measurements += [model(name, batch, rung, [0.1] * 5) for name, rung in pairs]
     text = report.markdown(results).partition("### Saved time")[2].partition("###")[0]
     half = "0.50 [0.50, 0.50]"
     assert "| network | batch | eager | compile | kernels |" in text
@@ -178,7 +178,7 @@ def test_results_round_trip(results, tmp_path) -> None:
     values = json.loads(path.read_text())
     assert values["schema"] == 1
     assert values["measurements"][0]["quantiles"]["p50"] == 0.06
-    assert values["measurements"][0]["samples"] == [0.06] * 3
+    assert values["measurements"][0]["samples"] == [0.06] * 5
     assert [p.name for p in path.parent.iterdir()] == ["results.json"]
 
 
@@ -198,6 +198,13 @@ def of_measurement(**changes) -> Callable[[dict], None]:
 
 def of_facts(**changes) -> Callable[[dict], None]:
     return lambda values: values["measurements"][0]["facts"].update(changes)
+
+
+def of_study(suite: str = "accuracy", **figures) -> Callable[[dict], None]:
+    """Make a trained network of the first one, with these figures."""
+    facts = dict.fromkeys(("alpha", "beta")) | dict.fromkeys(("network", "baseline"), "n")
+    facts |= dict.fromkeys(("parameters", "macs", "epochs", "seed"), 1) | figures
+    return of_measurement(suite=suite, facts=facts)
 
 
 ODD: list[tuple[object, str]] = [
@@ -222,6 +229,10 @@ ODD: list[tuple[object, str]] = [
     (of_measurement(check={}), "the check of models, batch 1, resnet50, eager lacks 'tolerance'"),
     (of_measurement(suite="accuracy"), "lacks baseline, beta, epochs, macs, parameters, seed"),
     (of_facts(batch="8"), "has '8' as its 'batch'"),
+    (of_study(accuracy=math.nan), "has nan as its 'accuracy'"),
+    (of_study(), "resnet50, eager lacks accuracy or wer"),
+    (of_study("speech", wer=0.5), "resnet50, eager lacks steps"),
+    (of_study("speech", wer=0.5, steps=0), "resnet50, eager has 0 as its 'steps'"),
 ]
 
 
@@ -344,7 +355,7 @@ def test_markdown_has_every_rung(results) -> None:
     )
     assert "| resnet50 | 8 | folded | - | - | - | 0 | nan |" in text
     assert "wrong: relative error nan" in text
-    assert f"| {BL} | 8 | folded | 200.0 | 200.0 | 200.0 | 3 |" in text
+    assert f"| {BL} | 8 | folded | 200.0 | 200.0 | 200.0 | 5 |" in text
     assert "| s | forward | blnet | 50.00 | 20.0 | - | 2.00x [2.00, 2.00] | 1e-08 |" in text
     assert f"- python: {results.environment['python']}" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
@@ -422,7 +433,7 @@ def test_csv_has_a_line_for_each_measurement(results) -> None:
     rows = list(csv.DictReader(io.StringIO(report.csv_text(results))))
     assert len(rows) == len(results.measurements)
     last = rows[6]
-    assert (last["family"], last["implementation"], last["rounds"]) == (BL, "folded", "3")
+    assert (last["family"], last["implementation"], last["rounds"]) == (BL, "folded", "5")
     assert float(last["p50_ms"]) == pytest.approx(200.0)
     assert float(last["images_per_s"]) == pytest.approx(40.0)
     assert (float(last["speedup"]), float(last["realised"])) == pytest.approx((2.0, 1.0))

@@ -72,6 +72,26 @@ def test_rates_are_measured_again_at_the_end(
     assert len(said) == noted
 
 
+@pytest.mark.parametrize(("after", "noted"), [(1.05e12, False), (1.11e12, True), (0.8e12, True)])
+def test_products_are_measured_again_at_the_end(
+    after: float, noted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock of a CPU may rise in between, and a bound of then would be passed."""
+    rates = iter([1e12, after])
+    monkeypatch.setattr(roofline, "_copies", lambda session: {"copy_bandwidth": 40e9})
+    monkeypatch.setattr(roofline, "cpu_matmul_rate", lambda clock, dtype: next(rates))
+    session = Session(Settings(device="cpu"))
+    measure_ceilings(session)
+    layer = Layer("conv", "Conv2d", (1,), 10**12, 10, 1.0)
+    session.results.layers = {"models, batch 8": {"resnet18": [layer]}}
+    measure_ceilings_again(session)
+    assert session.results.ceilings["matmul_rate"] == max(1e12, after)
+    bound = session.results.layers["models, batch 8"]["resnet18"][0].bound
+    assert bound == pytest.approx(1e12 / max(1e12, after))
+    said = f"matmul rate was 1 TFLOP/s at first and {after / 1e12:.3g} TFLOP/s at the end"
+    assert any(note.startswith(said) for note in session.results.notes) is noted
+
+
 def test_a_copy_counts_what_is_read_and_written() -> None:
     assert copy_bandwidth(fixed(0.5), 800, "cpu", 4) == pytest.approx(2 * 800 / 0.5)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from blnet.bench import kept, measure
-from blnet.bench.changes import LEAST_ROUNDS
+from blnet.bench.intervals import LEAST_ROUNDS
 from blnet.bench.report import csv_text, markdown
 from blnet.bench.session import Session
 from blnet.bench.settings import Settings

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from blnet.bench import accuracy
-from blnet.bench.intervals import Ratio
+from blnet.bench.intervals import LEAST_ROUNDS, Ratio
 from blnet.bench.results import Measurement, Network, Results
-from blnet.bench.summary import BatchRow, ModelRow, OpRow, ShareRow
+from blnet.bench.summary import BatchRow, ModelRow, OpRow, ShareRow, op_rows
 
 NOTHING = "-"
+COUNTED = "what any implementation must move and multiply"
 GAINS = "what the speed-up is made of [95 %]"
 SHARES = "saved time over saved arithmetic, the same rung on both sides [95 %]"
 HOW = """\
@@ -22,10 +23,10 @@ untimed call of the same; on a GPU CUDA events around the call, after a 256 MiB 
 overwritten, so that the L2 cache is cold.
 Times are medians; p20 and p90 stand beside them. Speed-up is the median of the plain network's
 fastest rung that is not this project's work divided by that of the network's own fastest rung, at
-the same batch and precision; its 95 % interval is a bootstrap over rounds (4,000 resamples).
-Realised speed-up divides that by the ratio of MACs: 1 means that all the arithmetic saved became
-time saved. So does the table of the same rung on both sides, where no engine's work is counted to
-the architecture. Peak memory is weights
+the same batch and precision; its 95 % interval is a bootstrap over rounds (4,000 resamples), and of
+fewer than five rounds there is none. Realised speed-up divides that by the ratio of MACs: 1 means
+that all the arithmetic saved became time saved. So does the table of the same rung on both sides,
+where no engine's work is counted to the architecture. Peak memory is weights
 + input + the most that was allocated at once during one call of the fastest rung (on a CPU as
 PyTorch's profiler sees its allocator; scratch space inside oneDNN or cuDNN is not in it).
 A rung more than four times slower than the fastest of its network is dropped with a note if all its
@@ -33,15 +34,30 @@ rounds would also take more than four seconds, and so is one that takes too long
 real pictures, cropped and normalised; weights: random, BN statistics of the pictures themselves."""
 
 
+FEW_ROUNDS = (
+    f"Ratios of fewer than {LEAST_ROUNDS} rounds have no interval: so few cannot tell what is "
+    f"faster; measure with --repeat {LEAST_ROUNDS} or more."
+)
+
 # ---------------------------------------------------------------------------- numbers as text
 
 
 def ratio_text(ratio: Ratio | None, interval: bool = True) -> str:
-    """Return "1.36x [1.33, 1.40]", or "-"."""
+    """Return "1.36x [1.33, 1.40]", "1.36x" of too few rounds for an interval, or "-"."""
     if ratio is None:
         return NOTHING
-    text = f"{ratio.value:.2f}x"
-    return f"{text} [{ratio.low:.2f}, {ratio.high:.2f}]" if interval else text
+    return f"{ratio.value:.2f}x" + (interval_text(ratio) if interval else "")
+
+
+def interval_text(ratio: Ratio, digits: int = 2) -> str:
+    """Return " [1.33, 1.40]", or nothing where a ratio has no interval."""
+    ends = ", ".join(f"{end:.{digits}f}" for end in ratio.interval or ())
+    return f" [{ends}]" if ends else ""
+
+
+def few_rounds(ratios: Iterable[Ratio | None]) -> list[str]:
+    """Return a sentence on ratios of too few rounds, where there are any."""
+    return [FEW_ROUNDS] if any(ratio and not ratio.interval for ratio in ratios) else []
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -161,7 +177,7 @@ def is_timed(results: Results) -> bool:
 
 
 def reading(rows: Sequence[ModelRow]) -> str:
-    """Return a sentence on what the speed-ups are against."""
+    """Return sentences on what the speed-ups are against, and on what to know of them."""
     sentences = []
     for label in dict.fromkeys(row.network.baseline for row in rows):
         plain = next((row for row in rows if row.network.label == label), None)
@@ -172,7 +188,23 @@ def reading(rows: Sequence[ModelRow]) -> str:
         text = " and ".join(rungs) or "none, so there is no speed-up"
         others = " that is not ours" if any(b.engine for _, b in found) else ""
         sentences.append(f"Speed-ups are over the fastest rung of {label}{others}: {text}.")
-    return " ".join(sentences)
+    gains = [found.speedup for row in rows for found in row.batches.values()]
+    return " ".join([*sentences, *_lesser_baselines(rows), *few_rounds(gains)])
+
+
+def _lesser_baselines(rows: Sequence[ModelRow]) -> list[str]:
+    """Return a sentence for each batch at which a plain network lacks rungs that it may miss."""
+    lacking: dict[tuple[str, int], dict[str, None]] = {}
+    for row in rows:
+        for batch, found in row.batches.items():
+            if found.speedup and found.lacking:
+                rungs = lacking.setdefault((row.network.baseline, batch), {})
+                rungs.update(dict.fromkeys(found.lacking))
+    return [
+        f"{label} has no time on {' and '.join(rungs)} at batch {batch}, so speed-ups there may be "
+        "over a lesser rung than its fastest."
+        for (label, batch), rungs in lacking.items()
+    ]
 
 
 def gain_header(batches: Sequence[int]) -> list[str]:
@@ -257,8 +289,19 @@ def op_notes(results: Results, suite: str) -> list[str]:
     notes = dict.fromkeys(
         f"- {m.implementation}: {m.note}." for m in results.of(suite) if m.note and m.status == "ok"
     )
-    counted = "- GB/s and TFLOP/s count what any implementation must move and multiply."
-    return [*notes, counted, *ceiling_notes(results)]
+    counted = next((m.facts["counted"] for m in results.of(suite) if "counted" in m.facts), COUNTED)
+    caveats = [f"- {text}" for text in op_caveats(op_rows(results, suite))]
+    return [*notes, f"- GB/s and TFLOP/s count {counted}.", *ceiling_notes(results), *caveats]
+
+
+def op_caveats(rows: Sequence[OpRow]) -> list[str]:
+    """Return sentences on what the figures of an op's table do not say."""
+    most = max((row.share for row in rows if row.share), default=0.0)
+    passed = (
+        f"Up to {most:.0%} of a bound was reached: the rates measured in this run are a lower "
+        "estimate of what the device can do, so that a bound may lie above the least time."
+    )
+    return [*few_rounds(row.speedup for row in rows), *([passed] if round(most, 2) > 1 else [])]
 
 
 def ceiling_notes(results: Results) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from blnet.bench import accuracy
 from blnet.bench.intervals import Ratio
-from blnet.bench.report.cells import measured_on, ratio_text
+from blnet.bench.report.cells import few_rounds, measured_on, ratio_text
 from blnet.bench.results import Results
 from blnet.bench.summary import (
     NETWORK_SUITES,
@@ -64,7 +64,7 @@ def _network(row: ModelRow, suite: str, where: str) -> Claim | None:
         return Claim(network.label, suite, f"{network.label} has no speed-up: {_why(row)}.")
     parts = " and ".join(
         f"{ratio_text(gain)} as fast as {network.baseline} at batch {batch}{_clear(gain)} "
-        f"(on {found.rung}, over {network.baseline}'s {found.baseline_rung})"
+        f"(on {found.rung}, over {network.baseline}'s {found.baseline_rung}{lesser(found)})"
         for batch, found, gain in compared
     )
     macs = ""
@@ -86,10 +86,17 @@ def _why(row: ModelRow) -> str:
     return f"no rung of {row.network.baseline} that is not ours has a time"
 
 
+def lesser(found: BatchRow) -> str:
+    """Return what the plain network has no time on, where its fastest rung may be among it."""
+    return f"; it has no time on {' and '.join(found.lacking)}" if found.lacking else ""
+
+
 def _clear(gain: Ratio) -> str:
-    if gain.low <= 1 <= gain.high:
-        return ", which is no clear difference,"
-    return ", which is slower," if gain.high < 1 else ""
+    if gain.interval is None:
+        return ", in too few rounds to be sure,"
+    if gain.above(1):
+        return ""
+    return ", which is slower," if gain.below(1) else ", which is no clear difference,"
 
 
 def _op(results: Results, suite: str) -> Claim | None:
@@ -98,7 +105,7 @@ def _op(results: Results, suite: str) -> Claim | None:
     if not own:
         return None
     ratios = [row.speedup for row in own if row.speedup]
-    faster = sum(ratio.low > 1 for ratio in ratios)
+    faster = sum(ratio.above(1) for ratio in ratios)
     low, high = min(ratios, key=lambda r: r.value), max(ratios, key=lambda r: r.value)
     text = (
         f"{suite}: ours is clearly faster than the fastest of PyTorch's ways in {faster} of "
@@ -107,6 +114,7 @@ def _op(results: Results, suite: str) -> Claim | None:
     )
     notes = dict.fromkeys(row.measurement.note for row in own if row.measurement.note)
     text += "".join(f" {note[0].upper()}{note[1:]}." for note in notes)
+    text += "".join(f" {note}" for note in few_rounds(ratios))
     return Claim(f"{suite} (op)", suite, text, ((f"{faster} of {len(ratios)}", "clearly faster"),))
 
 

@@ -8,7 +8,7 @@ from rich.text import Text
 from blnet.bench.compare import Comparison, Row, Shift
 from blnet.bench.intervals import Ratio
 from blnet.bench.missing import Missing
-from blnet.bench.report.cells import NOTHING, milliseconds
+from blnet.bench.report.cells import NOTHING, interval_text, milliseconds
 from blnet.bench.report.markdown import table
 from blnet.bench.report.terminal import rich_table
 
@@ -101,11 +101,14 @@ def _lost(comparison: Comparison) -> list[str]:
     """Return what fails a gate although it has no row."""
     parts = []
     slow = sum(missing.slower for missing in comparison.missing)
-    failed = sum(missing.failed for missing in comparison.missing) - slow
+    skipped = sum(missing.status == "skipped" for missing in comparison.missing)
+    failed = sum(missing.failed for missing in comparison.missing) - slow - skipped
     if slow:
         parts.append(f"{slow} lost their time because they are far slower now")
     if failed:
         parts.append(f"{failed} lost their time because they fail now")
+    if skipped:
+        parts.append(f"{skipped} lost their time because they are skipped now")
     if comparison.lost_groups:
         names = " and ".join(", ".join(group) for group in comparison.lost_groups)
         parts.append(f"nothing is left to compare of {names}")
@@ -145,7 +148,7 @@ def _ratio(ratio: Ratio | None) -> str:
     """Return a ratio with a digit more than a speed-up has: a per cent counts here."""
     if ratio is None:
         return NOTHING
-    return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+    return f"{ratio.value:.3f}{interval_text(ratio, 3)}"
 
 
 def _missing_text(missing: Missing) -> str:

@@ -117,7 +117,7 @@ def _named(points: Sequence[series.Point]) -> list[series.Point]:
 def _points(index: int, points: Sequence[series.Point], top: float) -> dict[str, Any]:
     """Return the trace of a group of points on an axis that ends at `top`."""
     values = [p.speedup.value for p in points]
-    low, high = [p.speedup.low for p in points], [p.speedup.high for p in points]
+    low, high = ([p.ends[side] for p in points] for side in (0, 1))
     return {
         "type": "scatter",
         "textposition": [_beside(p.mac_ratio, top) for p in points],

@@ -86,7 +86,7 @@ def markdown(results: Results) -> str:
     for suite in accuracy.studies_of(results):
         study = [accuracy.cells(row, suite) for row in accuracy.rows(results, suite)]
         lines += [f"## {suite.capitalize()}: {accuracy.title(results, suite)}", ""]
-        lines += [*table(accuracy.HEADER[suite], study), "", accuracy.notes(suite), ""]
+        lines += [*table(accuracy.HEADER[suite], study), "", accuracy.notes(results, suite), ""]
         if study:
             lines += [f"![{suite}]({suite}.png)", ""]
     lines += [f"- **Failed**: {text}" for text in failure_texts(results)]

@@ -40,11 +40,10 @@ def plot_networks(results: Results, suite: str, path: Path) -> bool:
     for index, batch in enumerate(sorted({point.batch for point in points})):
         own = [point for point in points if point.batch == batch]
         values = [point.speedup.value for point in own]
-        low = [point.speedup.value - point.speedup.low for point in own]
-        high = [point.speedup.high - point.speedup.value for point in own]
+        bars = [[abs(p.ends[side] - p.speedup.value) for p in own] for side in (0, 1)]
         marker = _MARKERS[index % len(_MARKERS)]
         axes.errorbar(
-            [point.mac_ratio for point in own], values, yerr=[low, high], fmt=marker, capsize=3,
+            [point.mac_ratio for point in own], values, yerr=bars, fmt=marker, capsize=3,
             label=f"batch {batch}",
         )  # fmt: skip
     for point in points if len(points) <= LABELLED else ():

@@ -12,7 +12,7 @@ from blnet.bench.report import cells as texts
 from blnet.bench.report import elements as html
 from blnet.bench.report import figures, series
 from blnet.bench.report import layers as layer_texts
-from blnet.bench.report.claims import Claim, batch_rows, claims
+from blnet.bench.report.claims import Claim, batch_rows, claims, lesser
 from blnet.bench.report.elements import Cell, Row
 from blnet.bench.results import Layer, Measurement, Results
 from blnet.bench.summary import (
@@ -143,7 +143,7 @@ def _every_speedup(page: Page) -> str:
 def _speedup_row(
     page: Page, run: Run, suite: str, row: ModelRow, batch: int, found: BatchRow
 ) -> Row:
-    over = f"{row.network.baseline}, {found.baseline_rung}"
+    over = f"{row.network.baseline}, {found.baseline_rung}{lesser(found)}"
     return Row(
         [
             *page.run_cells(run),
@@ -376,7 +376,7 @@ def _study(page: Page, run: Run, suite: str) -> str:
             html.paragraph(texts.measured_on(results, unit="") + ".", "where"),
             page.plot(f"{name}-plot", figures.study(results, suite)),
             html.table(name, accuracy.STUDIES[suite].capitalize(), accuracy.HEADER[suite], found),
-            html.paragraph(accuracy.notes(suite), "notes"),
+            html.paragraph(accuracy.notes(results, suite), "notes"),
         ]
     )
 

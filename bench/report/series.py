@@ -34,6 +34,11 @@ class Point:
     mac_ratio: float
     speedup: Ratio
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The ends of its error bar, which has no length where there is no interval."""
+        return self.speedup.interval or (self.speedup.value, self.speedup.value)
+
 
 @dataclass(frozen=True)
 class Ladder:

@@ -19,6 +19,7 @@ from blnet.bench.report.cells import (
     measured_on,
     model_cells,
     model_header,
+    op_caveats,
     op_cells,
     op_header,
     op_title,
@@ -58,16 +59,20 @@ def print_tables(results: Results, console: Console) -> None:
     _print_layers(results, console)
     for suite in op_suites(results):
         table = rich_table(op_title(results, suite), op_header(results), left=(0, 1, 2))
-        for op_row in op_rows(results, suite):
+        op = op_rows(results, suite)
+        for op_row in op:
             style = "red" if op_row.measurement.failed else ""
             table.add_row(*map(Text, op_cells(results, op_row)), style=style)
         console.print(table)
+        for text in op_caveats(op):
+            console.print(text, soft_wrap=True, markup=False, highlight=False)
     for suite in accuracy.studies_of(results):
         table = rich_table(accuracy.title(results, suite), accuracy.HEADER[suite], left=(0,), gap=0)
         for row in accuracy.rows(results, suite):
             table.add_row(*map(Text, accuracy.cells(row, suite)))
         console.print(table)
-        console.print(accuracy.notes(suite), soft_wrap=True, markup=False, highlight=False)
+        said = accuracy.notes(results, suite)
+        console.print(said, soft_wrap=True, markup=False, highlight=False)
     dropped = [m for m in results.measurements if m.status in ("dropped", "skipped")]
     for m in dropped[:SHOWN_DROPPED]:
         text = f"left out: {m.suite}, {m.group}, {m.family}, {m.implementation}: {m.note}"
