@@ -8,7 +8,6 @@ import importlib.util
 import io
 import json
 import os
-import platform
 import shlex
 import shutil
 import warnings
@@ -49,7 +48,6 @@ EXTRAS = {
         ("scipy", "scipy"),
     ),
 }
-_ARM = ("aarch64", "arm64")
 
 
 @dataclass(frozen=True)
@@ -112,18 +110,11 @@ def _native() -> Finding:
     """Look whether the engine for CPUs is there; what is not compiled yet is compiled."""
     try:
         from blnet.kernels.native import status
-        from blnet.kernels.native.library import load
     except ImportError as error:
         advice = "reinstall: pip install --force-reinstall blnet"
         return Finding("engine", "native", False, f"cannot be imported: {reason(error)}", advice)
     found = status()
-    if not found.works:
-        return Finding("engine", "native", False, found.reason, found.advice)
-    library = load()
-    # As kernels/native/vec.h chooses them by what the compiler may use.
-    bits = {(32, 14): 512, (16, 6): 128 if platform.machine() in _ARM else 256}
-    kernels = f"vectors of {bits.get((library.group, library.pixels), 128)} bits"
-    return Finding("engine", "native", True, f"{found.reason}, {kernels}")
+    return Finding("engine", "native", found.works, found.reason, found.advice)
 
 
 def _extra(extra: str) -> Finding:

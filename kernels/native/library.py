@@ -90,6 +90,7 @@ class Library:
         group: output channels that the innermost kernel computes at once.
         pixels: pixels that it computes at once.
         threaded: whether it was compiled with OpenMP; without, it works in one thread.
+        vector_bits: bits of the vectors that it computes with.
         path: the file.
     """
 
@@ -97,6 +98,7 @@ class Library:
     group: int
     pixels: int
     threaded: bool
+    vector_bits: int
     path: Path
 
 
@@ -123,7 +125,8 @@ def status() -> NativeStatus:
         reason, _, advice = str(error).partition("; ")
         return NativeStatus(False, reason, advice)
     lanes = "threads by OpenMP" if library.threaded else "one thread: no OpenMP here"
-    return NativeStatus(True, f"compiled by {shlex.join(compiler())}, {lanes}")
+    vectors = f"vectors of {library.vector_bits} bits"
+    return NativeStatus(True, f"compiled by {shlex.join(compiler())}, {vectors}, {lanes}")
 
 
 def compiler() -> tuple[str, ...]:
@@ -157,9 +160,9 @@ def load() -> Library:
         handle = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeError(f"{path} cannot be loaded ({error}); remove the file") from error
-    facts = (ctypes.c_int64 * 4)()
+    facts = (ctypes.c_int64 * 5)()
     handle.blnet_native_facts(facts)
-    group, pixels, size, threaded = facts
+    group, pixels, size, threaded, vector_bits = facts
     if size != ctypes.sizeof(Step):
         raise NativeError(f"{path} is not made from these sources; remove the file")
     handle.blnet_native_run.restype = None
@@ -169,7 +172,7 @@ def load() -> Library:
         ctypes.POINTER(Call),
         ctypes.c_int64,
     ]
-    return Library(handle, group, pixels, bool(threaded), path)
+    return Library(handle, group, pixels, bool(threaded), vector_bits, path)
 
 
 def cache_folder() -> Path:

@@ -71,7 +71,8 @@ void run_share(const Step* steps, int64_t count, const Call& call, int thread) {
 
 extern "C" {
 
-// Output channels of a full kernel, pixels of a full kernel, bytes of a step, whether threads work.
+// Output channels of a full kernel, pixels of a full kernel, bytes of a step, whether threads work,
+// bits of a vector.
 void blnet_native_facts(int64_t* facts) {
   facts[0] = blnet::kGroup;
   facts[1] = blnet::kPixels;
@@ -81,6 +82,7 @@ void blnet_native_facts(int64_t* facts) {
 #else
   facts[3] = 0;
 #endif
+  facts[4] = 8 * blnet::kLanes * sizeof(float);
 }
 
 // First `lanes` lists of `alone` steps, each of which one thread runs, then steps for all threads.
