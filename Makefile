@@ -53,31 +53,8 @@ unit: $(INSTALLED)  ## the tests that need no Triton interpreter
 interpreter: $(INSTALLED)  ## the kernels on the CPU, in Triton's interpreter
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter $(ARGS)
 
-# On a machine with a GPU and no network, whose own Python has torch, triton, torchvision, rich,
-# scikit-learn, pytest-benchmark, accelerate, timm and torchmetrics: make gpu GPU_PYTHON=python3 OUT=folder
-GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
-OUT ?= results/gpu
-gpu:  ## everything that needs a GPU: correctness, sanitizer, suites (GPU_PYTHON=, OUT=)
-	@mkdir -p $(OUT)
-	@$(GPU_PYTHON) -c 'import blnet.kernels' 2>/dev/null || \
-	  $(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
-	$(GPU_PYTHON) -m blnet.cli doctor --json > $(OUT)/doctor.json
-	@status=0; jobs=$$(nproc); test $$jobs -le 16 || jobs=16; \
-	run() { name=$$1; limit=$$2; shift 2; echo "== $$name"; \
-	  timeout --signal=INT --kill-after=10 $$limit "$$@" > $(OUT)/$$name.txt 2>&1 || \
-	    { echo "$$name failed ($$?)"; status=1; }; \
-	  tail -n 12 $(OUT)/$$name.txt; }; \
-	run check 60 $(GPU_PYTHON) -m blnet.cli kernels check --device cuda --jobs $$jobs; \
-	run tests 140 $(GPU_PYTHON) -m pytest -q tests/test_gpu.py tests/test_gpu_optimizing.py; \
-	run training 60 $(GPU_PYTHON) -m pytest -q tests/test_gpu_training.py; \
-	if command -v compute-sanitizer >/dev/null; then \
-	  run sanitizer 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
-	    $(GPU_PYTHON) -m blnet.cli kernels check --device cuda --dtype bfloat16 --op expand_merge; \
-	else echo "compute-sanitizer is not installed here: not run"; fi; \
-	run kernels 90 $(GPU_PYTHON) -m blnet.cli bench kernels --device cuda --output $(OUT)/kernels; \
-	run models 175 $(GPU_PYTHON) -m blnet.cli bench models --device cuda --alpha 2 --beta 4 \
-	  --output $(OUT)/models; \
-	exit $$status
+gpu:  ## everything that needs a GPU: correctness, suites, sanitizer (GPU_PYTHON=, OUT=, LIMIT=)
+	@GPU_PYTHON="$(GPU_PYTHON)" OUT="$(OUT)" LIMIT="$(LIMIT)" .ci/gpu
 
 clean:  ## remove .venv, caches and build products; results stay
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks *.egg-info

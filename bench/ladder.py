@@ -32,11 +32,13 @@ class Rung:
     Attributes:
         name: what the tables call it.
         description: one sentence on it.
-        build: takes a network in eval mode and an example input; returns what maps an input like
-            the example to the logits. It leaves the network as it was.
+        make: takes a network in eval mode and an example input; returns what maps an input like
+            the example to the logits, before any graph. It leaves the network as it was.
         channels_last: whether it wants its input in channels-last layout.
         devices: where it can run.
         quick: devices on which it is part of a quick run; see `rungs`.
+        replays: the rung whose run it replays as a CUDA graph; that one's is taken where it was
+            built for the same network and input, so that nothing is compiled twice.
         compiles: whether building it compiles, for seconds or minutes.
         own_pool: whether it holds memory of its own between calls, so that peak memory says little.
         ours: whether its speed is this project's work. Such a rung is no baseline.
@@ -47,15 +49,30 @@ class Rung:
 
     name: str
     description: str
-    build: Callable[[nn.Module, Tensor], Run]
+    make: Callable[[nn.Module, Tensor], Run]
     channels_last: bool = True
     devices: tuple[str, ...] = ("cpu", "cuda")
     quick: tuple[str, ...] = ("cpu", "cuda")
+    replays: str = ""
     compiles: bool = False
     own_pool: bool = False
     ours: bool = False
     dtypes: tuple[str, ...] = ()
     package: str = ""
+
+    def build(self, model: nn.Module, example: Tensor, built: dict[str, Run] | None = None) -> Run:
+        """Return what runs a network; of a graph its output is overwritten by the next call.
+
+        Args:
+            model: the network, in eval mode.
+            example: an input.
+            built: the runs of other rungs for both, by name, before any graph. This one's is added.
+        """
+        built = {} if built is None else built
+        name = self.replays or self.name
+        if name not in built:
+            built[name] = self.make(model, example)
+        return Captured(built[name], (example,), copies=False) if self.replays else built[name]
 
     def is_quick(self, device: str, dtype: str, batch: int | None) -> bool:
         """Return whether it is part of a quick run on a device at a batch, see `rungs`."""
@@ -138,31 +155,13 @@ def _compile_tuned(model: nn.Module, example: Tensor) -> Run:
     return compiled_frozen(_copy(model), (example,), mode="max-autotune-no-cudagraphs")
 
 
-def _engine(name: str, graph: bool = False) -> Callable[[nn.Module, Tensor], Run]:
+def _engine(name: str) -> Callable[[nn.Module, Tensor], Run]:
     """Return what builds an engine of `blnet.optimize`, just as that does."""
 
     def build(model: nn.Module, example: Tensor) -> Run:
-        candidate = Candidate(engine(name), graph=graph)
-        return candidate.build(fold_batch_norm(model, example), (example,))
+        return Candidate(engine(name)).build(fold_batch_norm(model, example), (example,))
 
     return build
-
-
-def _graph_of(run: Run, example: Tensor) -> Run:
-    """Capture a run as a CUDA graph; its output is overwritten by the next call."""
-    return Captured(run, (example,), copies=False)
-
-
-def _folded_graph(model: nn.Module, example: Tensor) -> Run:
-    return _graph_of(_folded(model, example), example)
-
-
-def _compile_frozen_graph(model: nn.Module, example: Tensor) -> Run:
-    return _graph_of(_compile_frozen(model, example), example)
-
-
-def _compile_tuned_graph(model: nn.Module, example: Tensor) -> Run:
-    return _graph_of(_compile_tuned(model, example), example)
 
 
 _FLOAT32 = ("float32",)
@@ -207,14 +206,16 @@ LADDER = (
     Rung(
         "folded, graph",
         "Eager, channels-last, BN folded, replayed as a CUDA graph.",
-        _folded_graph,
+        _folded,
+        replays="folded",
         devices=("cuda",),
         own_pool=True,
     ),
     Rung(
         "compile, frozen, graph",
         "torch.compile with frozen weights, channels-last, replayed as a CUDA graph.",
-        _compile_frozen_graph,
+        _compile_frozen,
+        replays="compile, frozen",
         compiles=True,
         devices=("cuda",),
         own_pool=True,
@@ -222,7 +223,8 @@ LADDER = (
     Rung(
         "compile, tuned, graph",
         "torch.compile, max-autotune and frozen weights, replayed as a CUDA graph.",
-        _compile_tuned_graph,
+        _compile_tuned,
+        replays="compile, tuned",
         compiles=True,
         devices=("cuda",),
         quick=(),
@@ -277,7 +279,8 @@ LADDER = (
     Rung(
         "blnet kernels, graph",
         "blnet.optimize, engine 'kernels', replayed as a CUDA graph.",
-        _engine("kernels", graph=True),
+        _engine("kernels"),
+        replays="blnet kernels",
         devices=("cuda",),
         own_pool=True,
         ours=True,
@@ -285,7 +288,8 @@ LADDER = (
     Rung(
         "blnet kernels, compile, graph",
         "blnet.optimize, engine 'kernels, compile', replayed as a CUDA graph.",
-        _engine("kernels, compile", graph=True),
+        _engine("kernels, compile"),
+        replays="blnet kernels, compile",
         compiles=True,
         devices=("cuda",),
         own_pool=True,

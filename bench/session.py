@@ -213,7 +213,7 @@ class Session:
             measure.measure(
                 group,
                 measurements,
-                self.clock,
+                measure.covering(self.clock) if group.covered else self.clock,
                 lambda call: peak_bytes(call, device),
                 lambda step, share: self.watch(f"{suite.NAME}, {name}: {step}", share),
             )

@@ -59,6 +59,12 @@ class Scale:
 SCALES = {
     "digits": Scale("digits", "scikit-learn's digits, 8x8 pixels: minutes on a CPU"),
     "cifar10": Scale("cifar10", "CIFAR-10, 32x32 pixels: a GPU, minutes a run", (), True),
+    "cifar10_cpu": Scale(
+        "cifar10_cpu",
+        "CIFAR-10, networks of a quarter of the width: ten minutes a run on a CPU",
+        ("--model.width=0.25",),
+        True,
+    ),
     "imagenette": Scale(
         "imagenette", "ten classes of ImageNet, 224x224 pixels: a GPU, an hour a run", (), True
     ),

@@ -164,6 +164,17 @@ def test_runs_of_a_scale_are_those_of_its_recipe() -> None:
     assert command.startswith("blnet train vision --recipe imagenet_paper")
 
 
+@pytest.mark.parametrize("name", studies.SCALES)
+def test_every_scale_has_a_recipe_that_takes_its_flags(name: str) -> None:
+    scale = studies.SCALES[name]
+    settings = Settings(scale=name, data="data.npz" if scale.needs_data else None)
+    config, command = studies.configure(settings, scale.kind, [], Path("out"), 0)
+    assert config.epochs > 0
+    assert f"--recipe {scale.recipe} " in command
+    if name == "cifar10_cpu":
+        assert (config.data.name, config.model.width) == ("cifar10", 0.25)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

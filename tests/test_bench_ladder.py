@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from blnet.bench import ladder, networks
 from blnet.bench.images import make_batch, sample_pictures
@@ -240,3 +242,36 @@ def test_instances_are_calibrated_and_repeat(images) -> None:
     norms = [m for m in one.modules() if isinstance(m, nn.BatchNorm2d)]
     assert all(norm.momentum == 0.1 for norm in norms)
     assert not torch.equal(norms[0].running_mean, torch.zeros_like(norms[0].running_mean))
+
+
+def test_a_graph_replays_what_another_rung_has_built(monkeypatch) -> None:
+    makes, captured = [], []
+
+    def make(model: nn.Module, example: Tensor) -> Any:
+        makes.append(model)
+        return model
+
+    def capture(run: Any, inputs: Any, copies: bool) -> Any:
+        captured.append((run, inputs, copies))
+        return run
+
+    monkeypatch.setattr(ladder, "Captured", capture)
+    frozen, graph = (
+        dataclasses.replace(RUNGS[name], make=make)
+        for name in ("compile, frozen", "compile, frozen, graph")
+    )
+    first, second, example = nn.Identity(), nn.Identity(), torch.zeros(1)
+    built: dict[str, Any] = {}
+    frozen.build(first, example, built)
+    graph.build(first, example, built)
+    graph.build(second, example)
+    assert makes == [first, second]
+    assert captured == [(first, (example,), False), (second, (example,), False)]
+
+
+def test_graphs_replay_what_the_rung_beside_them_runs() -> None:
+    graphs = [rung for rung in RUNGS.values() if rung.name.endswith(", graph")]
+    assert len(graphs) == sum(bool(rung.replays) for rung in RUNGS.values()) > 3
+    for rung in graphs:
+        assert rung.replays == rung.name.removesuffix(", graph")
+        assert rung.devices == ("cuda",)

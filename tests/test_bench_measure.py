@@ -6,15 +6,19 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from blnet.bench.measure import (
+    COVERS,
     BuildBudget,
+    CudaClock,
     Group,
     Implementation,
     _surely,
+    covering,
     declare,
     measure,
     relative_error,
@@ -264,3 +268,32 @@ def test_one_slow_call_drops_nothing() -> None:
     assert _surely([9.0], 4.0, lambda: RIGHT, lambda _: float(calls.append(1) or 9)) == 9.0
     assert len(calls) == 2
     assert _surely([1.0], 4.0, lambda: RIGHT, lambda _: pytest.fail("fast enough")) == 1.0
+
+
+def test_single_ops_are_timed_behind_more_work(monkeypatch) -> None:
+    """On a GPU that is not there: what happens between two events, and what before."""
+    happened: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+
+        def record(self) -> None:
+            happened.append("event")
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, other: Any) -> float:
+            return 2.0
+
+    class Buffer:
+        def zero_(self) -> None:
+            happened.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = CudaClock(buffer=Buffer())
+    assert clock(lambda: happened.append("call")) == 0.002
+    assert happened == ["flush", "event", "call", "event"]
+    happened.clear()
+    covering(clock)(lambda: happened.append("call"))
+    assert happened == ["flush"] * COVERS + ["event", "call", "event"]
+    assert covering(wall_clock) is wall_clock

@@ -11,7 +11,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from blnet.optimizing.choosing import candidates
+from blnet.optimizing.choosing import Candidate, candidates, choose
+from blnet.optimizing.engines import Engine
 from blnet.optimizing.graphs import WARM_UP_CALLS, Captured, captured_where_made, side_by_side
 from blnet.vision.models import bl_resnet18
 
@@ -158,3 +159,20 @@ def test_a_backward_pass_is_captured_on_the_stream_of_its_forward_pass(gpu: Gpu)
     assert streams[0] is gpu.captured_on is not gpu.default
     assert gpu.waits[0] == (streams[0], gpu.default), "what it reads is ready"
     assert captured() is None
+
+
+def test_an_engine_is_built_once_for_itself_and_its_graph(gpu: Gpu) -> None:
+    builds = []
+
+    def build(network: nn.Module, inputs: Any) -> Any:
+        builds.append(network)
+        return network
+
+    engine = Engine("counted", "", build, devices=("cpu",))
+    network, x = nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 8, 8)
+    tried = [Candidate(engine), Candidate(engine, graph=True)]
+    with torch.no_grad():
+        choice = choose(tried, network, (x,), network(x), torch.float32, seconds=60)
+    assert builds == [network]
+    assert [trial.engine for trial in choice.trials] == ["counted", "counted, CUDA graph"]
+    assert not any(trial.note.startswith("dropped") for trial in choice.trials)

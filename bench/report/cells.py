@@ -20,7 +20,8 @@ does not match gets no time. After warming up until their times settle (at most 
 implementations of a group (all networks and rungs at one batch) take turns, round by round, and
 every single time is kept in results.json. On a CPU the clock is `time.perf_counter`, right after an
 untimed call of the same; on a GPU CUDA events around the call, after a 256 MiB buffer has been
-overwritten, so that the L2 cache is cold.
+overwritten, so that the L2 cache is cold (for single ops ten times, so that they are launched
+meanwhile and the device's work is what is timed).
 Times are medians; p20 and p90 stand beside them. Speed-up is the median of the plain network's
 fastest rung that is not this project's work divided by that of the network's own fastest rung, at
 the same batch and precision; its 95 % interval is a bootstrap over rounds (4,000 resamples), and of

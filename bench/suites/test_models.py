@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from blnet.bench import layers
 from blnet.bench.continuing import group_key
-from blnet.bench.ladder import Rung, rungs
+from blnet.bench.ladder import Run, Rung, rungs
 from blnet.bench.measure import Call, Group, Implementation
 from blnet.bench.memory import tensor_bytes
 from blnet.bench.networks import CALIBRATION_IMAGES, Built, Spec, built, specs
@@ -101,11 +101,14 @@ def group_of(
     if any(rung not in rungs for rung in ladder(settings, None)):
         session.note(NOT_COMPILED)
     ready = inputs.to(settings.device, settings.torch_dtype)
+    runs: dict[str, dict[str, Run]] = {spec.label: {} for spec in found.specs}
     return Group(
         suite=suite,
         name=name,
         implementations=[
-            _implementation(spec, found, rung, ready) for spec in found.specs for rung in rungs
+            _implementation(spec, found, rung, ready, runs[spec.label])
+            for spec in found.specs
+            for rung in rungs
         ],
         references={
             spec.label: partial(_reference, model, ready) for spec, model in found.models.items()
@@ -124,12 +127,14 @@ def _reference(model: nn.Module, images: Tensor) -> Tensor:
         return torch.cat([exact(chunk.double()) for chunk in images.split(REFERENCE_CHUNK)])
 
 
-def _implementation(spec: Spec, found: Built, rung: Rung, images: Tensor) -> Implementation:
+def _implementation(
+    spec: Spec, found: Built, rung: Rung, images: Tensor, runs: dict[str, Run]
+) -> Implementation:
     layout = torch.channels_last if rung.channels_last else torch.contiguous_format
 
     def make() -> Call:
         own = images.contiguous(memory_format=layout)
-        run = rung.build(found.model(spec), own)
+        run = rung.build(found.model(spec), own, runs)
 
         def call() -> Any:
             with torch.inference_mode():

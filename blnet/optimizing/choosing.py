@@ -34,6 +34,8 @@ TOLERANCES = {
     torch.bfloat16: 1e-1,
 }
 
+Built = dict[tuple[str, bool], Run]  # engine's name, whether on two streams -> its run
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -61,12 +63,25 @@ class Candidate:
             return ""
         return f"the hooks of {layer or 'the network'} would not be called"
 
-    def build(self, network: nn.Module, inputs: Inputs) -> Run:
+    def build(self, network: nn.Module, inputs: Inputs, built: Built | None = None) -> Run:
         """Build it for inputs like these.
+
+        Args:
+            network: a prepared one.
+            inputs: examples.
+            built: what others ran for the same network and inputs: what differs in the graph only
+                is not built, that is compiled, once more. What is built is added.
 
         Raises:
             UnavailableError: if it cannot run here.
         """
+        built = {} if built is None else built
+        key = self.engine.name, self.streams
+        if key not in built:
+            built[key] = self._uncaptured(network, inputs)
+        return Captured(built[key], inputs) if self.graph else built[key]
+
+    def _uncaptured(self, network: nn.Module, inputs: Inputs) -> Run:
         if self.engine.rewrite is not None:
             network = self.engine.rewrite(network, inputs)
         if self.streams:
@@ -74,8 +89,7 @@ class Candidate:
             if split is None:
                 raise UnavailableError("no module of the network has two branches")
             network = split
-        run = self.engine.build(network, inputs)
-        return Captured(run, inputs) if self.graph else run
+        return self.engine.build(network, inputs)
 
 
 def candidates(device: str, name: str, graph: object) -> list[Candidate]:
@@ -147,6 +161,7 @@ def choose(
     clock = _clock(inputs[0].device.type)
     trials, running = [], []
     hooked = _hooked_layer(network)
+    built: Built = {}
     for candidate in tried:
         reason = candidate.engine.why_not(inputs, dtype) or candidate.why_not_hooked(hooked)
         left = end - time.monotonic() - min(ROUNDS_SECONDS, seconds / 4)
@@ -156,7 +171,8 @@ def choose(
         if reason:
             trials.append(Trial(candidate.name, note=reason, late=late))
             continue
-        found = _try(candidate, network, inputs, reference, dtype, left, clock)
+        build = partial(candidate.build, network, inputs, built)
+        found = _try(candidate.name, build, inputs, reference, dtype, left, clock)
         if isinstance(found, Trial):
             trials.append(found)
         else:
@@ -172,8 +188,8 @@ def choose(
 
 
 def _try(
-    candidate: Candidate,
-    network: nn.Module,
+    name: str,
+    build: Callable[[], Run],
     inputs: Inputs,
     reference: Tensor,
     dtype: torch.dtype,
@@ -182,10 +198,10 @@ def _try(
 ) -> _Running | Trial:
     """Build a candidate and check its result; return the trial of one that failed."""
     start = time.monotonic()
-    failed = partial(Trial, candidate.name)
+    failed = partial(Trial, name)
     try:
         with time_limit(seconds):
-            run = candidate.build(network, inputs)
+            run = build()
             result = run(*inputs)
             built = time.monotonic() - start
             first = min(clock(lambda: run(*inputs)) for _ in range(2))
@@ -199,7 +215,7 @@ def _try(
     error = difference(result, reference)
     if not error <= tolerance(dtype, inputs[0].device):
         return failed(note=f"dropped, its result is wrong (error {error:.1e})")
-    return _Running(Trial(candidate.name, error=error, build_seconds=built), run, [first])
+    return _Running(Trial(name, error=error, build_seconds=built), run, [first])
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:

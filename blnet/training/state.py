@@ -86,6 +86,9 @@ class RunState:
         # Seconds of earlier sessions count as well.
         self._began = time.monotonic() - self.progress.seconds
         if config.compile:
+            # What earlier runs of this process compiled counts towards the number of versions after
+            # which Dynamo runs networks of the same class as they are.
+            torch.compiler.reset()
             # The average, where there is one, is a copy with a compiled call of its own.
             for network in {self.network, self.result}:
                 network.compile()
