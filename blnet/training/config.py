@@ -24,6 +24,7 @@ FREE = frozenset(
         "device",
         "workers",
         "log_steps",
+        "evaluate_epochs",
         "checkpoint_minutes",
         "checkpoint_steps",
         "keep",
@@ -136,7 +137,8 @@ class TrainingConfig:
         workers: data loading processes on each device; none chooses for the device.
         output: folder of the run; none for results/<task>-<recipe>-<date-time>.
         resume: never starts anew; auto goes on with what is in the output folder, if anything.
-        checkpoint_minutes: minutes between checkpoints inside an epoch; each epoch ends with one.
+        evaluate_epochs: epochs from one evaluation to the next; the last one ends with one as well.
+        checkpoint_minutes: minutes between checkpoints; each evaluation ends with one.
         checkpoint_steps: steps between checkpoints inside an epoch; 0 goes by minutes alone.
         keep: checkpoints kept beside the best network.
         log_steps: steps between lines of metrics.jsonl.
@@ -163,6 +165,7 @@ class TrainingConfig:
     workers: int | None = None
     output: str | None = None
     resume: Literal["never", "auto"] = "never"
+    evaluate_epochs: int = 1
     checkpoint_minutes: float = 10.0
     checkpoint_steps: int = 0
     keep: int = 2
@@ -228,6 +231,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "batch_size": (1, 1_000_000),
     "accumulate": (1, 65_536),
     "seed": (0, 2**63 - 1),
+    "evaluate_epochs": (1, 100_000),
     "optimizer.lr": (1e-12, 1e6),
     "optimizer.momentum": (0, 0.99999),
     "optimizer.weight_decay": (0, 1e6),

@@ -147,17 +147,17 @@ def plot(folder: Path, monitor: str, title: str) -> Path | None:
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, metric = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in rows]
     for axes, names, label in (
         (loss, ("train_loss", "loss"), "loss"),
         (metric, (f"train_{monitor}", monitor), monitor),
     ):
         for name, style in zip(names, ("--", "-"), strict=True):
-            values = [row.get(name) for row in rows]
-            if any(value is not None for value in values):
+            # Without those that were not evaluated, so that the line has no gaps there.
+            points = [(row["epoch"], row[name]) for row in rows if name in row]
+            values = [math.nan if value is None else value for _, value in points]
+            if not all(map(math.isnan, values)):
                 text = "training" if name.startswith("train_") else "evaluation"
-                axes.plot(epochs, [math.nan if v is None else v for v in values],
-                          style, marker=".", label=text)  # fmt: skip
+                axes.plot([epoch for epoch, _ in points], values, style, marker=".", label=text)
         axes.set(xlabel="epoch", ylabel=label)
         axes.grid(alpha=0.3)
         if axes.lines:

@@ -33,7 +33,7 @@ from blnet.training.state import STEP_SEED, RunState
 from blnet.training.stopping import Interrupted, Stopper
 from blnet.training.task import Batch, Task, count_of, to_device
 
-# Seconds of training that a stop or a failure in an evaluation may cost, at most.
+# Seconds of training that a failure in an evaluation, or in an epoch without one, may cost.
 MOST_LOST = 30.0
 
 
@@ -148,12 +148,15 @@ class Trainer:
         self._corrupt = CorruptLog(
             self.task.unit, self.accelerator, self.display.say, self._note, self._known_corrupt()
         )
+        self._saved_at = time.monotonic()
         with self._stopper, self._failures_told():
             while not self.is_finished:
                 self._train_epoch()
                 self._end_epoch()
                 stop = self._stopper.asked()
                 if stop and not self.is_finished:
+                    if self._kept_step < self.progress.step:  # without an evaluation
+                        self._save()
                     raise Interrupted(stop, self.progress.step)
         if self._corrupt.count:
             self.display.say(
@@ -196,8 +199,7 @@ class Trainer:
         self.state.model.train()
         self._epoch_sums = self._own_sums(progress.epoch_sums)
         self._window_sums = self._own_sums(progress.window_sums)
-        self._saved_at = time.monotonic()
-        self._epoch_began = self._saved_at - progress.epoch_seconds
+        self._epoch_began = time.monotonic() - progress.epoch_seconds
         batches = self._batches()
         while progress.epoch_step < self.steps:
             self._step(batches)
@@ -305,8 +307,8 @@ class Trainer:
     def _is_worth_keeping(self) -> bool:
         """Return whether an epoch is kept before its evaluation too: a long one, or the first.
 
-        The epoch's end writes a checkpoint anyway, and so short ones are not written twice. Of the
-        first, so that there is no best network without a checkpoint.
+        The evaluation ends with a checkpoint anyway, and so short ones are not written twice. Of
+        the first, so that there is no best network without a checkpoint.
         """
         return not self._kept_step or self._is_late(MOST_LOST)
 
@@ -351,16 +353,24 @@ class Trainer:
     def _end_epoch(self) -> None:
         progress, task = self.progress, self.task
         trained = Means.of(self._all(self._epoch_sums))
-        found = self._evaluate()
+        found = self._evaluate() if self._is_evaluated() else None
         seconds, waited = progress.epoch_seconds, progress.waited
         progress.end_epoch()
-        progress.last = found.values
-        best = progress.is_best(found.values[task.monitor], task.maximize)
+        best = False
+        if found is not None:
+            progress.last = found.values
+            best = progress.is_best(found.values[task.monitor], task.maximize)
         by_first(
             lambda: self._reporter.epoch(progress, trained, found, best, seconds, waited),
             self.accelerator,
         )
-        self._save(best)
+        if found is not None:
+            self._save(best)
+
+    def _is_evaluated(self) -> bool:
+        """Return whether the epoch that has just been trained ends with an evaluation."""
+        epoch = self.progress.epoch + 1
+        return epoch % self.config.evaluate_epochs == 0 or epoch == self.config.epochs
 
     def _evaluate(self) -> Findings:
         self.state.agree_on_buffers()

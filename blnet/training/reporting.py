@@ -107,7 +107,7 @@ class Reporter:
         )
 
     def epoch(
-        self, progress: RunProgress, trained: Means, found: Findings, best: bool,
+        self, progress: RunProgress, trained: Means, found: Findings | None, best: bool,
         seconds: float, waited: float,
     ) -> None:  # fmt: skip
         """Tell of an epoch.
@@ -115,7 +115,7 @@ class Reporter:
         Args:
             progress: where the run is after it.
             trained: means over its training.
-            found: what the evaluation found.
+            found: what the evaluation found; None without one.
             best: whether that is the best so far.
             seconds: how long it trained.
             waited: how long of that it waited for data.
@@ -133,23 +133,22 @@ class Reporter:
             epoch=progress.epoch,
             train_loss=trained.loss,
             **accuracy,
-            **found.values,
+            **({} if found is None else found.values),
             best=progress.best,
             seconds=spent,
             samples_per_second=rate,
             waiting=waiting,
-            evaluation_seconds=found.seconds,
-            evaluation_waiting=found.waiting,
+            **({} if found is None else _account(found)),
         )
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in found.values.items())
         self.display.spoken()
         self.display.say(
             f"epoch {progress.epoch}/{self.config.epochs}  training loss {trained.loss:.4f}  "
-            f"evaluation: {shown}{' (best)' if best else ''}  "
+            f"{'' if found is None else _shown(found, best)}"
             f"{rate:,.0f} {self.task.unit}/s, {waiting:.0%} of the time waiting for data"
         )
         self._warn("training", waiting, waited)
-        self._warn("evaluation", found.waiting, found.waited)
+        if found is not None:
+            self._warn("evaluation", found.waiting, found.waited)
 
     def _warn(self, part: str, waiting: float, waited: float) -> None:
         if waiting > WAITING_TOLD and waited > 1:
@@ -157,3 +156,14 @@ class Reporter:
                 f"warning: data is the bottleneck: {waiting:.0%} of the {part} time went into "
                 f"waiting for it; raise --workers (now {self.workers})"
             )
+
+
+def _account(found: Findings) -> dict[str, float]:
+    """Return where an evaluation's time went, for the journal."""
+    return {"evaluation_seconds": found.seconds, "evaluation_waiting": found.waiting}
+
+
+def _shown(found: Findings, best: bool) -> str:
+    """Return what an evaluation found, for an epoch's line."""
+    values = "  ".join(f"{name} {value:.4f}" for name, value in found.values.items())
+    return f"evaluation: {values}{' (best)' if best else ''}  "
