@@ -123,7 +123,7 @@ class Settings:
         """
         if self.full:
             return 1800.0, float("inf")
-        return 60.0, 150.0
+        return (90.0, 240.0) if self.on_gpu else (60.0, 150.0)
 
     @property
     def warm_up_seconds(self) -> float:

@@ -45,12 +45,14 @@ _EXTRAS = {
     **dict.fromkeys(
         (
             "accelerate",
+            "docstring_parser",
             "jsonargparse",
             "matplotlib",
             "rich",
             "tensorboard",
             "timm",
             "torchmetrics",
+            "typeshed_client",
         ),
         "train",
     ),
