@@ -199,6 +199,7 @@ def compare(
             new,
             _slowest(before, groups, threshold),
             {key for key, measurement in before.items() if is_control(measurement)},
+            any(old.environment.get(fact) != new.environment.get(fact) for fact in DEVICE),
         ),
         _differences(old, new),
         lost_groups(before, after, new),

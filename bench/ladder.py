@@ -23,6 +23,7 @@ from blnet.optimizing.graphs import Captured
 from blnet.optimizing.optimize import prepared
 
 Run = Callable[[Tensor], Tensor]
+Runs = dict[str, Run | None]  # of rungs by their names, before any graph; None: not built yet
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,23 @@ class Rung:
     dtypes: tuple[str, ...] = ()
     package: str = ""
 
-    def build(self, model: nn.Module, example: Tensor, built: dict[str, Run] | None = None) -> Run:
+    def build(self, model: nn.Module, example: Tensor, built: Runs | None = None) -> Run:
         """Return what runs a network; of a graph its output is overwritten by the next call.
 
         Args:
             model: the network, in eval mode.
             example: an input.
-            built: the runs of other rungs for both, by name, before any graph. This one's is added.
+            built: runs for both that several rungs need, by the rungs' names, None where it is not
+                built yet. This one's is added where it is asked for.
         """
         built = {} if built is None else built
         name = self.replays or self.name
-        if name not in built:
-            built[name] = self.make(model, example)
-        return Captured(built[name], (example,), copies=False) if self.replays else built[name]
+        run = built.get(name)
+        if run is None:
+            run = self.make(model, example)
+        if name in built:
+            built[name] = run
+        return Captured(run, (example,), copies=False) if self.replays else run
 
     def is_quick(self, device: str, dtype: str, batch: int | None) -> bool:
         """Return whether it is part of a quick run on a device at a batch, see `rungs`."""

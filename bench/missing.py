@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from blnet.bench.results import LATE, LEASHED, Measurement, Results
+from blnet.bench.results import LATE, LEASHED, REPLAYS, Measurement, Results
 
 Key = tuple[str, str, str, str]
 Part = tuple[str, str]  # suite and group
@@ -28,6 +28,7 @@ class Missing:
         slower: whether it is ours and was dropped for a time that is slower than the old one by
             more than the threshold, and than its controls became, or for a build that took more
             than twice as long.
+        elsewhere: whether the new run was on another device, which may not run it at all.
     """
 
     suite: str
@@ -38,15 +39,17 @@ class Missing:
     status: str = ""
     note: str = ""
     slower: bool = False
+    elsewhere: bool = False
 
     @property
     def failed(self) -> bool:
-        """Whether it raised, is wrong or skipped, or became too slow to be timed.
+        """Whether it raised, is wrong, was skipped without need, or became too slow to be timed.
 
-        What the old run timed the new one could have: a package that is gone would else hide that
-        an implementation, or the baseline of all others, is slower.
+        What the old run timed the new one could have, on the same device: a package that is gone
+        would else hide that an implementation, or the baseline of all others, is slower.
         """
-        return self.slower or self.status in ("wrong", "error", "skipped")
+        skipped = self.status == "skipped" and not self.elsewhere
+        return self.slower or skipped or self.status in ("wrong", "error")
 
 
 def key_of(measurement: Measurement) -> Key:
@@ -65,6 +68,7 @@ def missing(
     new: Results,
     slowest: Mapping[Part, float],
     controls: Collection[Key] = (),
+    elsewhere: bool = False,
 ) -> list[Missing]:
     """Return what has a time in one run only.
 
@@ -74,6 +78,7 @@ def missing(
         new: the new run.
         slowest: group of the old run -> times the old median from which on a time is slower.
         controls: which of the old run are not ours.
+        elsewhere: whether the new run was on another device.
     """
     untimed = {key_of(m): m for m in new.measurements if not m.timed}
     found = []
@@ -83,10 +88,13 @@ def missing(
             # Its best time while warming up: what is dropped for it has no other.
             limit = measurement.median * slowest[key[:2]]
             # A build that took less than half of the time allowed, and then more than all of it.
-            late = lost.facts.get(LATE, 0.0) > 2 * (measurement.build_seconds or math.inf)
+            # A graph of what another has compiled is not judged by that: its own build is no more
+            # than a capture where that was in time, and all of it where it was not.
+            taken = math.inf if REPLAYS in lost.facts else measurement.build_seconds or math.inf
+            late = lost.facts.get(LATE, 0.0) > 2 * taken
             slower = lost.facts.get(LEASHED, 0.0) > limit or late
             slower = lost.status == "dropped" and key not in controls and slower
-            found.append(Missing(*key, "lost", lost.status, lost.note, slower))
+            found.append(Missing(*key, "lost", lost.status, lost.note, slower, elsewhere))
         elif key not in after:
             found.append(Missing(*key, "only old"))
     return found + [Missing(*key, "only new") for key in after if key not in before]

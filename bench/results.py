@@ -38,9 +38,11 @@ FACTS: dict[str, Any] = {
     "kept_bytes_an_image": dict[str, int],
     ELSEWHERE: dict[str, str],
     "counted": str,
+    "replays": str,
 }
 # What every trained network has of them; one score of two beside.
 STUDY_FACTS = ("network", "alpha", "beta", "baseline", "parameters", "macs", "epochs", "seed")
+REPLAYS = "replays"  # fact of a CUDA graph: the rung whose run it replays
 LATE = "late"  # fact of what was dropped for its build and first call: their limit, seconds
 LEASHED = "leash"  # fact of what was dropped for its times: the best of them, seconds
 

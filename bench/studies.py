@@ -315,13 +315,17 @@ def _trained(session: Session, kind: str, config: Any, folder: Path) -> dict[str
 
 def _elsewhere(session: Session, folder: Path) -> dict[str, dict[str, str]]:
     """Return what the environment of a run has unlike the session's: it may be taken over."""
-    from blnet.training.journal import RUN
+    from blnet.training.journal import RUN, read_rows
 
     try:
         trained = json.loads((folder / RUN).read_text(encoding="utf-8"))["environment"]
-    except (OSError, ValueError, KeyError):
+        found = differences(trained, session.results.environment)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or a damaged one
         return {ELSEWHERE: {"environment": "unknown"}}
-    found = differences(trained, session.results.environment)
+    # That is the last session's. What a run was resumed on stands in the journal.
+    devices = dict.fromkeys(str(row.get("device")) for row in read_rows(folder, "start"))
+    if len(devices) > 1:
+        found["device"] = ", then ".join(devices)
     return {ELSEWHERE: found} if found else {}
 
 

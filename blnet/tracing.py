@@ -76,6 +76,28 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         ) from error
 
 
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Keep products of float32 in float32 meanwhile, whatever PyTorch may multiply them in."""
+    backends: Any = torch.backends  # PyTorch's annotations lack what it makes at run time
+    units = [
+        *(backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul),
+        *(backends.mkldnn.conv, backends.mkldnn.rnn, backends.mkldnn.matmul),
+    ]
+    before = [unit.fp32_precision for unit in units]
+    matmul = torch.get_float32_matmul_precision()
+    # Both: where its older setting is at odds with the newer one, PyTorch refuses to multiply.
+    torch.set_float32_matmul_precision("highest")
+    for unit in units:
+        unit.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        for unit, precision in zip(units, before, strict=True):
+            unit.fp32_precision = precision
+
+
 def run_on_meta(twin: nn.Module, input_size: Sequence[int]) -> Any:
     """Run a network that `meta_twin` made, in evaluation mode, and return its output.
 
@@ -97,7 +119,8 @@ class _OnMeta(TorchFunctionMode):
     """Lets code that was not written for the meta device run there.
 
     A tensor that is made on the CPU (torch.arange, a mask) goes to the meta device where another
-    argument is there: not when it is made, as code may read its values.
+    argument is there and PyTorch does not take the two together: not before, as code and PyTorch
+    itself may read its values (lengths, indices).
 
     A batch normalisation's shape is given at once: on the meta device PyTorch decomposes it, which
     took most of the time of a network's run there.
@@ -111,17 +134,19 @@ class _OnMeta(TorchFunctionMode):
             sizes = {tuple(v.shape) for v in vectors if isinstance(v, torch.Tensor)}
             if sizes <= {(x.shape[1],)}:  # what does not fit is PyTorch's to tell
                 return torch.empty_like(x)
-        if func is not torch.Tensor.__getitem__:  # by indices on any device
-            args, kwargs = _all_on_meta((args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        given = args, kwargs or {}
+        try:
+            return func(*given[0], **given[1])
+        except Exception:
+            if not _are_mixed(given):
+                raise
+        args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), given)
+        return func(*args, **kwargs)
 
 
-def _all_on_meta(given: Any) -> Any:
-    """Return arguments with all of their tensors on the meta device if one of them is there."""
-    tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)]
-    if len({tensor.is_meta for tensor in tensors}) < 2:
-        return given
-    return tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), given)
+def _are_mixed(given: Any) -> bool:
+    """Return whether some tensors of the arguments are on the meta device and some are not."""
+    return len({leaf.is_meta for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)}) > 1
 
 
 def check_size(input_size: object) -> tuple[int, ...]:

@@ -165,7 +165,8 @@ class SpecAugment:
         bins, config = maps.shape[2], self._config
         mean = maps.new_zeros(())
         if not self._normalized:
-            mean = maps.sum(-1, keepdim=True) / frames[:, None, None, None]
+            valid = torch.arange(maps.shape[3], device=maps.device) < frames[:, None, None, None]
+            mean = torch.where(valid, maps.sum(-1, keepdim=True) / frames[:, None, None, None], 0)
         if config.freq_masks:
             sizes = torch.full_like(frames, bins)
             stripes = _stripes(sizes, sizes.clamp(max=config.freq_width), config.freq_masks, bins)

@@ -137,16 +137,9 @@ def _mpeg_frames(data: BinaryIO) -> Iterator[tuple[bytes, int]]:
 
     A frame is a header of four bytes (11 bits of 1, two of the version, two of the layer, four of
     the bit rate, two of the sample rate, one for a byte more) and what fits into its bit rate
-    (ISO/IEC 11172-3 and 13818-3). A tag before the first one begins with ID3 and has its length in
-    bytes 6 to 9, seven bits in each (ID3 2.4.0).
+    (ISO/IEC 11172-3 and 13818-3).
     """
-    data.seek(0)
-    tag = data.read(10)
-    place = 0
-    if tag[:3] == b"ID3":
-        for byte in tag[6:]:
-            place = place << 7 | byte
-        place += len(tag)
+    place = _after_tags(data)
     while True:
         data.seek(place)
         head = data.read(_TAGGED)
@@ -161,3 +154,20 @@ def _mpeg_frames(data: BinaryIO) -> Iterator[tuple[bytes, int]]:
         length = samples // 8 * 1000 * bits // _MPEG_RATES[version][rate] + (head[2] >> 1 & 1)
         yield head[:length], samples
         place += length
+
+
+def _after_tags(data: BinaryIO) -> int:
+    """Return where the frames of an MP3 file begin, after any number of tags.
+
+    A tag begins with ID3 and has its length in bytes 6 to 9, seven bits in each (ID3 2.4.0).
+    """
+    place = 0
+    while True:
+        data.seek(place)
+        tag = data.read(10)
+        if len(tag) < 10 or tag[:3] != b"ID3":
+            return place
+        length = 0
+        for byte in tag[6:]:
+            length = length << 7 | byte
+        place += len(tag) + length

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -378,3 +378,16 @@ def test_a_run_that_cannot_be_trained_is_a_red_line(tmp_path: Path, monkeypatch,
     out = capsys.readouterr().out
     assert "FAILED accuracy, digits, resnet18, seed 0" in out
     assert "loss became" in out
+
+
+def test_a_run_that_was_resumed_elsewhere_says_where_it_was(tmp_path: Path) -> None:
+    session = SimpleNamespace(results=SimpleNamespace(environment={"threads": 2}))
+    (tmp_path / "run.json").write_text(json.dumps({"environment": {"threads": 2}}))
+    rows = [{"kind": "start", "step": 0, "device": name} for name in ("A", "A", "B", "B")]
+    for count, found in ((2, {}), (4, {"elsewhere": {"device": "A, then B"}})):
+        text = "".join(json.dumps(row) + "\n" for row in rows[:count])
+        (tmp_path / "metrics.jsonl").write_text(text)
+        assert studies._elsewhere(session, tmp_path) == found  # type: ignore[arg-type]
+    for damaged in ("null", "[]", '{"environment": 3}', "{"):
+        (tmp_path / "run.json").write_text(damaged)
+        assert studies._elsewhere(session, tmp_path) == {"elsewhere": {"environment": "unknown"}}  # type: ignore[arg-type]

@@ -261,7 +261,7 @@ def test_a_graph_replays_what_another_rung_has_built(monkeypatch) -> None:
         for name in ("compile, frozen", "compile, frozen, graph")
     )
     first, second, example = nn.Identity(), nn.Identity(), torch.zeros(1)
-    built: dict[str, Any] = {}
+    built: dict[str, Any] = {"compile, frozen": None}
     frozen.build(first, example, built)
     graph.build(first, example, built)
     graph.build(second, example)

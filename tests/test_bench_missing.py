@@ -8,7 +8,7 @@ import pytest
 
 from blnet.bench.compare import compare, is_control
 from blnet.bench.report.comparison import comparison_markdown
-from blnet.bench.results import LATE, LEASHED, Results
+from blnet.bench.results import LATE, LEASHED, REPLAYS, Results
 from blnet.bench.testing import run_of, steady
 
 
@@ -110,3 +110,23 @@ def test_a_control_that_was_dropped_is_the_machines() -> None:
         run.measurements[-1].facts = {**run.measurements[0].facts, LEASHED: 9.0}
     assert is_control(old.measurements[-1])
     assert compare(old, new, 0.05).passed
+
+
+def test_a_graph_is_not_judged_by_what_its_rung_took_to_compile() -> None:
+    """It took a capture while the rung was compiled in time, and compiles itself where not."""
+    old = run_of([steady(4, 24)])
+    old.measurements[-1].build_seconds = 1.0
+    new = lose(run_of([steady(4, 24)]), "dropped", "building took more than 60.0 s")
+    facts = {**new.measurements[-1].facts, LATE: 60.0}
+    new.measurements[-1].facts = facts
+    assert not compare(old, new, 0.05).passed
+    new.measurements[-1].facts = {**facts, REPLAYS: "way 2"}
+    assert compare(old, new, 0.05).passed
+
+
+def test_another_device_may_skip_what_it_does_not_run() -> None:
+    old = run_of([steady(4, 24)])
+    new = lose(run_of([steady(4, 24)]), "skipped", "no kernel runs on this device")
+    assert not compare(old, new, 0.05, across_devices=True).passed
+    new.environment["device"] = "another CPU"
+    assert compare(old, new, 0.05, across_devices=True).passed

@@ -361,3 +361,41 @@ def test_a_block_may_begin_with_a_depthwise_convolution(
     assert {(m.groups == m.in_channels, m.out_channels == more * m.in_channels)
             for m in depthwise} == {(True, True)}  # fmt: skip
     assert {m.in_channels for m in depthwise} > {32}, "little branches are thinner inside"
+
+
+class Curves(nn.Module):
+    """Three numbers a channel before a block's first convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(channels, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = (one.view(1, -1, 1, 1) for one in self.weight.unbind(1))
+        return first * x + second * x.relu() + third * x.tanh()
+
+
+class CurvedBlock(nn.Module):
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.curves = Curves(in_channels)
+        self.conv = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.last = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or in_channels != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.last(self.conv(self.curves(x)).relu())
+        return (self.norm(own) + self.shortcut(x)).relu()
+
+
+def test_what_is_no_channel_of_a_blocks_beginning_keeps_its_length() -> None:
+    made = blnet.convert(OwnNet(CurvedBlock), 2, 2, input_size=(1, 1, 32, 32))
+    made(torch.randn(2, 1, 32, 32))
+    shapes = {tuple(m.weight.shape) for m in made.modules() if isinstance(m, Curves)}
+    assert {count for _, count in shapes} == {3}
+    assert len(shapes) > 1

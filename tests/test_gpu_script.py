@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from blnet.cli import COMMANDS, Parser
 
 SCRIPT = Path(__file__).parents[1] / ".ci" / "gpu"
 STAND_IN = """#!/bin/sh
@@ -54,6 +57,7 @@ def test_every_step_runs_in_its_order_and_keeps_what_it_says(tmp_path: Path) -> 
         "pytest -q tests/test_gpu_training.py",
     ]
     assert f"--output {tmp_path}/out/models" in calls[3]
+    assert (tmp_path / "out" / "doctor.json").read_text() == "said: -m blnet.cli doctor --json\n"
     assert "said: -m blnet.cli kernels check" in (tmp_path / "out" / "check.txt").read_text()
 
 
@@ -70,7 +74,7 @@ def test_a_step_is_stopped_and_what_no_time_is_left_for_is_said(tmp_path: Path) 
     assert status == 1
     assert calls == []
     assert "doctor failed (124)" in said
-    assert "interrupted" in (tmp_path / "out" / "doctor.txt").read_text()
+    assert "interrupted" in (tmp_path / "out" / "doctor.json").read_text()
     assert "check was not run: no time is left of 11 s (LIMIT)" in said
 
 
@@ -82,3 +86,21 @@ def test_steps_are_the_tests_there_are() -> None:
         "tests/test_gpu_script.py"
     }
     assert named == found
+
+
+def test_its_commands_are_understood(tmp_path: Path) -> None:
+    _, calls, _ = run(tmp_path)
+    own = [call.split()[1:] for call in calls if call.startswith("blnet.cli ")]
+    assert len(own) >= 4
+    for words in own:
+        name = next(name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS)
+        parser = Parser(prog=name)
+        importlib.import_module(COMMANDS[name][0]).configure(parser)
+        parser.parse_args(words[len(name.split()) :])
+
+
+def test_a_limit_that_is_none_is_one_sentence(tmp_path: Path) -> None:
+    done = subprocess.run([SCRIPT], env={**os.environ, "LIMIT": "abc", "OUT": str(tmp_path)},
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "LIMIT must be a number of seconds, got 'abc'\n"

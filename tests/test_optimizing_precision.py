@@ -16,6 +16,7 @@ import blnet
 from blnet.optimizing import choosing, engines
 from blnet.optimizing.choosing import TOLERANCES, difference, tolerance
 from blnet.optimizing.engines import Engine
+from blnet.tracing import exact_products
 
 datasets = pytest.importorskip("sklearn.datasets")
 PICTURES = 1000
@@ -120,3 +121,56 @@ def test_engines_may_differ_by_tf32_where_it_is_allowed(monkeypatch: pytest.Monk
         blnet.optimize(network, example_input=images)
     with multiplying("cpu", conv="tf32"):
         assert blnet.optimize(network, example_input=images).report.engine == "pytorch"
+
+
+class Apart(nn.Module):
+    """Uses a convolution's output beside its BatchNorm, in code that cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        nn.init.normal_(self.part[1].running_mean)
+        nn.init.uniform_(self.part[1].running_var, 0.2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raw = self.part[0](x)
+        normed = self.part[1](raw)
+        if float(x.mean()) > -1e9:
+            normed = normed + 0.01 * raw
+        return self.part[2](normed)
+
+
+@pytest.mark.parametrize("allowed", ["ieee", "tf32", "bf16"])
+def test_folding_is_held_to_float32_whatever_is_allowed(allowed: str) -> None:
+    torch.manual_seed(0)
+    network, images = Apart().eval(), torch.randn(2, 3, 16, 16)
+    before = torch.get_float32_matmul_precision(), torch.backends.mkldnn.conv.fp32_precision
+    with multiplying("cpu", conv=allowed):
+        fast = blnet.optimize(network, example_input=images, engine="pytorch")
+    assert any(isinstance(part, nn.BatchNorm2d) for part in fast.modules()), "it is not folded"
+    after = torch.get_float32_matmul_precision(), torch.backends.mkldnn.conv.fp32_precision
+    assert after == before
+
+
+def states() -> dict[str, str]:
+    backends: Any = torch.backends
+    units = {"cudnn.conv": backends.cudnn.conv, "cudnn.rnn": backends.cudnn.rnn,
+             "matmul": backends.cuda.matmul, "mkldnn.conv": backends.mkldnn.conv,
+             "mkldnn.matmul": backends.mkldnn.matmul}  # fmt: skip
+    return {name: unit.fp32_precision for name, unit in units.items()}
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_exact_products_leave_settings_as_they_were(precision: str) -> None:
+    first = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        before = states()
+        with exact_products():
+            assert set(states().values()) == {"ieee"}
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cuda.matmul.allow_tf32, "PyTorch's two settings agree"
+        assert states() == before
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(first)

@@ -242,3 +242,25 @@ def test_batch_norm_on_meta_has_the_shape_that_pytorch_gives(affine: bool) -> No
     assert (out.shape, out.dtype, out.device.type) == (x.shape, x.dtype, "meta")
     with pytest.raises(RuntimeError):
         run_on_meta(meta_twin(norm), (2, 7, 3, 5))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x: torch.tensor_split(x, torch.tensor([2, 4]), 1)[1],
+        lambda x: x.view(x.shape[0], torch.tensor(2), -1)[:, 0],
+        lambda x: x.repeat_interleave(torch.tensor([1] * x.shape[1]), dim=1),
+        lambda x: torch.narrow(x, 1, torch.tensor(1), 4),
+    ],
+)
+def test_values_of_a_networks_own_tensors_are_read(forward):
+    """What PyTorch reads from the CPU, such as where to split, stays there."""
+
+    class Reading(nn.Module):
+        def forward(self, x):
+            return forward(x)
+
+    x = torch.randn(3, 8)
+    width = Reading()(x).shape[1]
+    model = nn.Sequential(Reading(), nn.Linear(width, 5))
+    assert blnet.profile(model, (3, 8)).macs == 3 * width * 5

@@ -315,6 +315,7 @@ def test_maps_that_are_not_normalised_get_each_bands_own_mean() -> None:
     hidden = SpecAugment(config, HOP)(torch.ones_like(maps), frames) == 0
     assert hidden.any()
     assert torch.equal(masked[~hidden], maps[~hidden])
+    assert not masked[1, ..., 60:].any(), "what is behind the last frame stays 0"
     for row, count in enumerate(frames.tolist()):
         means = maps[row, ..., :count].mean(-1, keepdim=True).expand(3, 64, 100)
         within = hidden[row, ..., :count]

@@ -58,15 +58,17 @@ def refusals(file: Path) -> list[str]:
 # MP3 ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head", [0, 300])
+@pytest.mark.parametrize("heads", [(), (300,), (300, 20)])
 @pytest.mark.parametrize("flags", [None, 0, 15])
 def test_an_mp3_file_that_would_not_be_read_to_its_end_is_refused(
-    tmp_path: Path, head: int, flags: int | None
+    tmp_path: Path, heads: tuple[int, ...], flags: int | None
 ) -> None:
     whole = encoded(np.append(NOISE, SILENCE), "MP3")
     spoilt = without_length(whole) if flags is None else unnumbered(whole, flags)
     path = tmp_path / "a.mp3"
-    path.write_bytes(tagged(spoilt, head) if head else spoilt)
+    for head in heads:
+        spoilt = tagged(spoilt, head)
+    path.write_bytes(spoilt)
     for told in refusals(path):
         assert told.startswith("it does not say how long it is, and of 24")  # 24x,xxx samples
         assert told.endswith("would be read; write it anew, to a file and not to a pipe")

@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from blnet.speech.task import SpeechTask
 from blnet.training.config import TrainingConfig
 from blnet.training.devices import let_cudnn_search, make_accelerator
 from blnet.training.run import run
 from blnet.training.testing import TinyTask, tiny_config
-from blnet.vision.task import ImageTask
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +37,6 @@ def test_cudnn_searches_where_one_shape_comes_again(
     config = TrainingConfig(deterministic=deterministic)
     let_cudnn_search(config, torch.device(device), one_shape)
     assert torch.backends.cudnn.benchmark is searches
-
-
-def test_pictures_have_one_shape_and_recordings_have_not() -> None:
-    assert ImageTask.one_shape
-    assert not SpeechTask.one_shape
 
 
 def test_a_run_says_how_its_batches_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ The maps are those of `blnet.vision.features`, whose docstring says which tensor
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import cast
@@ -19,7 +20,7 @@ from blnet.checks import check_count
 from blnet.network import BigLittleNet
 from blnet.vision.features import feature_info, feature_maps
 
-_LEVELS = 4  # beside the pyramid's "pool", torchvision's anchors are of five sizes
+_LEVELS = 4  # beside the pyramid's "pool", torchvision's own anchors are of five sizes
 
 
 class StageMaps(nn.Module):
@@ -72,13 +73,12 @@ def fpn_backbone(model: nn.Module, out_channels: int = 256) -> FpnBackbone:
 
     Args:
         model: a `BigLittleNet`, from blnet or from timm, whose stem and stages are shared with it;
-            or what `timm.create_model(..., features_only=True)` gave of any network, with four
-            levels at most: "0" to "3" are all that the detectors look for.
+            or what `timm.create_model(..., features_only=True)` gave of any network. Of more than
+            four levels a warning tells: torchvision's detectors as they come look for "0" to "3".
         out_channels: channels of every map of the pyramid.
 
     Raises:
-        ValueError: if the network is neither or gives more levels, or `out_channels` is no whole
-            number of at least 1.
+        ValueError: if the network is neither, or `out_channels` is no whole number of at least 1.
     """
     check_count("out_channels", out_channels, 1)
     if isinstance(model, BigLittleNet):
@@ -93,8 +93,9 @@ def fpn_backbone(model: nn.Module, out_channels: int = 256) -> FpnBackbone:
     channels = channels_of()
     if len(channels) > _LEVELS:
         last = tuple(range(len(channels)))[-_LEVELS:]
-        raise ValueError(
-            f"model gives {len(channels)} maps and torchvision's detectors take {_LEVELS} at most; "
-            f"build it with features_only=True, out_indices={last}"
+        warnings.warn(
+            f"model gives {len(channels)} maps, and torchvision's detectors as they come take "
+            f"{_LEVELS}: build it with out_indices={last}, or give the detector anchors for all",
+            stacklevel=2,
         )
     return FpnBackbone(model, channels, out_channels)

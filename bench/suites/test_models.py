@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from blnet.bench import layers
 from blnet.bench.continuing import group_key
-from blnet.bench.ladder import Run, Rung, rungs
+from blnet.bench.ladder import Rung, Runs, rungs
 from blnet.bench.measure import Call, Group, Implementation
 from blnet.bench.memory import tensor_bytes
 from blnet.bench.networks import CALIBRATION_IMAGES, Built, Spec, built, specs
 from blnet.bench.replay import replay, virtual_clock
-from blnet.bench.results import Measurement
+from blnet.bench.results import REPLAYS, Measurement
 from blnet.bench.session import Case, Session
 from blnet.bench.settings import Settings
 
@@ -101,7 +101,8 @@ def group_of(
     if any(rung not in rungs for rung in ladder(settings, None)):
         session.note(NOT_COMPILED)
     ready = inputs.to(settings.device, settings.torch_dtype)
-    runs: dict[str, dict[str, Run]] = {spec.label: {} for spec in found.specs}
+    shared = dict.fromkeys(rung.replays for rung in rungs if rung.replays)
+    runs: dict[str, Runs] = {spec.label: dict(shared) for spec in found.specs}
     return Group(
         suite=suite,
         name=name,
@@ -128,7 +129,7 @@ def _reference(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _implementation(
-    spec: Spec, found: Built, rung: Rung, images: Tensor, runs: dict[str, Run]
+    spec: Spec, found: Built, rung: Rung, images: Tensor, runs: Runs
 ) -> Implementation:
     layout = torch.channels_last if rung.channels_last else torch.contiguous_format
 
@@ -154,6 +155,7 @@ def _implementation(
             "baseline": spec.baseline,
             "batch": len(images),
             "ours": rung.ours,
+            **({REPLAYS: rung.replays} if rung.replays else {}),
         },
         held_bytes=tensor_bytes(found.models.get(spec), images),
         memory=not rung.own_pool,

@@ -186,8 +186,11 @@ def _resize_rest(part: nn.Module, in_channels: int, narrow: int) -> None:
         if value is None or value.numel() == 1:
             continue
         kept = value.detach().clone()
+        channels = next(axis for axis, n in enumerate(value.shape) if n > 1)
         for axis, n in enumerate(value.shape):
-            width = in_channels or (n // narrow if n % narrow == 0 else n)
+            width = n // narrow if n % narrow == 0 else n
+            if in_channels:  # of what stands before a block's first mixing
+                width = in_channels if axis == channels else n
             if n > 1 and width != n:
                 kept = kept.index_select(axis, torch.arange(width, device=kept.device) % n)
         part._parameters[name] = nn.Parameter(kept, value.requires_grad)

@@ -76,10 +76,15 @@ class Candidate:
             UnavailableError: if it cannot run here.
         """
         built = {} if built is None else built
-        key = self.engine.name, self.streams
-        if key not in built:
-            built[key] = self._uncaptured(network, inputs)
-        return Captured(built[key], inputs) if self.graph else built[key]
+        if self.key not in built:
+            built[self.key] = self._uncaptured(network, inputs)
+        run = built[self.key]
+        return Captured(run, inputs) if self.graph else run
+
+    @property
+    def key(self) -> tuple[str, bool]:
+        """What it has in common with the one that differs in the graph only."""
+        return self.engine.name, self.streams
 
     def _uncaptured(self, network: nn.Module, inputs: Inputs) -> Run:
         if self.engine.rewrite is not None:
@@ -175,6 +180,7 @@ def choose(
         found = _try(candidate.name, build, inputs, reference, dtype, left, clock)
         if isinstance(found, Trial):
             trials.append(found)
+            built.pop(candidate.key, None)  # nor does its graph run then, or it fits no memory
         else:
             running.append(found)
     _time_in_turns(running, inputs, clock, end)

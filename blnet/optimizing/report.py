@@ -37,7 +37,7 @@ class Trial:
         seconds: median time of a call; None if it got no time.
         note: why it got none, or why it was dropped; empty for one that ran to the end.
         error: norm of its difference to the original network's result over that result's norm.
-        build_seconds: what building it took.
+        build_seconds: what building it took; of a CUDA graph what it replays was built before.
         late: whether time was what it lacked.
     """
 
