@@ -85,17 +85,30 @@ def exact_products() -> Iterator[None]:
         *(backends.mkldnn.conv, backends.mkldnn.rnn, backends.mkldnn.matmul),
     ]
     before = [unit.fp32_precision for unit in units]
-    matmul = torch.get_float32_matmul_precision()
+    older = _older_setting()
     # Both: where its older setting is at odds with the newer one, PyTorch refuses to multiply.
-    torch.set_float32_matmul_precision("highest")
+    if older is not None:
+        torch.set_float32_matmul_precision("highest")
     for unit in units:
         unit.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(matmul)
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
         for unit, precision in zip(units, before, strict=True):
             unit.fp32_precision = precision
+
+
+def _older_setting() -> str | None:
+    """Return what PyTorch may multiply matrices in by its older setting; None if that is unused.
+
+    It refuses to tell where a newer one says otherwise.
+    """
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
 
 
 def run_on_meta(twin: nn.Module, input_size: Sequence[int]) -> Any:

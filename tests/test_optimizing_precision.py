@@ -174,3 +174,15 @@ def test_exact_products_leave_settings_as_they_were(precision: str) -> None:
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(first)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_pytorchs_newer_settings_are_taken_as_they_are(precision: str) -> None:
+    """Where they say otherwise than the older one, PyTorch refuses to tell that."""
+    images = torch.randn(2, 3, 9, 9)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(392, 3))
+    with multiplying("cuda", matmul=precision, conv="ieee"):
+        before = states()
+        fast = blnet.optimize(network.eval(), example_input=images, engine="pytorch")
+        assert states() == before
+    assert difference(fast(images), network(images).detach()) < 1e-5
