@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from blnet.bench.session import full_precision
+from blnet.modes import exact_products
 
 if TYPE_CHECKING:
     from blnet.bench.measure import Clock
@@ -96,7 +96,7 @@ def _text(name: str, rate: float) -> str:
 def _rates(session: Session) -> dict[str, float]:
     """Return all ceilings as they are now."""
     dtype = session.settings.torch_dtype
-    with full_precision():
+    with exact_products():
         found = _copies(session)
         if session.settings.on_gpu:
             found["matmul_rate"] = matmul_rate(session.clock, dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -20,10 +19,9 @@ from blnet.bench.results import Measurement, Results, write_json
 from blnet.bench.settings import RESULTS, Settings, resolve
 from blnet.environment import collect, command_line
 from blnet.limits import one_line, out_of_memory
+from blnet.modes import exact_products
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
 T = TypeVar("T")
@@ -209,7 +207,7 @@ class Session:
         group.halves = self._batches.get(key, 1) > 1
         measurements += measure.declare(group)
         self.results.measurements += measurements
-        with full_precision():
+        with exact_products():
             measure.measure(
                 group,
                 measurements,
@@ -224,7 +222,7 @@ class Session:
         if after is None:
             return
         try:
-            with full_precision():
+            with exact_products():
                 after(name, self)
         except Exception as error:
             self.results.notes.append(f"{group_key(suite.NAME, name)}: {one_line(error)}")
@@ -282,18 +280,3 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Keep float32 products in float32: with TF32 they would not be what the dtype says."""
-    import torch
-
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from blnet.tracing import check_size
+from blnet.meta import check_size
 
 
 def saved_bytes(run: Callable[..., Any], *args: Any, apart: Iterable[Any] = ()) -> int:

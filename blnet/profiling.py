@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from blnet.tracing import check_size, meta_twin, run_on_meta
+from blnet.meta import check_size, meta_twin, run_on_meta
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""Looking into a network without running it: on the meta device, and as a graph.
-
-On the meta device every shape is there and no arithmetic; nothing of the network is changed.
-"""
+"""Looking into a network as a graph: what its own code calls, and a copy of it."""
 
 from __future__ import annotations
 
@@ -10,47 +7,15 @@ import inspect
 import operator
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from blnet.limits import out_of_memory
-
-
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Put modules into evaluation mode for the time being, each part back as it was after."""
-    modes = {part: part.training for module in modules for part in module.modules()}
-    try:
-        for module in modules:
-            module.eval()
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-
-
-def meta_twin(model: nn.Module) -> nn.Module:
-    """Return a copy of a network whose parameters and buffers are on the meta device.
-
-    Shared modules and tied tensors are shared in the copy as well, and nothing is allocated.
-
-    Raises:
-        ValueError: if the network cannot be copied.
-    """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            twin = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-            memo.setdefault(id(parameter), twin)
-        for buffer in module.buffers(recurse=False):
-            memo.setdefault(id(buffer), buffer.detach().to("meta"))
-    return copied(model, memo)
+from blnet.modes import AUTOCAST_DEVICES, autocast_switched
 
 
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
@@ -74,107 +39,6 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
             f"{type(model).__name__} cannot be copied ({' '.join(str(error).split())[:300]}); give "
             "a network that copy.deepcopy takes"
         ) from error
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Keep products of float32 in float32 meanwhile, whatever PyTorch may multiply them in."""
-    backends: Any = torch.backends  # PyTorch's annotations lack what it makes at run time
-    units = [
-        *(backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul),
-        *(backends.mkldnn.conv, backends.mkldnn.rnn, backends.mkldnn.matmul),
-    ]
-    before = [unit.fp32_precision for unit in units]
-    older = _older_setting()
-    # Both: where its older setting is at odds with the newer one, PyTorch refuses to multiply.
-    if older is not None:
-        torch.set_float32_matmul_precision("highest")
-    for unit in units:
-        unit.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        if older is not None:
-            torch.set_float32_matmul_precision(older)
-        for unit, precision in zip(units, before, strict=True):
-            unit.fp32_precision = precision
-
-
-def _older_setting() -> str | None:
-    """Return what PyTorch may multiply matrices in by its older setting; None if that is unused.
-
-    It refuses to tell where a newer one says otherwise.
-    """
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:
-        return None
-
-
-def run_on_meta(twin: nn.Module, input_size: Sequence[int]) -> Any:
-    """Run a network that `meta_twin` made, in evaluation mode, and return its output.
-
-    Tensors that its code makes itself are brought to the meta device where they meet others.
-
-    Args:
-        twin: any network on the meta device that takes one tensor.
-        input_size: the input's shape, batch included.
-
-    Raises:
-        Exception: whatever the network raises for an input of that shape.
-    """
-    dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
-    with evaluating(twin), torch.no_grad(), _OnMeta():
-        return twin(torch.empty(tuple(input_size), dtype=dtype, device="meta"))
-
-
-class _OnMeta(TorchFunctionMode):
-    """Lets code that was not written for the meta device run there.
-
-    A tensor that is made on the CPU (torch.arange, a mask) goes to the meta device where another
-    argument is there and PyTorch does not take the two together: not before, as code and PyTorch
-    itself may read its values (lengths, indices).
-
-    A batch normalisation's shape is given at once: on the meta device PyTorch decomposes it, which
-    took most of the time of a network's run there.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is nn.functional.batch_norm and args and args[0].is_meta and args[0].ndim > 1:
-            x, vectors = args[0], [*args[1:], *(kwargs.values() if kwargs else ())]
-            sizes = {tuple(v.shape) for v in vectors if isinstance(v, torch.Tensor)}
-            if sizes <= {(x.shape[1],)}:  # what does not fit is PyTorch's to tell
-                return torch.empty_like(x)
-        given = args, kwargs or {}
-        try:
-            return func(*given[0], **given[1])
-        except Exception:
-            if not _are_mixed(given):
-                raise
-        args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), given)
-        return func(*args, **kwargs)
-
-
-def _are_mixed(given: Any) -> bool:
-    """Return whether some tensors of the arguments are on the meta device and some are not."""
-    return len({leaf.is_meta for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)}) > 1
-
-
-def check_size(input_size: object) -> tuple[int, ...]:
-    """Return an input's shape as a tuple.
-
-    Raises:
-        ValueError: if it is not a sequence of whole numbers of at least 1.
-    """
-    size = tuple(input_size) if isinstance(input_size, Sequence) else ()
-    if not size or not all(type(n) is int and n > 0 for n in size):
-        raise ValueError(
-            f"input_size must be positive whole numbers, got {input_size!r}; write it as "
-            "(1, 3, 224, 224)"
-        )
-    return size
 
 
 class _Proxy(fx.Proxy):
@@ -243,9 +107,6 @@ class _OwnCodeTracer(fx.Tracer):
         raise _RefusedError
 
 
-_AUTOCAST_DEVICES = ("cpu", "cuda")
-
-
 def _modes() -> tuple[object, ...]:
     """Return what a with-block around operations may change."""
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -255,7 +116,7 @@ def _modes() -> tuple[object, ...]:
         hooks(False) if hooks else None,  # activation checkpointing
         *(
             (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-            for device in _AUTOCAST_DEVICES
+            for device in AUTOCAST_DEVICES
         ),
     )
 
@@ -377,24 +238,6 @@ def _last(module: nn.Module) -> nn.Module:
     while type(module) is nn.Sequential and len(module) and not module._forward_hooks:
         module = module[-1]
     return module
-
-
-def autocast_is_on() -> bool:
-    """Return whether autocast is on for any device."""
-    return any(torch.is_autocast_enabled(device) for device in _AUTOCAST_DEVICES)
-
-
-@contextmanager
-def autocast_switched(on: bool) -> Iterator[None]:
-    """Switch autocast on or off on every device for the time being."""
-    others = [device for device in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device) != on]
-    try:
-        for device in others:
-            torch.set_autocast_enabled(device, on)
-        yield
-    finally:
-        for device in others:
-            torch.set_autocast_enabled(device, not on)
 
 
 def _trace_once(module: nn.Module, training: bool) -> fx.Graph | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def shared() -> Callable[[str], str]:
+    """Give files of the real data sets: shared("fsdd.zip") -> path; without it skip the test."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("BLNET_SHARED_DATA", default))
+
+    def path_of(name: str) -> str:
+        if not (folder / name).is_file():
+            pytest.skip(
+                f"{folder / name} is missing; BLNET_SHARED_DATA names the folder that holds it"
+            )
+        return str(folder / name)
+
+    return path_of
 
 
 @pytest.fixture

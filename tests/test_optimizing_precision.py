@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import blnet
+from blnet.modes import exact_products
 from blnet.optimizing import choosing, engines
 from blnet.optimizing.choosing import TOLERANCES, difference, tolerance
 from blnet.optimizing.engines import Engine
-from blnet.tracing import exact_products
 
 datasets = pytest.importorskip("sklearn.datasets")
 PICTURES = 1000

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import blnet
 import blnet.vision.models
 from blnet import registry
+from blnet.meta import meta_twin, run_on_meta
 from blnet.network import BigLittleConfig, BigLittleNet
-from blnet.tracing import meta_twin, run_on_meta
 
 
 def small_network(**options):

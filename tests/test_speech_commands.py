@@ -13,17 +13,6 @@ from blnet.speech.config import DataConfig
 from blnet.speech.data import load_data
 from blnet.speech.testing import recorded, zipped
 
-SHARED = Path(
-    os.environ.get("BLNET_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
-)
-
-
-def shared(name):
-    """Return a file of the real data sets, or skip the test."""
-    if not (SHARED / name).is_file():
-        pytest.skip(f"{SHARED / name} is missing; BLNET_SHARED_DATA names the folder that holds it")
-    return str(SHARED / name)
-
 
 def load(**settings):
     settings = {key: str(v) if isinstance(v, Path) else v for key, v in settings.items()}
@@ -147,7 +136,7 @@ def test_twelve_words_need_all_of_them_and_noise(commands):
     refused("no recordings of go;", name="speech_commands", path=commands)
 
 
-def test_the_real_speech_commands():
+def test_the_real_speech_commands(shared):
     path = shared("speech_commands_v001_30x10.zip")
     data = load(name="speech_commands", path=path, words=35)
     assert len(data.classes) == 30

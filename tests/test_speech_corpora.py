@@ -13,17 +13,6 @@ from blnet.speech.config import DataConfig
 from blnet.speech.data import load_data
 from blnet.speech.testing import recorded, zipped
 
-SHARED = Path(
-    os.environ.get("BLNET_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
-)
-
-
-def shared(name):
-    """Return a file of the real data sets, or skip the test."""
-    if not (SHARED / name).is_file():
-        pytest.skip(f"{SHARED / name} is missing; BLNET_SHARED_DATA names the folder that holds it")
-    return str(SHARED / name)
-
 
 def length(one):
     return torch.tensor([len(one.text)])
@@ -88,7 +77,7 @@ def test_one_speaker_is_held_out_whole(digits):
             holdout_speaker="eve")  # fmt: skip
 
 
-def test_the_real_fsdd():
+def test_the_real_fsdd(shared):
     data = load(name="fsdd", path=shared("fsdd.zip"), sample_rate=8000)
     expected = "fsdd (2,700 training and 300 test recordings, 19.7 and 2.2 minutes, of 6 speakers, "
     assert data.name == expected + "at 8 kHz)"
@@ -118,7 +107,7 @@ def test_yesno_says_its_names(tmp_path):
             holdout_speaker="a")  # fmt: skip
 
 
-def test_the_real_yesno_is_held_out_by_its_seed():
+def test_the_real_yesno_is_held_out_by_its_seed(shared):
     path = shared("yesno.zip")
     data, other = (load("ctc", name="yesno", path=path, split_seed=seed) for seed in (0, 1))
     assert (len(data.train), len(data.evaluation)) == (54, 6)
@@ -277,7 +266,7 @@ def test_a_manifest_is_held_out_by_speaker_where_those_are_known(tmp_path):
     refused("needs a label", name="manifest", path=tmp_path / "all.tsv")
 
 
-def test_the_real_manifests_in_an_archive():
+def test_the_real_manifests_in_an_archive(shared):
     path = shared("so762_flac_480_160.zip")
     data = load("ctc", name="manifest", path=f"{path}::train.tsv", eval_path=f"{path}::test.tsv")
     assert data.name == (

@@ -19,10 +19,6 @@ from blnet.speech.features import LogMel
 from blnet.speech.inference import load_trained
 from blnet.speech.predict import predict
 
-SHARED = Path(
-    os.environ.get("BLNET_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
-)
-
 
 @pytest.fixture(scope="module")
 def net(tmp_path_factory):
@@ -157,11 +153,9 @@ def test_silence_and_a_single_sample_have_an_answer(net, tmp_path, capsys, sampl
     assert [shares[k] for k in range(3)] == pytest.approx(expected(file), abs=1e-4)
 
 
-def test_real_recordings_of_an_archive(net, capsys):
+def test_real_recordings_of_an_archive(net, capsys, shared):
     """The network knows nothing of digits; that each has an answer of its own is the point."""
-    packed = SHARED / "fsdd.zip"
-    if not packed.exists():
-        pytest.skip(f"{packed} is missing; BLNET_SHARED_DATA names the folder that holds it")
+    packed = shared("fsdd.zip")
     with zipfile.ZipFile(packed) as archive:
         names = [name for name in archive.namelist() if name.endswith("_0.wav")][:5]
     files = [f"{packed}::{name}" for name in names]

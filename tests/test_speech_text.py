@@ -2,10 +2,8 @@
 
 import csv
 import io
-import os
 import pickle
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +14,6 @@ from blnet.speech.config import LETTERS
 from blnet.speech.text import Alphabet, required_frames
 
 ENGLISH = Alphabet(LETTERS)
-SHARED = Path(
-    os.environ.get("BLNET_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
-)
 
 
 def test_class_0_is_the_blank():
@@ -133,10 +128,8 @@ def test_required_frames(text, frames):
         assert bool(loss.isfinite()) == possible
 
 
-def test_real_transcripts_are_written_with_the_default_alphabet():
-    path = SHARED / "so762_flac_480_160.zip"
-    if not path.exists():
-        pytest.skip(f"{path} is missing; BLNET_SHARED_DATA names the folder that holds it")
+def test_real_transcripts_are_written_with_the_default_alphabet(shared):
+    path = shared("so762_flac_480_160.zip")
     with zipfile.ZipFile(path) as archive:
         lines = io.StringIO(archive.read("train.tsv").decode())
     texts = [row["text"] for row in csv.DictReader(lines, delimiter="\t")]

@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from blnet.training.checkpoints import MODEL, TRAINING, CheckpointFolder
 from blnet.training.config import OptimizerConfig, ScheduleConfig
 from blnet.training.journal import read_rows
-from blnet.training.testing import train_tiny, train_together
+from blnet.training.testing import train_tiny, train_together, weights
 
 SECONDS = 60  # after which a process hangs
 Start = Callable[..., list[Any]]
@@ -42,12 +41,6 @@ def curve(folder: Path) -> list[tuple[int, float, float]]:
     rows = list(read_rows(folder, "train"))
     assert rows
     return [(row["step"], row["loss"], row["accuracy"]) for row in rows]
-
-
-def weights(folder: Path, name: str = MODEL) -> dict[str, torch.Tensor]:
-    path = CheckpointFolder(folder).latest()
-    assert path is not None
-    return load_file(path / name)
 
 
 def check_near(one: Path, other: Path, **tolerance: float) -> None:

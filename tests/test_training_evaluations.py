@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from blnet.training.checkpoints import MODEL, CheckpointFolder
+from blnet.training.checkpoints import CheckpointFolder
 from blnet.training.journal import plot, read_rows
 from blnet.training.reporting import Reporter
 from blnet.training.run import run
 from blnet.training.stopping import Interrupted
-from blnet.training.testing import TinyTask, tiny_config
+from blnet.training.testing import TinyTask, check_same_weights, tiny_config
 
 EPOCHS = 5
 KEPT: dict[str, Any] = {"keep": 9, "checkpoint_steps": 0}
@@ -25,15 +23,6 @@ KEPT: dict[str, Any] = {"keep": 9, "checkpoint_steps": 0}
 def train(folder: Path, every: int, **changes: Any) -> Any:
     config = tiny_config(str(folder), epochs=EPOCHS, evaluate_epochs=every, **{**KEPT, **changes})
     return run(TinyTask(), config, folder)
-
-
-def check_same_weights(one: Path, other: Path) -> None:
-    first, second = (CheckpointFolder(folder).latest() for folder in (one, other))
-    assert first is not None
-    assert second is not None
-    assert first.name == second.name
-    mine, others = load_file(first / MODEL), load_file(second / MODEL)
-    assert all(torch.equal(value, others[key]) for key, value in mine.items())
 
 
 def test_every_second_epoch_and_the_last_are_evaluated_and_kept(tmp_path: Path) -> None:

@@ -6,29 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from blnet.training import run as run_module
-from blnet.training.checkpoints import MODEL, CheckpointFolder
+from blnet.training.checkpoints import CheckpointFolder
 from blnet.training.journal import PLOT
 from blnet.training.run import report_stop, run
 from blnet.training.stopping import Interrupted
 from blnet.training.task import Batch
-from blnet.training.testing import TinyTask, tiny_config, train_tiny
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    path = CheckpointFolder(folder).latest()
-    assert path is not None
-    return load_file(path / MODEL)
-
-
-def check_same(one: Path, other: Path) -> None:
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
+from blnet.training.testing import TinyTask, check_same_weights, tiny_config, train_tiny
 
 
 def test_a_batch_larger_than_the_data_says_so(tmp_path: Path) -> None:
@@ -56,7 +42,7 @@ def test_trouble_is_one_sentence_and_the_run_goes_on_after_it(trouble: str, tmp_
     assert latest.name == "step-00000006"
     assert (broken / PLOT).is_file()
     train_tiny(str(broken), **settings)
-    check_same(whole, broken)
+    check_same_weights(whole, broken)
 
 
 class Exploding(TinyTask):

@@ -10,21 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
-from blnet.training.checkpoints import BEST, MODEL, CheckpointFolder, Saved
+from blnet.training.checkpoints import BEST, CheckpointFolder, Saved
 from blnet.training.config import OptimizerConfig
 from blnet.training.journal import METRICS, read_rows
-from blnet.training.testing import report_tiny, train_tiny
+from blnet.training.testing import report_tiny, train_tiny, weights
 
 Launch = Callable[..., Any]
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    path = CheckpointFolder(folder).latest()
-    assert path is not None
-    return load_file(path / MODEL)
 
 
 def test_a_folder_that_is_none_says_so(tmp_path: Path) -> None:

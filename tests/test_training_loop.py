@@ -17,7 +17,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from blnet.training import state as state_module
-from blnet.training.checkpoints import BEST, EMA, MODEL, CheckpointFolder
+from blnet.training.checkpoints import BEST, EMA, MODEL
 from blnet.training.config import (
     DistillationConfig,
     EmaConfig,
@@ -34,20 +34,7 @@ from blnet.training.progress import RunProgress
 from blnet.training.run import describe, run
 from blnet.training.state import INIT_SEED, STEP_SEED
 from blnet.training.task import Batch
-from blnet.training.testing import TinyTask, tiny_config, train_tiny
-
-
-def weights(folder: Path, name: str = MODEL) -> dict[str, Tensor]:
-    path = CheckpointFolder(folder).latest()
-    assert path is not None
-    return load_file(path / name)
-
-
-def check_same(one: Path, other: Path) -> None:
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
-
+from blnet.training.testing import TinyTask, check_same_weights, tiny_config, train_tiny, weights
 
 # --- what it computes ---------------------------------------------------------------------------
 
@@ -135,7 +122,7 @@ def test_options_train_and_repeat(changes: dict[str, Any], tmp_path: Path) -> No
     for folder in (one, other):
         summary = train_tiny(str(folder), epochs=2, **changes)
         assert summary.last["loss"] < 1.2
-    check_same(one, other)
+    check_same_weights(one, other)
 
 
 def test_a_run_of_one_step_warns_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -148,7 +135,7 @@ def test_a_run_of_one_step_warns_of_nothing(caplog: pytest.LogCaptureFixture) ->
 def test_precision_is_the_runs_own_in_a_process_of_many(tmp_path: Path) -> None:
     for name, precision in (("a", "fp32"), ("b", "bf16"), ("c", "fp32")):
         train_tiny(str(tmp_path / name), epochs=1, precision=precision)
-    check_same(tmp_path / "a", tmp_path / "c")
+    check_same_weights(tmp_path / "a", tmp_path / "c")
     first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert any(not torch.equal(first[key], second[key]) for key in first)
 
@@ -159,7 +146,7 @@ def test_runs_may_share_an_accelerator_that_keeps_nothing(tmp_path: Path) -> Non
     for name in ("a", "b"):
         run(TinyTask(), config, tmp_path / name, accelerator)
         assert (accelerator._models, accelerator._optimizers) == ([], [])
-    check_same(tmp_path / "a", tmp_path / "b")
+    check_same_weights(tmp_path / "a", tmp_path / "b")
 
 
 def test_settings_of_one_run_do_not_stay(tmp_path: Path) -> None:

@@ -1,11 +1,9 @@
 """Image sets: the digits, fakes, real ones; loading processes; pictures that cannot be read."""
 
-import os
 import pickle
 import struct
 import zlib
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,18 +19,6 @@ from blnet.vision.data import load_data
 from blnet.vision.preprocessing import IMAGENET
 from blnet.vision.sources import decode, read
 from blnet.vision.testing import archive_of, encoded, folder_of, red, small
-
-SHARED = Path(
-    os.environ.get("BLNET_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
-)
-
-
-def shared(name):
-    """Return a file of the real data sets, or skip the test."""
-    if not (SHARED / name).is_file():
-        pytest.skip(f"{SHARED / name} is missing; BLNET_SHARED_DATA names the folder that holds it")
-    return str(SHARED / name)
-
 
 # Digits ----------------------------------------------------------------------------------------
 
@@ -267,7 +253,7 @@ def test_size_and_crop_can_be_chosen(size):
 # Real sets -------------------------------------------------------------------------------------
 
 
-def test_cifar10_as_jpegs():
+def test_cifar10_as_jpegs(shared):
     data = load_data(DataConfig(name="cifar10", path=shared("cifar10_jpeg_full.npz")))
     assert data.counts == (50_000, 10_000)
     assert data.classes[:2] == ("airplane", "automobile")
@@ -280,7 +266,7 @@ def test_cifar10_as_jpegs():
     assert abs(normal.std() - 1) < 0.1
 
 
-def test_imagenette():
+def test_imagenette(shared):
     path = shared("imagenette224_train_1of3.npz")
     data = load_data(DataConfig(name="npz", path=path), AugmentConfig(crop="resized"))
     assert sum(data.counts) == 3157

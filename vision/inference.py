@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import blnet.vision.models  # noqa: F401  (registers the networks by name)
 from blnet.files import StrPath, reason
+from blnet.meta import meta_twin, run_on_meta
 from blnet.network import BigLittleNet
 from blnet.profiling import Profile, profile
-from blnet.tracing import meta_twin, run_on_meta
 from blnet.training.networks import load_network
 from blnet.vision.classes import IMAGENET_CLASSES, class_names_of, imagenet_names
 from blnet.vision.config import ModelConfig

@@ -18,8 +18,8 @@ import blnet.vision.models  # noqa: F401  (registers the networks by name)
 from blnet import registry
 from blnet.conversion import convert
 from blnet.files import reason
+from blnet.meta import meta_twin
 from blnet.profiling import Profile, profile
-from blnet.tracing import meta_twin
 from blnet.training.networks import load_network
 from blnet.training.task import Batch, Task
 from blnet.vision.augment import Mix

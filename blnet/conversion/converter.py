@@ -20,9 +20,9 @@ from blnet.conversion.plan import BranchPlan, ConversionPlan, StagePlan
 from blnet.conversion.stages import StageMaker
 from blnet.conversion.surgery import Layer, is_norm, norm_like
 from blnet.fusing import unfuse
+from blnet.meta import meta_twin, run_on_meta
 from blnet.module import BigLittleModule, branch_length, check_branching
 from blnet.stem import BigLittlePool
-from blnet.tracing import meta_twin, run_on_meta
 
 
 def convert(

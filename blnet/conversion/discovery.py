@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from blnet.kernels import merge
-from blnet.tracing import check_size, meta_twin, run_on_meta, trace_own_code
+from blnet.meta import check_size, meta_twin, run_on_meta
+from blnet.tracing import trace_own_code
 
 CONVERTIBLE = (
     "a convertible network is a stem, two or more stages of residual blocks (each stage in an "

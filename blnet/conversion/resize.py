@@ -26,7 +26,7 @@ from blnet.conversion.surgery import (
     resize_norm,
     shortcut_name,
 )
-from blnet.tracing import meta_twin, run_on_meta
+from blnet.meta import meta_twin, run_on_meta
 
 
 def resized(source: Call, spec: BlockSpec, striding: int, project: Projection) -> nn.Module:

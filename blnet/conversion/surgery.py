@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from blnet.blocks import BlockSpec, is_strided
-from blnet.tracing import meta_twin, run_on_meta, trace_own_code
+from blnet.meta import meta_twin, run_on_meta
+from blnet.tracing import trace_own_code
 
 SHORTCUT_NAMES = (
     "downsample", "shortcut", "skip", "skip_connection", "proj", "projection", "identity",

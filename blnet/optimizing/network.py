@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from blnet.modes import autocast_is_on, autocast_switched
 from blnet.optimizing.engines import Inputs, Run, channels_last, is_transformed, name_of
 from blnet.optimizing.report import Report
-from blnet.tracing import autocast_is_on, autocast_switched
 
 OtherInputs = Literal["eager", "error"]
 _Kind = tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from blnet.checks import check_choice
 from blnet.fusing import unfuse
 from blnet.kernels.launch import device_guard
+from blnet.modes import autocast_switched, evaluating, exact_products
 from blnet.optimizing.choosing import (
     BASELINE,
     TOLERANCES,
@@ -38,7 +39,7 @@ from blnet.optimizing.folding import fold_batch_norms
 from blnet.optimizing.fused_ops import with_fused_ops
 from blnet.optimizing.network import OptimizedNetwork, OtherInputs, describe, kind_of
 from blnet.optimizing.report import Change, Report
-from blnet.tracing import autocast_switched, copied, evaluating, exact_products
+from blnet.tracing import copied
 
 SECONDS = 60.0
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)

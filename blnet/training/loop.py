@@ -356,15 +356,13 @@ class Trainer:
         found = self._evaluate() if self._is_evaluated() else None
         seconds, waited = progress.epoch_seconds, progress.waited
         progress.end_epoch()
-        best = False
-        if found is not None:
-            progress.last = found.values
-            best = progress.is_best(found.values[task.monitor], task.maximize)
+        best = found is not None and progress.is_best(found.values[task.monitor], task.maximize)
         by_first(
             lambda: self._reporter.epoch(progress, trained, found, best, seconds, waited),
             self.accelerator,
         )
         if found is not None:
+            progress.last = found.values
             self._save(best)
 
     def _is_evaluated(self) -> bool:

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from blnet.training import loop
+from blnet.training.checkpoints import MODEL, CheckpointFolder
 from blnet.training.config import EmaConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 from blnet.training.loading import CorruptSample, mixed_seed
 from blnet.training.reporting import Summary
@@ -254,3 +256,20 @@ def train_together(rank: int, devices: int, port: int, *arguments: Any, **change
         LOCAL_WORLD_SIZE=str(devices), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     report_tiny(*arguments, **changes)
+
+
+def weights(folder: Path, name: str = MODEL) -> dict[str, Tensor]:
+    """Return the weights of a run's newest checkpoint, from one of its files."""
+    path = CheckpointFolder(folder).latest()
+    assert path is not None
+    return load_file(path / name)
+
+
+def check_same_weights(one: Path, other: Path) -> None:
+    """Assert that two runs have the same bits in their newest checkpoints, of the same step."""
+    names = [path.name for folder in (one, other) if (path := CheckpointFolder(folder).latest())]
+    assert len(names) == 2
+    assert names[0] == names[1]
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
