@@ -165,12 +165,14 @@ def test_exact_products_leave_settings_as_they_were(precision: str) -> None:
     first = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(precision)
-        before = states()
+        before, convolutions = states(), torch.backends.cudnn.allow_tf32
         with exact_products():
+            assert not torch.backends.cudnn.allow_tf32
             assert set(states().values()) == {"ieee"}
             assert torch.get_float32_matmul_precision() == "highest"
             assert not torch.backends.cuda.matmul.allow_tf32, "PyTorch's two settings agree"
         assert states() == before
+        assert torch.backends.cudnn.allow_tf32 is convolutions is True
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(first)
