@@ -29,9 +29,11 @@ slower when our blocks do. A control is held against the other controls, and wit
 others against itself. In a group without any the times decide alone, and a slower machine looks
 like slower code.
 
-What has no time in the new run fails a gate if it raised, is wrong, was skipped, or was dropped for
-times that are slower (`blnet.bench.missing`); so do a group without any pair, and a run that was
-interrupted.
+What has no time in the new run fails a gate if it raised, is wrong, was skipped, was dropped for
+times that are slower, or is gone: the new run was asked for it and says nothing of it
+(`blnet.bench.missing`). So do a group without any pair, and a run that was interrupted. What the
+new run was not asked for (other suites or networks, a quick run after a full one) fails nothing,
+but all that only the old run has is counted.
 
 What differs between two runs of one implementation but not between its rounds, such as where its
 buffers lie, is in no sample: a threshold must stay above it, and 5 % is little for ops of a few
@@ -49,7 +51,7 @@ import numpy as np
 from blnet.bench.catalogue import STUDIES
 from blnet.bench.changes import Array, Change, change, corrected
 from blnet.bench.intervals import RESAMPLES, Ratio
-from blnet.bench.missing import Key, Missing, Part, key_of, lost_groups, missing
+from blnet.bench.missing import Key, Missing, Part, asked, key_of, lost_groups, missing
 from blnet.bench.results import Measurement, Results
 from blnet.bench.settings import Settings
 
@@ -122,8 +124,9 @@ class Comparison:
         shifts: one for each group that has controls.
         missing: what has a time in one run only.
         notes: what differs between the runs beside their code: versions, commits.
-        lost_groups: (suite, group) of the old run, of suites that both took, without any pair.
+        lost_groups: (suite, group) of the old run that the new one took, without any pair.
         interrupted: whether the new run was, so that it may lack what would have been slower.
+        where: the device and the precision, of both runs where they differ.
     """
 
     threshold: float
@@ -133,6 +136,7 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
     lost_groups: list[Part] = field(default_factory=list)
     interrupted: bool = False
+    where: str = ""
 
     def of(self, verdict: Verdict) -> list[Row]:
         """Return the rows with a verdict."""
@@ -145,7 +149,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is slower or lost its time by failing, and all of it could be told."""
+        """Whether nothing is slower, gone or lost its time by failing, and all could be told."""
         lost = self.lost_groups or any(missing.failed for missing in self.missing)
         return not (self.of("slower") or lost or self.interrupted or self.blind)
 
@@ -185,6 +189,7 @@ def compare(
         if key in after:
             groups.setdefault(key[:2], []).append((measurement, after[key]))
     changes = list(_changes(groups.values(), threshold, resamples))
+    wanted = asked(old, new)
     return Comparison(
         threshold,
         _rows(list(groups.values()), changes, threshold),
@@ -197,13 +202,15 @@ def compare(
             before,
             after,
             new,
+            wanted,
             _slowest(before, groups, threshold),
             {key for key, measurement in before.items() if is_control(measurement)},
             any(old.environment.get(fact) != new.environment.get(fact) for fact in DEVICE),
         ),
         _differences(old, new),
-        lost_groups(before, after, new),
+        lost_groups(before, after, new, wanted),
         new.interrupted,
+        _where(old, new),
     )
 
 
@@ -345,6 +352,11 @@ def _slowest(
         moved = [new.median / old.median for old, new in pairs if is_control(old)]
         found[group] *= max([1.0, *moved])
     return found
+
+
+def _where(old: Results, new: Results) -> str:
+    devices = dict.fromkeys(_text(run.environment.get("device")) for run in (old, new))
+    return f"{' -> '.join(devices)}, {_text(new.settings.get('dtype'))}"
 
 
 def _differences(old: Results, new: Results) -> list[str]:

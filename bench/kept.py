@@ -25,7 +25,8 @@ TITLE = "Kept for backward, MB an image"
 NOTE = (
     "Counted through autograd's hooks, without running anything, on tensors that have no data: "
     "what one more image in the batch keeps. Parameters and the images are not in it, nor what a "
-    "batch keeps once, whatever its size. The fused ways are counted as on a GPU, on every machine."
+    "batch keeps once, whatever its size. In brackets: over what the first network keeps when "
+    "trained plain. The fused ways are counted as on a GPU, on every machine."
 )
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from blnet.bench.results import LATE, LEASHED, REPLAYS, Measurement, Results
+from blnet.bench.catalogue import OF_ANY_NETWORK
+from blnet.bench.results import FAILED, LATE, LEASHED, REPLAYS, Measurement, Results
+from blnet.bench.settings import Settings
 
 Key = tuple[str, str, str, str]
 Part = tuple[str, str]  # suite and group
+Asked = Callable[[Key], bool]
+NETWORKS = ("models", "model", "branchings", "baseline")  # settings that choose networks
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,8 @@ class Missing:
         group: name of the group.
         family: what it computes.
         implementation: its name.
-        kind: "lost" if the new run has it without a time, else the run that has it.
+        kind: "lost" if the new run has it without a time, "gone" if it lacks it although it was
+            asked for it, else the run that has it.
         status: what the new run says of a lost one; "" for the others.
         note: why it has no time.
         slower: whether it is ours and was dropped for a time that is slower than the old one by
@@ -35,7 +40,7 @@ class Missing:
     group: str
     family: str
     implementation: str
-    kind: Literal["lost", "only old", "only new"]
+    kind: Literal["lost", "gone", "only old", "only new"]
     status: str = ""
     note: str = ""
     slower: bool = False
@@ -43,13 +48,13 @@ class Missing:
 
     @property
     def failed(self) -> bool:
-        """Whether it raised, is wrong, was skipped without need, or became too slow to be timed.
+        """Whether it raised, is wrong, is too slow to time, or was not tried without need.
 
         What the old run timed the new one could have, on the same device: a package that is gone
         would else hide that an implementation, or the baseline of all others, is slower.
         """
-        skipped = self.status == "skipped" and not self.elsewhere
-        return self.slower or skipped or self.status in ("wrong", "error")
+        untried = self.kind == "gone" or self.status == "skipped"
+        return self.slower or self.status in FAILED or (untried and not self.elsewhere)
 
 
 def key_of(measurement: Measurement) -> Key:
@@ -62,10 +67,32 @@ def key_of(measurement: Measurement) -> Key:
     )
 
 
+def asked(old: Results, new: Results) -> Asked:
+    """Return what tells whether the new run was asked for something that the old one has.
+
+    It was if it has that case (suite, group and family), or took the suite and its networks as the
+    old run did. A quick run is not asked for all that a full one takes, nor a GPU for what a CPU
+    runs, and an interrupted run says itself that cases are missing.
+    """
+    then, now = (Settings.from_dict(run.settings) for run in (old, new))
+    if then.device != now.device or (then.full and not now.full):
+        return lambda key: False
+    cases = {key_of(m)[:3] for m in new.measurements}
+    suites = {*now.suites, *(m.suite for m in new.measurements)}
+    if (set(then.suites), then.model) == (set(now.suites), now.model):
+        suites |= {m.suite for m in old.measurements}
+    if any(getattr(then, name) != getattr(now, name) for name in NETWORKS):
+        suites -= set(OF_ANY_NETWORK)
+    if new.interrupted:
+        suites.clear()
+    return lambda key: key[:3] in cases or key[0] in suites
+
+
 def missing(
     before: Mapping[Key, Measurement],
     after: Mapping[Key, Measurement],
     new: Results,
+    wanted: Asked,
     slowest: Mapping[Part, float],
     controls: Collection[Key] = (),
     elsewhere: bool = False,
@@ -76,6 +103,7 @@ def missing(
         before: what has a time in the old run.
         after: what has one in the new run.
         new: the new run.
+        wanted: what `asked` returns.
         slowest: group of the old run -> times the old median from which on a time is slower.
         controls: which of the old run are not ours.
         elsewhere: whether the new run was on another device.
@@ -96,15 +124,19 @@ def missing(
             slower = lost.status == "dropped" and key not in controls and slower
             found.append(Missing(*key, "lost", lost.status, lost.note, slower, elsewhere))
         elif key not in after:
-            found.append(Missing(*key, "only old"))
+            gone = wanted(key)
+            found.append(Missing(*key, "gone" if gone else "only old", elsewhere=elsewhere))
     return found + [Missing(*key, "only new") for key in after if key not in before]
 
 
 def lost_groups(
-    before: Mapping[Key, Measurement], after: Mapping[Key, Measurement], new: Results
+    before: Mapping[Key, Measurement],
+    after: Mapping[Key, Measurement],
+    new: Results,
+    wanted: Asked,
 ) -> list[Part]:
-    """Return the old run's groups of which no pair is left, of suites that the new run took."""
-    taken = {m.suite for m in new.measurements} | set(new.settings.get("suites") or ())
+    """Return the old run's groups of which no pair is left, of those that the new run took."""
+    there = {(m.suite, m.group) for m in new.measurements}
     left = {key[:2] for key in before.keys() & after.keys()}
-    groups = dict.fromkeys(key[:2] for key in before if key[0] in taken)
+    groups = dict.fromkeys(key[:2] for key in before if key[:2] in there or wanted(key))
     return [group for group in groups if group not in left]

@@ -38,6 +38,7 @@ FACTS: dict[str, Any] = {
     "kept_bytes_an_image": dict[str, int],
     ELSEWHERE: dict[str, str],
     "counted": str,
+    "dtype": str,
     "replays": str,
 }
 # What every trained network has of them; one score of two beside.

@@ -147,6 +147,11 @@ def main(words: Sequence[str] | None = None) -> None:
         torch.cuda.set_device(dist.get_node_local_rank())
     found = [measure(name, args.batch, args.size, args.rounds) for name in args.models]
     if dist.get_rank() == 0:
+        environment = collect()
+        print(
+            f"{environment.device}, {environment.threads} threads and {args.batch} images of "
+            f"{args.size}x{args.size} pixels a process, medians of {args.rounds} rounds:\n"
+        )
         print(text(found))
         if args.json:
             write_text(args.json, json.dumps(_record(args, found), indent=1) + "\n")

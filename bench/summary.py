@@ -108,8 +108,11 @@ class OpRow:
         rate: counted FLOPs over the median time, FLOP/s; None without a time or FLOPs.
         share: the least time that the run's measured rates allow, for the bytes or for the FLOPs,
             whichever takes longer, over the median time; None where they were not measured.
-        speedup: over the fastest of PyTorch's own ways; None without a time of both.
+        speedup: over the group's fastest baseline, such as PyTorch's own ways; None without a time
+            of both.
         fastest_baseline: whether it is that fastest way.
+        over: name of that fastest way; None if no baseline of the group has a time.
+        lacking: baselines of the group without a time, among which its fastest may be.
     """
 
     measurement: Measurement
@@ -118,6 +121,8 @@ class OpRow:
     share: float | None
     speedup: Ratio | None
     fastest_baseline: bool
+    over: str | None
+    lacking: tuple[str, ...] = ()
 
 
 def fastest(measurements: list[Measurement]) -> Measurement | None:
@@ -189,16 +194,21 @@ def _batch_row(
 
 
 def _lacking(group: list[Measurement], network: Network) -> tuple[str, ...]:
-    """Return the rungs of `BatchRow.lacking` from all of a group, timed or not.
-
-    What was dropped for its times is none of them: it was slower than a rung that stayed.
-    """
+    """Return the rungs of `BatchRow.lacking` from all of a group, timed or not."""
     others = [m for m in group if is_baseline(m)]
-    plain = {m.implementation: m for m in others if m.family == network.baseline}
+    plain = [m for m in others if m.family == network.baseline]
     own = [m.implementation for m in others if m.family == network.label and m.timed]
-    failed = [rung for rung, m in plain.items() if m.failed]
-    known = [rung for rung, m in plain.items() if m.timed or LEASHED in m.facts]
+    failed = [m.implementation for m in plain if m.failed]
+    known = [m.implementation for m in plain if not _unknown(m)]
     return tuple(dict.fromkeys([*failed, *(rung for rung in own if rung not in known)]))
+
+
+def _unknown(measurement: Measurement) -> bool:
+    """Return whether nothing is known of its time, so that it may have been the fastest.
+
+    What was dropped for its times was slower than all that stayed.
+    """
+    return not measurement.timed and LEASHED not in measurement.facts
 
 
 def share_rows(results: Results, suite: str, rows: Sequence[ModelRow]) -> list[ShareRow]:
@@ -253,7 +263,8 @@ def op_rows(results: Results, suite: str) -> list[OpRow]:
     rows = []
     for measurement in measurements:
         same = [m for m in measurements if m.group == measurement.group]
-        plain = fastest([m for m in same if m.facts.get("baseline")])
+        baselines = [m for m in same if m.facts.get("baseline")]
+        plain = fastest(baselines)
         bandwidth = rate = share = speedup = None
         if measurement.timed and "bytes" in measurement.facts:
             bandwidth = measurement.facts["bytes"] / measurement.median
@@ -261,7 +272,16 @@ def op_rows(results: Results, suite: str) -> list[OpRow]:
             share = _share(measurement, results.ceilings)
         if measurement.timed and plain:
             speedup = median_ratio(plain.samples, measurement.samples)
-        row = OpRow(measurement, bandwidth, rate, share, speedup, measurement is plain)
+        row = OpRow(
+            measurement,
+            bandwidth,
+            rate,
+            share,
+            speedup,
+            measurement is plain,
+            plain.implementation if plain else None,
+            tuple(m.implementation for m in baselines if _unknown(m)),
+        )
         rows.append(row)
     return rows
 

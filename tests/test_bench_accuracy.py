@@ -108,6 +108,7 @@ def test_tables_files_and_plot(tmp_path: Path) -> None:
     out = Console(file=io.StringIO(), width=140)
     print_tables(found, out)
     shown = out.file.getvalue()
+    assert f"; {found.environment['cpu']}, {found.environment['threads']} threads" in shown
     assert "92.00" in shown
     assert "+2.00" in shown
     text = markdown(found)

@@ -11,55 +11,42 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from blnet.bench import report
+from blnet.bench import report, testing
 from blnet.bench.report import figures, layers, plots, series
-from blnet.bench.report.cells import FEW_ROUNDS
+from blnet.bench.report.cells import FEW_ROUNDS, share_text
 from blnet.bench.report.page import html_page
-from blnet.bench.results import LEASHED, Check, Layer, Measurement, Network, Results
-from blnet.bench.settings import Settings, resolve
+from blnet.bench.results import LEASHED, Layer, Measurement, Results
 from blnet.bench.summary import model_rows
-from blnet.environment import collect
+from blnet.bench.testing import BIG_LITTLE as BL
 
-BL = "bl_resnet50 a2 b4"
 ROUNDS = 5
 PASSED = "the rates measured in this run are a lower estimate"
 
 
 def model(family: str, rung: str, seconds: float | None, **more: Any) -> Measurement:
     """A rung at batch 8; without seconds it failed."""
-    facts = {"network": family.split()[0], "batch": 8, **more.pop("facts", {})}
-    values = {"status": "error" if seconds is None else "ok", "check": Check(1e-6, 1e-3, "x")}
+    status = "error" if seconds is None else "ok"
     samples = [] if seconds is None else [seconds] * ROUNDS
-    return Measurement("models", "batch 8", family, rung, facts=facts, samples=samples,
-                       **{**values, **more})  # fmt: skip
+    return testing.model(family, 8, rung, samples, **{"status": status, **more})
 
 
 def merge(name: str, seconds: float, baseline: bool) -> Measurement:
-    facts = {"site": "s", "pass": "forward", "batch": 8, "bytes": 10**9, "baseline": baseline}
-    return Measurement("merge", "s, forward", "s", name, facts=facts, samples=[seconds] * ROUNDS,
-                       status="ok", check=Check(1e-8, 1e-5, "x"))  # fmt: skip
+    return testing.merge(name, [seconds] * ROUNDS, baseline)
 
 
 @pytest.fixture
 def results() -> Results:
-    found = Results(
-        {**collect("cpu").as_dict(), "device": "Test CPU"},
-        resolve(Settings(device="cpu")).as_dict(),
+    return testing.report_of(
+        [
+            model("resnet50", "eager", 0.4),
+            model("resnet50", "folded", 0.3),
+            model(BL, "eager", 0.25),
+            model(BL, "folded", 0.2),
+            merge("eager", 0.2, True),
+            merge("blnet", 0.05, False),
+        ],
         ceilings={"copy_bandwidth": 40e9, "matmul_rate": 1e12},
     )
-    found.networks = [
-        Network("resnet50", "resnet50", None, None, "resnet50", 25_557_032, 4_089_000_000),
-        Network(BL, "bl_resnet50", 2, 4, "resnet50", 26_689_256, 2_044_500_000),
-    ]
-    found.measurements = [
-        model("resnet50", "eager", 0.4),
-        model("resnet50", "folded", 0.3),
-        model(BL, "eager", 0.25),
-        model(BL, "folded", 0.2),
-        merge("eager", 0.2, True),
-        merge("blnet", 0.05, False),
-    ]
-    return found
 
 
 def few(results: Results, rounds: int = 4) -> Results:
@@ -119,6 +106,76 @@ def test_a_rung_that_failed_for_both_networks_is_told_all_the_same(results: Resu
     assert model_rows(results)[1].batches[8].lacking == ("onnx",)
 
 
+# ---------------------------------------------------------------------------- an op's baselines
+
+
+OPS_OVER = "Speed-ups are over the fastest of PyTorch's eager and compile at the same site and pass"
+
+
+def test_a_legend_says_what_the_columns_of_an_op_are(results: Results) -> None:
+    results.measurements.append(merge("compile", 0.3, True))
+    for text in said_of(results):
+        assert f"{OPS_OVER}, with 95 % intervals in brackets." in text
+        assert "Of bound is the least time that the rates measured in this run allow" in text
+        assert "GB/s and TFLOP/s count what any implementation must move and multiply." in text
+        assert "is the baseline" in text
+    results.ceilings = {}
+    assert not any("Of bound is" in text for text in said_of(results))
+
+
+def test_the_baseline_of_an_op_need_not_be_pytorch_s(results: Results) -> None:
+    results.measurements[4].implementation = "librosa"
+    assert all("Speed-ups are over librosa at the same site" in text for text in said_of(results))
+    assert "ours is clearly faster than librosa in 1 of 1 measurements" in said_of(results)[2]
+
+
+@pytest.mark.parametrize("status", ["error", "wrong", "dropped", "skipped"])
+def test_an_op_s_baseline_that_is_lost_is_told(results: Results, status: Any) -> None:
+    lesser = (
+        "The baseline has no time on eager at s, forward, so speed-ups there may be over a lesser"
+    )
+    none = "The baseline has no time at s, forward, so there is no speed-up there."
+    compiled = merge("compile", 0.3, True)
+    results.measurements.append(compiled)
+    assert not any(lesser in text or none in text for text in said_of(results))
+    results.measurements[4].status = status
+    assert all(lesser in text for text in said_of(results))
+    assert "in 1 of 1 measurements" in said_of(results)[2]
+    assert said_of(results)[2].count(lesser) == 2, "in the summary and below the table"
+    compiled.status = status
+    for text in said_of(results):
+        assert none in text
+        assert lesser not in text
+    assert f"merge has no speed-up. {none}" in said_of(results)[2]
+    compiled.status, results.measurements[5].status = "ok", status
+    assert (
+        "merge has no speed-up. Ours has no time. The baseline has no time on eager"
+        in said_of(results)[2]
+    )
+    results.measurements[4].status = "ok"
+    assert "merge has no speed-up. Ours has no time." in said_of(results)[2]
+
+
+def test_an_op_s_baseline_that_was_dropped_as_slow_is_not_missed(results: Results) -> None:
+    slow = merge("compile", 9.0, True)
+    slow.status, slow.samples, slow.facts[LEASHED] = "dropped", [], 9.0
+    results.measurements.append(slow)
+    assert not any("The baseline has no time" in text for text in said_of(results))
+    results.measurements[4].status = "error"
+    assert all("The baseline has no time at s, forward" in text for text in said_of(results))
+
+
+def test_places_where_an_op_lost_its_baseline_are_named_once(results: Results) -> None:
+    for group in ("t, forward", "t, both"):
+        more = merge("eager", 0.2, True), merge("compile", 0.2, True), merge("blnet", 0.05, False)
+        for m in more:
+            m.group = group
+        more[1].status = "error"
+        results.measurements += more
+    for text in said_of(results):
+        assert "has no time on compile at t, forward and t, both, so speed-ups" in text
+
+
 # ---------------------------------------------------------------------------- too few rounds
 
 
@@ -127,13 +184,13 @@ def test_too_few_rounds_are_told_and_no_interval_or_verdict_is(
 ) -> None:
     assert not any(FEW_ROUNDS in text for text in said_of(results))
     assert "1.50x [1.50, 1.50] as fast as resnet50 at batch 8 (" in said_of(results)[2]
-    assert "clearly faster than the fastest of PyTorch's ways in 1 of 1" in said_of(results)[2]
+    assert "clearly faster than PyTorch's eager in 1 of 1" in said_of(results)[2]
     for text in said_of(few(results)):
         assert FEW_ROUNDS in text
         assert not re.search(r"\d\.\d\dx \[", text)
     page = said_of(results)[2]
     assert "1.50x as fast as resnet50 at batch 8, in too few rounds to be sure, (" in page
-    assert "clearly faster than the fastest of PyTorch's ways in 0 of 1" in page
+    assert "clearly faster than PyTorch's eager in 0 of 1" in page
     lines = list(csv.DictReader(io.StringIO(report.csv_text(results))))
     assert [lines[3][name] for name in ("speedup_low", "speedup_high")] == ["", ""]
     points = series.points(results, "models")
@@ -163,3 +220,50 @@ def test_a_network_that_passes_its_bound_is_told(results: Results) -> None:
         "conv", "Conv2d", (8, 64, 28, 28), 10**9, 10**7, 0.2, 0.2
     )
     assert layers.PASSED not in layers.reading(results, "models, batch 8", BL)
+
+
+# ---------------------------------------------------------------------------- where and how much
+
+
+def test_an_op_s_table_says_where_and_at_which_batch(results: Results) -> None:
+    results.environment["cpu"] = "Some CPU"
+    results.measurements = list(results.of("merge"))
+    results.measurements[1].facts["batch"] = 4  # halved, and the table must not hide it
+    terminal, text, page = said_of(results)
+    where = f"Some CPU, {results.environment['threads']} threads, float32"
+    assert f"merge; {where}" in terminal
+    assert f"## merge {where}." in text
+    assert f"{where}." in page
+    assert re.search(r"s forward 4 blnet", terminal)
+    assert "| s | forward | 4 | blnet |" in text
+    assert re.search(r"forward</td><td[^>]*>4</td><td[^>]*>blnet</td>", page)
+
+
+def test_the_precision_of_an_op_is_its_own(results: Results) -> None:
+    results.settings["dtype"] = "bfloat16"
+    results.measurements = list(results.of("merge"))
+    assert all("threads, bfloat16" in text for text in said_of(results))
+    for m in results.measurements:
+        m.facts["dtype"] = "float32"
+    terminal, text, page = said_of(results)
+    assert "threads, bfloat16" not in terminal + page
+    assert "## merge Test CPU" in text.replace(results.environment["cpu"], "Test CPU")
+    assert all("threads, float32" in said for said in (terminal, text, page))
+
+
+def test_a_batch_at_which_the_plain_network_has_no_time_is_told(results: Results) -> None:
+    for family, seconds in (("resnet50", 0.1), (BL, 0.05)):
+        results.measurements.append(testing.model(family, 1, "eager", [seconds] * ROUNDS))
+    told = "Speed-ups are over the fastest rung of resnet50: eager at batch 1 and {} at batch 8"
+    assert all(told.format("folded") in text for text in said_of(results))
+    for m in results.measurements[:2]:
+        m.status = "error"
+    none = told.format("none").replace(" and none", ", none")
+    assert all(f"{none}, so there is no speed-up there." in text for text in said_of(results))
+    assert "It has no speed-up at batch 8." in said_of(results)[2]
+
+
+def test_a_small_share_is_not_rounded_to_nothing() -> None:
+    shares = (0.0004, 0.004, 0.02, 0.996, 1.11)
+    assert [share_text(share) for share in shares] == ["0.04%", "0.4%", "2%", "100%", "111%"]
+    assert share_text(None) == "-"

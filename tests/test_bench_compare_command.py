@@ -148,7 +148,9 @@ def test_of_many_rows_only_those_that_changed_are_shown(tmp_path: Path, capsys: 
     assert f"and {FEW + 1} rows more without a change" in text
     assert f"1 of {FEW + 2} implementations are slower by more than 5 %." in text
     assert main([*words, "--all", "--json", str(tmp_path / "out.json")]) == 0
-    assert "rows more" not in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "rows more" not in text
+    assert "New time over old: a CPU, float32" in text
     values = json.loads((tmp_path / "out.json").read_text())
     assert values["rows"][-1]["verdict"] == "slower"
     assert len(values["rows"]) == FEW + 2
@@ -157,6 +159,7 @@ def test_of_many_rows_only_those_that_changed_are_shown(tmp_path: Path, capsys: 
 
 def test_markdown_has_every_row() -> None:
     text = comparison_markdown(many())
+    assert "New time over old: a CPU, float32." in text
     assert text.count("family, way") == FEW + 2
     assert "| suite, group 0 | family, way 0 (control) |" in text
     assert "| slower |" in text

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from blnet.bench.compare import compare, is_control
-from blnet.bench.report.comparison import comparison_markdown
+from blnet.bench.report.comparison import FEW, comparison_markdown, conclusion, shown_missing
 from blnet.bench.results import LATE, LEASHED, REPLAYS, Results
 from blnet.bench.testing import run_of, steady
 
@@ -54,7 +54,9 @@ def test_a_group_without_any_pair_fails_the_gate() -> None:
     assert not comparison.passed
     assert "nothing is left to compare of suite, group 1" in comparison_markdown(comparison)
     for m in old.measurements[3:]:
-        m.suite = "another"  # the new run was not asked for it
+        m.suite = "another"
+    assert not compare(old, new, 0.05).passed, "both runs were asked for the same suites"
+    new.settings["suites"] = ["suite"]
     assert compare(old, new, 0.05).passed
     new.settings["suites"] = ["suite", "another"]
     assert not compare(old, new, 0.05).passed
@@ -74,11 +76,115 @@ def test_a_run_that_was_interrupted_passes_no_gate() -> None:
 
 def test_what_only_one_run_has_is_listed() -> None:
     three, four = run_of([steady(3, 24)]), run_of([steady(4, 24)])
-    assert compare(four, three).missing[0].kind == "only old"
     found = compare(three, four)
     assert (found.missing[0].kind, found.missing[0].implementation) == ("only new", "way 3")
     assert "new run only: suite, group 0, family, way 3" in comparison_markdown(found)
     assert found.passed
+
+
+# ---------------------------------------------------------------------------- gone
+
+
+def without(results: Results, *numbers: int) -> Results:
+    """Leave out measurements, as a run that never declared them."""
+    kept = enumerate(results.measurements)
+    results.measurements = [m for number, m in kept if number not in numbers]
+    return results
+
+
+def test_what_the_new_run_no_longer_declares_fails_the_gate_and_is_counted() -> None:
+    old, new = run_of([steady(4, 24)]), without(run_of([steady(4, 24)]), 2, 3)
+    comparison = compare(old, new, 0.05)
+    assert [missing.kind for missing in comparison.missing] == ["gone", "gone"]
+    assert not comparison.passed
+    assert comparison.lost_groups == []
+    text = comparison_markdown(comparison)
+    assert "gone without a word from the new run: suite, group 0, family, way 3" in text
+    assert conclusion(comparison).count("2 gone without a word from the new run") == 1
+    assert compare(new, old, 0.05).passed, "what is new was never measured before"
+
+
+def two_networks() -> Results:
+    """A group of two networks on two rungs each."""
+    found = run_of([steady(4, 24)])
+    for m in found.measurements:
+        m.suite = "models"
+    found.measurements[2].family = found.measurements[3].family = "another network"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "kind"),
+    [
+        ({}, {}, "gone"),
+        ({"models": ["a", "b"]}, {"models": ["a"]}, "only old"),
+        ({"branchings": [[2, 4], [4, 4]]}, {"branchings": [[2, 4]]}, "only old"),
+        ({"full": True}, {}, "only old"),
+        ({}, {"full": True}, "gone"),
+    ],
+)
+def test_a_case_fails_the_gate_only_if_the_new_run_was_asked_for_it(
+    then: dict[str, Any], now: dict[str, Any], kind: str
+) -> None:
+    old, new = two_networks(), without(two_networks(), 2, 3)
+    old.settings |= then
+    new.settings |= now
+    comparison = compare(old, new, 0.05)
+    assert {missing.kind for missing in comparison.missing} == {kind}
+    assert comparison.passed is (kind == "only old")
+    counted = "2 in the old run alone" if comparison.passed else "2 gone without a word"
+    assert counted in conclusion(comparison)
+
+
+def test_a_rung_fails_the_gate_whatever_other_networks_were_left_out() -> None:
+    old, new = two_networks(), without(two_networks(), 1, 2, 3)
+    old.settings["models"] = ["a", "b"]
+    comparison = compare(old, new, 0.05)
+    assert [missing.kind for missing in comparison.missing] == ["gone", "only old", "only old"]
+    assert not comparison.passed
+    old.settings["full"] = True  # of which a quick run takes some rungs
+    assert compare(old, new, 0.05).passed
+
+
+def test_a_full_run_and_a_quick_one_compare_and_all_that_is_not_is_counted() -> None:
+    old, new = run_of([steady(4, 24)] * 12), run_of([steady(4, 24)])
+    old.settings["full"] = True
+    comparison = compare(old, new, 0.05)
+    assert comparison.passed
+    assert comparison.lost_groups == []
+    assert "; 44 in the old run alone." in conclusion(comparison)
+    assert len(shown_missing(comparison)) == FEW
+    assert len(shown_missing(comparison, everything=True)) == 44
+    assert not compare(old, lose(new, "wrong", "so"), 0.05).passed
+
+
+def test_other_devices_take_other_rungs() -> None:
+    old, new = run_of([steady(4, 24)]), without(run_of([steady(4, 24)]), 3)
+    assert not compare(old, new, 0.05).passed
+    new.environment["device"] = "another CPU"
+    comparison = compare(old, new, 0.05, across_devices=True)
+    assert comparison.passed
+    assert "1 gone without a word" in conclusion(comparison)
+    new.settings["device"] = "cuda"
+    comparison = compare(old, new, 0.05, across_devices=True)
+    assert comparison.passed
+    assert "1 in the old run alone" in conclusion(comparison)
+
+
+def test_what_an_interrupted_run_did_not_reach_is_not_gone() -> None:
+    old, new = run_of([steady(3, 24)] * 2), run_of([steady(3, 24)])
+    new.interrupted = True
+    comparison = compare(old, new, 0.05)
+    assert {missing.kind for missing in comparison.missing} == {"only old"}
+    assert not comparison.passed
+
+
+def test_what_is_gone_is_counted_where_the_rounds_are_too_few() -> None:
+    comparison = compare(run_of([steady(4, 3)]), without(run_of([steady(4, 3)]), 3), 0.05)
+    assert "measure both with --repeat 8 or more; 1 gone without a word" in conclusion(comparison)
+
+
+# ---------------------------------------------------------------------------- the rest
 
 
 def test_versions_and_commits_are_noted() -> None:
@@ -129,4 +235,8 @@ def test_another_device_may_skip_what_it_does_not_run() -> None:
     new = lose(run_of([steady(4, 24)]), "skipped", "no kernel runs on this device")
     assert not compare(old, new, 0.05, across_devices=True).passed
     new.environment["device"] = "another CPU"
-    assert compare(old, new, 0.05, across_devices=True).passed
+    comparison = compare(old, new, 0.05, across_devices=True)
+    assert comparison.passed
+    assert comparison.where == "a CPU -> another CPU, float32"
+    said = "0 of 3 implementations are slower by more than 5 %; 1 lost their time because they are "
+    assert conclusion(comparison) == f"{said}skipped now."

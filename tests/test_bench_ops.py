@@ -15,7 +15,7 @@ from blnet.bench import ops
 from blnet.bench.catalogue import SUITES, op_suites
 from blnet.bench.measure import declare
 from blnet.bench.ops import OpSuite, Pass, group_name
-from blnet.bench.report.cells import COUNTED, op_notes
+from blnet.bench.report.ops import COUNTED, op_notes
 from blnet.bench.session import Session
 from blnet.bench.settings import Settings, resolve
 from blnet.bench.summary import op_rows

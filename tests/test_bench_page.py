@@ -1,4 +1,4 @@
-"""The report as one HTML file, and the command that writes it: all without a browser."""
+"""The report as one HTML file, without a browser."""
 
 from __future__ import annotations
 
@@ -10,28 +10,23 @@ import io
 import json
 import math
 import re
-import sys
 import tomllib
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from plotly.graph_objects import Figure
 
-from blnet.bench import report
 from blnet.bench.report import figures, plots, series
 from blnet.bench.report import page as page_module
 from blnet.bench.report.elements import script_json
 from blnet.bench.report.page import LIMIT, html_page
-from blnet.bench.results import Check, Layer, Measurement, Network, Results, read_json, write_json
-from blnet.bench.settings import Settings, resolve
+from blnet.bench.results import Check, Layer, Network, Results, read_json, write_json
 from blnet.bench.summary import NETWORK_SUITES, model_rows, share_rows
-from blnet.cli import main
-from blnet.environment import collect
+from blnet.bench.testing import BIG_LITTLE as BL
+from blnet.bench.testing import merge, model, report_of, spread
 
 KEPT = Path(__file__).resolve().parents[1] / "bench" / "results"
-BL = "bl_resnet50 a2 b4"
 EVIL = "</script><img src=x onerror=alert(1)>\"'&{{style}}"
 VOID = {"meta", "link", "input", "img", "br"}
 
@@ -83,45 +78,23 @@ class Reader(HTMLParser):
         return {value for row in self.tables[table] for _, value in row if value is not None}
 
 
-def model(family: str, batch: int, rung: str, seconds: float, **more) -> Measurement:
-    facts = {"network": family.split()[0], "batch": batch, "ours": rung.startswith("blnet")}
-    values = {"status": "ok", "samples": [seconds * (1 + n / 100) for n in range(5)]}
-    values |= {"check": Check(1.25e-6, 1e-3, "float64"), "peak_memory": 250_000_000}
-    return Measurement("models", f"batch {batch}", family, rung, facts=facts, **{**values, **more})
-
-
-def merge(name: str, seconds: float, baseline: bool) -> Measurement:
-    facts = {"site": "s", "pass": "forward", "batch": 8, "bytes": 10**9, "baseline": baseline}
-    samples, check = [seconds * (1 + n / 20) for n in range(5)], Check(1e-8, 1e-5, "float64")
-    return Measurement("merge", "s, forward", "s", name, facts=facts, samples=samples,
-                       status="ok", check=check)  # fmt: skip
-
-
 @pytest.fixture
 def results() -> Results:
-    found = Results(
-        environment={**collect("cpu").as_dict(), "device": "Test CPU"},
-        settings=resolve(Settings(device="cpu")).as_dict(),
-        command="blnet bench",
-        seconds=12.0,
+    found = report_of(
+        [
+            model("resnet50", 1, "eager", spread(0.06)),
+            model("resnet50", 1, "folded", spread(0.05)),
+            model("resnet50", 1, "blnet kernels, graph", spread(0.045)),
+            model(BL, 1, "eager", spread(0.04)),
+            model(BL, 1, "folded", spread(0.032)),
+            model(BL, 1, "blnet kernels, graph", spread(0.02)),
+            model("resnet50", 8, "eager", spread(0.4)),
+            model(BL, 8, "eager", spread(0.25)),
+            merge("eager", spread(0.2, 0.05), True),
+            merge("blnet", spread(0.05, 0.05), False),
+        ],
         ceilings={"copy_bandwidth": 40e9, "matmul_rate": 1e12},
     )
-    found.networks = [
-        Network("resnet50", "resnet50", None, None, "resnet50", 25_557_032, 4_089_000_000),
-        Network(BL, "bl_resnet50", 2, 4, "resnet50", 26_689_256, 2_044_500_000),
-    ]
-    found.measurements = [
-        model("resnet50", 1, "eager", 0.06),
-        model("resnet50", 1, "folded", 0.05),
-        model("resnet50", 1, "blnet kernels, graph", 0.045),
-        model(BL, 1, "eager", 0.04),
-        model(BL, 1, "folded", 0.032),
-        model(BL, 1, "blnet kernels, graph", 0.02),
-        model("resnet50", 8, "eager", 0.4),
-        model(BL, 8, "eager", 0.25),
-        merge("eager", 0.2, True),
-        merge("blnet", 0.05, False),
-    ]
     layer = Layer("stages.0.big", "Conv2d", (8, 64, 28, 28), 10**9, 10**7, 0.001, 0.004)
     found.layers = {"models, batch 8": {BL: [layer, Layer("fc", "Linear", (8, 10), 9, 9, 1e-6)]}}
     return found
@@ -318,8 +291,8 @@ def test_an_interrupted_run_says_so_at_the_top(results: Results) -> None:
 
 
 def test_failures_are_told_in_words(results: Results) -> None:
-    wrong = model(BL, 8, "folded", 0.1, status="wrong", note="relative error 0.5")
-    raised = model(BL, 8, "compile", 0.1, status="error", note="no compiler", samples=[])
+    wrong = model(BL, 8, "folded", [0.1], status="wrong", note="relative error 0.5")
+    raised = model(BL, 8, "compile", [], status="error", note="no compiler")
     results.measurements += [wrong, raised]
     text = html_page([results])
     assert text.index("2 measurements failed") < text.index("<h2")
@@ -345,127 +318,6 @@ def test_kept_runs_make_a_page(path: Path) -> None:
     assert len(studied) == len(suites & {"accuracy", "conversion", "speech"})
     if suites & set(NETWORK_SUITES):
         assert read.tables["speedups-table"]
-
-
-def test_write_all_writes_the_page_and_plots(results: Results, tmp_path: Path) -> None:
-    written = report.write_all(results, tmp_path)
-    assert written.notes == []
-    assert written.files == [
-        *("results.json", "results.csv", "report.md", "report.html", "models.png", "merge.png")
-    ]
-    assert {path.name for path in tmp_path.iterdir()} == set(written.files)
-    for name in ("models.png", "merge.png"):
-        assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-class Absent:
-    """Finds no package of one name, as where it is not installed."""
-
-    def __init__(self, package: str) -> None:
-        self.package = package
-
-    def find_spec(self, name: str, *_: object) -> None:
-        if name == self.package:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
-def take_away(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    page_module._plotly.cache_clear()
-    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [Absent(package), *sys.meta_path])
-
-
-@pytest.mark.parametrize(
-    ("package", "missing"),
-    [("plotly", {"report.html"}), ("matplotlib", {"models.png", "merge.png"})],
-)
-def test_a_missing_package_leaves_out_what_needs_it(
-    results: Results, tmp_path: Path, monkeypatch, package: str, missing: set[str]
-) -> None:
-    full = set(report.write_all(results, tmp_path / "full").files)
-    take_away(monkeypatch, package)
-    written = report.write_all(results, tmp_path / "less")
-    assert set(written.files) == full - missing
-    assert {path.name for path in (tmp_path / "less").iterdir()} == full - missing
-    (note,) = written.notes
-    assert f"{package} is not installed; install it with: pip install 'blnet[bench]'" in note
-
-
-def bench_report(*words: object) -> int:
-    return main(["bench", "report", *map(str, words)])
-
-
-def test_the_command_rewrites_a_run_s_report(folder: Path, capsys) -> None:
-    assert bench_report(folder) == 0
-    assert capsys.readouterr().out == f"written: {folder}/report.html, report.md\n"
-    assert sorted(p.name for p in folder.iterdir()) == ["report.html", "report.md", "results.json"]
-    html = (folder / "report.html").read_text()
-    assert bench_report(folder / "results.json", "--output", folder.parent / "deep" / "out") == 0
-    assert (folder.parent / "deep" / "out" / "report.html").read_text() == html
-
-
-def test_a_report_elsewhere_links_the_plots_where_they_lie(tmp_path: Path) -> None:
-    study = next(KEPT.glob("*accuracy-digits*"))
-    assert bench_report(study, "--output", tmp_path / "out") == 0
-    text = (tmp_path / "out" / "report.md").read_text()
-    (link,) = re.findall(r"!\[accuracy\]\(<(.*)>\)", text)
-    assert (tmp_path / "out" / link).samefile(study / "accuracy.png")
-
-
-def test_the_command_puts_runs_together(folder: Path, results: Results, monkeypatch) -> None:
-    study = next(KEPT.glob("*accuracy-digits*"))
-    monkeypatch.chdir(folder.parent)
-    assert bench_report(folder, study) == 0
-    (made,) = (folder.parent / "results").iterdir()
-    assert made.name.startswith("report-")
-    text = (made / "report.md").read_text()
-    assert text.startswith("# Test CPU, ")
-    for run in (results, read_json(study / "results.json")):
-        assert report.markdown(run).split("\n## ")[1].splitlines()[2] in text
-    (link,) = re.findall(r"!\[accuracy\]\(<(.*)>\)", text)
-    assert (made / link).is_file()
-    found = Reader((made / "report.html").read_text())
-    assert {"r0-models-times", "r1-accuracy-study"} <= set(found.tables)
-
-
-def broken(folder: Path, change: Callable[[dict], object]) -> Path:
-    values = json.loads((folder / "results.json").read_text())
-    change(values)
-    (folder / "results.json").write_text(json.dumps(values))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda f: [f.parent], "results.json does not exist; give the folder"),
-        (lambda f: [f, f], "is the same run as"),
-        (lambda f: [f, f / "results.json"], "is the same run as"),
-        (lambda f: [broken(f, lambda v: v.update(schema=99))], "have format version 99"),
-        (lambda f: [broken(f, lambda v: v.pop("networks"))], "it lacks 'networks'; measure again"),
-        (
-            lambda f: [broken(f, lambda v: v["measurements"][0].pop("suite"))],
-            "measurement 1 lacks 'suite'",
-        ),
-        (lambda f: [broken(f, lambda v: v["environment"].pop("device"))], "lacks device"),
-        (lambda f: [f, "--output", f / "results.json" / "out"], "is not a folder"),
-    ],
-)
-def test_the_command_s_errors_are_one_sentence(folder: Path, capsys, make, message: str) -> None:
-    assert bench_report(*make(folder)) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("blnet bench report: error: ")
-    assert message in error
-    assert error.count("\n") == 1
-    assert not (folder / "report.html").exists()
-
-
-def test_the_command_needs_plotly(folder: Path, monkeypatch, capsys) -> None:
-    take_away(monkeypatch, "plotly")
-    assert bench_report(folder) == 2
-    assert "pip install 'blnet[bench]'" in capsys.readouterr().err
-    assert [path.name for path in folder.iterdir()] == ["results.json"]
 
 
 def test_the_page_s_own_files_are_installed_with_it() -> None:

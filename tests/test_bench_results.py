@@ -1,91 +1,51 @@
-"""Results, their files, and the numbers of the tables."""
+"""The numbers of the tables, and the tables themselves."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
 from blnet.bench import report
-from blnet.bench.accuracy import STUDIES
 from blnet.bench.report import cells, plots, series
 from blnet.bench.results import (
     Check,
     Measurement,
     Network,
     Results,
-    read_json,
-    write_json,
-    write_text,
 )
-from blnet.bench.settings import Settings, resolve
 from blnet.bench.summary import ModelRow, model_rows, op_rows, op_suites, share_rows
-from blnet.cli import main
-from blnet.environment import collect
+from blnet.bench.testing import BIG_LITTLE as BL
+from blnet.bench.testing import merge, model, report_of
 
 ROOT = Path(__file__).resolve().parents[1]
-BL = "bl_resnet50 a2 b4"
-
-
-def model(family: str, batch: int, rung: str, times: list[float], **more) -> Measurement:
-    name, *rest = family.split()
-    facts = {"network": name, "batch": batch, "alpha": 2 if rest else None}
-    values = {"status": "ok", "check": Check(1e-6, 1e-3, "float64"), "peak_memory": 250_000_000}
-    return Measurement(
-        "models", f"batch {batch}", family, rung, facts=facts, samples=times, **{**values, **more}
-    )
-
-
-def merge(name: str, times: list[float], baseline: bool, **more) -> Measurement:
-    facts = {"site": "s", "pass": "forward", "batch": 8, "bytes": 10**9, "baseline": baseline}
-    values = {"status": "ok", "check": Check(1e-8, 1e-5, "float64")}
-    return Measurement(
-        "merge", "s, forward", "s", name, facts=facts, samples=times, **{**values, **more}
-    )
 
 
 @pytest.fixture
 def results() -> Results:
-    found = Results(
-        environment=collect("cpu").as_dict(),
-        settings=resolve(Settings(device="cpu")).as_dict(),
-        command="blnet bench",
-        seconds=12.0,
+    nan = Check(math.nan, 1e-3, "float64")
+    return report_of(
+        [
+            model("resnet50", 1, "eager", [0.06] * 5),
+            model("resnet50", 1, "folded", [0.05] * 5),
+            model(BL, 1, "eager", [0.04] * 5),
+            model("resnet50", 8, "eager", [0.4] * 5),
+            model(
+                "resnet50", 8, "folded", [], status="wrong", check=nan, note="relative error nan"
+            ),
+            model(BL, 8, "eager", [0.25] * 5),
+            model(BL, 8, "folded", [0.2] * 5),
+            merge("eager", [0.2] * 5, True),
+            merge("compile", [0.1] * 5, True),
+            merge("blnet", [0.05] * 5, False, note="on a CPU"),
+        ]
     )
-    found.networks = [
-        Network("resnet50", "resnet50", None, None, "resnet50", 25_557_032, 4_089_000_000),
-        Network(BL, "bl_resnet50", 2, 4, "resnet50", 26_689_256, 2_044_500_000),
-    ]
-    found.measurements = [
-        model("resnet50", 1, "eager", [0.06] * 5),
-        model("resnet50", 1, "folded", [0.05] * 5),
-        model(BL, 1, "eager", [0.04] * 5),
-        model("resnet50", 8, "eager", [0.4] * 5),
-        model(
-            "resnet50",
-            8,
-            "folded",
-            [],
-            status="wrong",
-            check=Check(math.nan, 1e-3, "float64"),
-            note="relative error nan",
-        ),
-        model(BL, 8, "eager", [0.25] * 5),
-        model(BL, 8, "folded", [0.2] * 5),
-        merge("eager", [0.2] * 5, True),
-        merge("compile", [0.1] * 5, True),
-        merge("blnet", [0.05] * 5, False, note="on a CPU"),
-    ]
-    return found
 
 
 def test_the_speed_up_is_over_the_fastest_rung_with_a_time(results) -> None:
@@ -164,126 +124,6 @@ def test_the_bound_of_an_op_is_the_longer_of_moving_and_multiplying(results) -> 
     assert "Rate of a matrix product in this run: 0.01 TFLOP/s" in report.markdown(results)
 
 
-def test_results_round_trip(results, tmp_path) -> None:
-    path = tmp_path / "deep" / "results.json"
-    write_json(path, results)
-    again = read_json(path)
-    wrong = again.failures[0].check
-    assert math.isnan(wrong.error)  # NaN is not JSON: null there, NaN here
-    assert not wrong.passed
-    wrong.error = results.failures[0].check.error = 0.5
-    assert again.measurements == results.measurements
-    assert again.networks == results.networks
-    assert model_rows(again) == model_rows(results)
-    values = json.loads(path.read_text())
-    assert values["schema"] == 1
-    assert values["measurements"][0]["quantiles"]["p50"] == 0.06
-    assert values["measurements"][0]["samples"] == [0.06] * 5
-    assert [p.name for p in path.parent.iterdir()] == ["results.json"]
-
-
-def test_other_versions_and_other_files_are_refused(results, tmp_path) -> None:
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps({**results.as_dict(), "schema": 99, "measurements": []}))
-    with pytest.raises(ValueError, match="version 99"):
-        read_json(path)
-    path.write_text("{")
-    with pytest.raises(ValueError, match=r"is not a results\.json"):
-        read_json(path)
-
-
-def of_measurement(**changes) -> Callable[[dict], None]:
-    return lambda values: values["measurements"][0].update(changes)
-
-
-def of_facts(**changes) -> Callable[[dict], None]:
-    return lambda values: values["measurements"][0]["facts"].update(changes)
-
-
-def of_study(suite: str = "accuracy", **figures) -> Callable[[dict], None]:
-    """Make a trained network of the first one, with these figures."""
-    facts = dict.fromkeys(("alpha", "beta")) | dict.fromkeys(("network", "baseline"), "n")
-    facts |= dict.fromkeys(("parameters", "macs", "epochs", "seed"), 1) | figures
-    return of_measurement(suite=suite, facts=facts)
-
-
-ODD: list[tuple[object, str]] = [
-    ([], "it is [], not an object"),
-    (None, "it is None, not an object"),
-    (lambda v: v.pop("schema"), "it lacks 'schema'"),
-    (lambda v: v.update(settings={}), "it lacks device, dtype, batch, size of its settings"),
-    (lambda v: v.update(settings=[]), "it has [] as its 'settings'"),
-    (lambda v: v["settings"].update(batch="8"), "the settings has '8' as its 'batch'"),
-    (lambda v: v["settings"].update(suites="merge"), "has 'merge' as its 'suites'"),
-    (lambda v: v["environment"].pop("date"), "it lacks date of its environment"),
-    (lambda v: v.update(measurements={}), "it has {} as its 'measurements'"),
-    (lambda v: v["measurements"].append("x"), "has ["),
-    (lambda v: v["networks"][0].pop("macs"), "a network lacks 'macs'"),
-    (lambda v: v["networks"][0].update(macs="many"), "a network has 'many' as its 'macs'"),
-    (lambda v: v.update(ceilings={"copy_bandwidth": 0.0}), "is no positive number"),
-    (lambda v: v.update(layers={"models, batch 8": {"a": [{}]}}), "a layer of a lacks 'name'"),
-    (of_measurement(samples=["x"]), "measurement 1 has ['x'] as its 'samples'"),
-    (of_measurement(samples=[-0.5]), "a time of models, batch 1, resnet50, eager is no positive"),
-    (of_measurement(status="great"), "has 'great' as its 'status'"),
-    (of_measurement(facts=None), "has None as its 'facts'"),
-    (of_measurement(check={}), "the check of models, batch 1, resnet50, eager lacks 'tolerance'"),
-    (of_measurement(suite="accuracy"), "lacks baseline, beta, epochs, macs, parameters, seed"),
-    (of_facts(batch="8"), "has '8' as its 'batch'"),
-    (of_study(accuracy=math.nan), "has nan as its 'accuracy'"),
-    (of_study(), "resnet50, eager lacks accuracy or wer"),
-    (of_study("speech", wer=0.5), "resnet50, eager lacks steps"),
-    (of_study("speech", wer=0.5, steps=0), "resnet50, eager has 0 as its 'steps'"),
-]
-
-
-@pytest.mark.parametrize(("change", "said"), ODD, ids=[said for _, said in ODD])
-def test_odd_files_are_refused_in_a_sentence_by_every_command(
-    results, change: Any, said: str, tmp_path, capsys: Any
-) -> None:
-    results.interrupted = True
-    values = json.loads(json.dumps(results.as_dict()).replace("NaN", "null"))
-    (tmp_path / "good.json").write_text(json.dumps(values))
-    values = change if not callable(change) else (change(values), values)[1]
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps(values))
-    for words in (
-        ["bench", "report", str(tmp_path)],
-        ["bench", "compare", str(tmp_path), str(tmp_path / "good.json")],
-        ["bench", "compare", str(tmp_path / "good.json"), str(path)],
-        ["bench", "--continue", str(tmp_path)],
-    ):
-        assert main(words) == 2
-        error = capsys.readouterr().err
-        assert f"{path} is not a results.json that this 'blnet bench' reads" in error
-        assert said in error
-        assert error.count("\n") == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["good.json", "results.json"]
-
-
-def test_what_a_later_version_added_is_left_out(results, tmp_path) -> None:
-    values = json.loads(json.dumps(results.as_dict()).replace("NaN", "null"))
-    values["settings"]["nosuch"] = values["nosuch"] = {"a": 1}
-    for item in (*values["networks"], *values["measurements"]):
-        item["nosuch"] = 1
-    values["measurements"][0]["check"]["nosuch"] = 1
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps(values))
-    again = read_json(path)
-    assert model_rows(again) == model_rows(results)
-    assert Settings.from_dict(again.settings) == resolve(Settings(device="cpu"))
-    assert main(["bench", "compare", str(tmp_path), str(tmp_path)]) == 0
-    assert main(["bench", "report", str(tmp_path)]) == 0
-
-
-def test_writing_is_all_or_nothing(tmp_path) -> None:
-    path = tmp_path / "report.md"
-    write_text(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "new \ud800")
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["report.md"]
-
-
 def test_the_printed_table_has_the_numbers(results) -> None:
     console = Console(width=150, record=True, file=io.StringIO())
     report.print_tables(results, console)
@@ -324,20 +164,6 @@ def test_the_columns_are_those_of_the_batches_that_have_times(results, kept: set
         assert (cells.NOTHING in shown[f"images/s b{batches[-1]}"]) == (not row.batches)
 
 
-def test_committed_results_can_be_read() -> None:
-    files = list((ROOT / "bench" / "results").glob("*/results.json"))
-    assert files
-    for path in files:
-        found = read_json(path)
-        text = report.markdown(found)
-        shown = {m.suite for m in found.measurements}
-        if "models" in shown:
-            assert "| realised b1 |" in text
-        for study in shown & set(STUDIES):
-            assert f"({study}.png)" in text
-            assert (path.parent / f"{study}.png").is_file()
-
-
 def test_failures_are_red(results) -> None:
     console = Console(width=150, file=io.StringIO(), force_terminal=True, color_system="standard")
     report.print_tables(results, console)
@@ -356,10 +182,10 @@ def test_markdown_has_every_rung(results) -> None:
     assert "| resnet50 | 8 | folded | - | - | - | 0 | nan |" in text
     assert "wrong: relative error nan" in text
     assert f"| {BL} | 8 | folded | 200.0 | 200.0 | 200.0 | 5 |" in text
-    assert "| s | forward | blnet | 50.00 | 20.0 | - | 2.00x [2.00, 2.00] | 1e-08 |" in text
+    assert "| s | forward | 8 | blnet | 50.00 | 20.0 | - | 2.00x [2.00, 2.00] | 1e-08 |" in text
     assert f"- python: {results.environment['python']}" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in tables} == {15, 12, 9, 4}
+    assert {line.count("|") for line in tables} == {15, 12, 10, 4}
 
 
 def fail_of(results: Results, suite: str, group: str) -> None:

@@ -8,10 +8,9 @@ from typing import Any
 from blnet.bench import accuracy
 from blnet.bench.intervals import LEAST_ROUNDS, Ratio
 from blnet.bench.results import Measurement, Network, Results
-from blnet.bench.summary import BatchRow, ModelRow, OpRow, ShareRow, op_rows
+from blnet.bench.summary import BatchRow, ModelRow, ShareRow
 
 NOTHING = "-"
-COUNTED = "what any implementation must move and multiply"
 GAINS = "what the speed-up is made of [95 %]"
 SHARES = "saved time over saved arithmetic, the same rung on both sides [95 %]"
 HOW = """\
@@ -72,6 +71,13 @@ def milliseconds(seconds: float | None) -> str:
 def number_text(value: Any, digits: int = 2) -> str:
     """Return a number with so many digits after the point, or "-"."""
     return NOTHING if value is None else f"{value:.{digits}f}"
+
+
+def share_text(value: float | None) -> str:
+    """Return a share as "42%", with a digit where that would be "0%", or "-"."""
+    if value is None:
+        return NOTHING
+    return f"{value:.0%}" if round(value, 2) else f"{100 * value:.1g}%"
 
 
 def megabytes(value: int | None) -> str:
@@ -145,12 +151,17 @@ def _realised(row: BatchRow | None) -> str:
     return ratio_text(row.realised if row else None, interval=False).removesuffix("x")
 
 
+def device_of(results: Results) -> str:
+    """Return the device of a run, and of a CPU how many threads."""
+    where = results.environment
+    if results.settings["device"] == "cuda":
+        return str(where["device"])
+    return f"{where['cpu']}, {where['threads']} threads"
+
+
 def measured_on(results: Results, unit: str = "images") -> str:
     """Return the device, precision and, where images of it are what was timed, size of a run."""
-    settings, where = results.settings, results.environment
-    on = where["device"] if settings["device"] == "cuda" else f"{where['cpu']}, "
-    if settings["device"] != "cuda":
-        on += f"{where['threads']} threads"
+    settings, on = results.settings, device_of(results)
     if not is_timed(results):
         return on
     _, height, width = settings.get("input") or (3, settings["size"], settings["size"])
@@ -184,10 +195,13 @@ def reading(rows: Sequence[ModelRow]) -> str:
         plain = next((row for row in rows if row.network.label == label), None)
         if plain is None:
             continue
-        found = sorted(plain.batches.items())
-        rungs = [f"{b.baseline_rung} at batch {batch}" for batch, b in found if b.baseline_rung]
+        over = {batch: b.baseline_rung for batch, b in plain.batches.items() if b.baseline_rung}
+        rungs = [f"{over[batch]} at batch {batch}" for batch in batches_of(rows) if batch in over]
         text = " and ".join(rungs) or "none, so there is no speed-up"
-        others = " that is not ours" if any(b.engine for _, b in found) else ""
+        none = [f"batch {batch}" for batch in batches_of(rows) if batch not in over]
+        if rungs and none:
+            text += f", none at {' and '.join(none)}, so there is no speed-up there"
+        others = " that is not ours" if any(b.engine for b in plain.batches.values()) else ""
         sentences.append(f"Speed-ups are over the fastest rung of {label}{others}: {text}.")
     gains = [found.speedup for row in rows for found in row.batches.values()]
     return " ".join([*sentences, *_lesser_baselines(rows), *few_rounds(gains)])
@@ -201,11 +215,15 @@ def _lesser_baselines(rows: Sequence[ModelRow]) -> list[str]:
             if found.speedup and found.lacking:
                 rungs = lacking.setdefault((row.network.baseline, batch), {})
                 rungs.update(dict.fromkeys(found.lacking))
-    return [
-        f"{label} has no time on {' and '.join(rungs)} at batch {batch}, so speed-ups there may be "
-        "over a lesser rung than its fastest."
-        for (label, batch), rungs in lacking.items()
-    ]
+    return [lesser(label, rungs, f"batch {batch}") for (label, batch), rungs in lacking.items()]
+
+
+def lesser(label: str, rungs: Iterable[str], where: str) -> str:
+    """Return a sentence on rungs without a time, among which the fastest may be."""
+    return (
+        f"{label} has no time on {' and '.join(rungs)} at {where}, so speed-ups there may be over "
+        "a lesser rung than its fastest."
+    )
 
 
 def gain_header(batches: Sequence[int]) -> list[str]:
@@ -251,58 +269,7 @@ def share_cells(rungs: Sequence[str], row: ShareRow) -> list[str]:
     return [row.network.label, str(row.batch), *shares]
 
 
-# ---------------------------------------------------------------------------- ops
-
-
-def op_title(results: Results, suite: str) -> str:
-    """Return what stands above the table of an op."""
-    computes = next((m.facts.get("computes") for m in results.of(suite)), None)
-    return f"{suite}: {computes}" if computes else suite
-
-
-def op_header(results: Results) -> list[str]:
-    """Return the columns of an op's table; a share only where the device's rates were measured."""
-    share = ["of bound"] if "copy_bandwidth" in results.ceilings else []
-    over = "speed-up over PyTorch's fastest [95 %]"
-    return ["site", "pass", "implementation", "p50, ms", "GB/s", "TFLOP/s", *share, over, "error"]
-
-
-def op_cells(results: Results, row: OpRow) -> list[str]:
-    """Return the cells of a row of an op's table."""
-    m = row.measurement
-    against = "is the fastest" if row.fastest_baseline else ratio_text(row.speedup)
-    share = [NOTHING if row.share is None else f"{row.share:.0%}"]
-    return [
-        m.family,
-        m.facts.get("pass", NOTHING),
-        m.implementation,
-        milliseconds(m.median) if m.timed else m.status,
-        number_text(row.bandwidth / 1e9 if row.bandwidth else None, 1),
-        number_text(row.rate / 1e12 if row.rate else None, 2),
-        *(share if "copy_bandwidth" in results.ceilings else []),
-        against,
-        f"{m.check.error:.0e}" if m.check else NOTHING,
-    ]
-
-
-def op_notes(results: Results, suite: str) -> list[str]:
-    """Return the lines below the table of an op, as items of a Markdown list."""
-    notes = dict.fromkeys(
-        f"- {m.implementation}: {m.note}." for m in results.of(suite) if m.note and m.status == "ok"
-    )
-    counted = next((m.facts["counted"] for m in results.of(suite) if "counted" in m.facts), COUNTED)
-    caveats = [f"- {text}" for text in op_caveats(op_rows(results, suite))]
-    return [*notes, f"- GB/s and TFLOP/s count {counted}.", *ceiling_notes(results), *caveats]
-
-
-def op_caveats(rows: Sequence[OpRow]) -> list[str]:
-    """Return sentences on what the figures of an op's table do not say."""
-    most = max((row.share for row in rows if row.share), default=0.0)
-    passed = (
-        f"Up to {most:.0%} of a bound was reached: the rates measured in this run are a lower "
-        "estimate of what the device can do, so that a bound may lie above the least time."
-    )
-    return [*few_rounds(row.speedup for row in rows), *([passed] if round(most, 2) > 1 else [])]
+# ---------------------------------------------------------------------------- bounds
 
 
 def ceiling_notes(results: Results) -> list[str]:

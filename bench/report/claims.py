@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from blnet.bench import accuracy
 from blnet.bench.intervals import Ratio
 from blnet.bench.report.cells import few_rounds, measured_on, ratio_text
+from blnet.bench.report.ops import baseline_text, lesser_op_baselines, op_where
 from blnet.bench.results import Results
 from blnet.bench.summary import (
     NETWORK_SUITES,
@@ -47,7 +48,7 @@ def claims(results: Results) -> list[Claim]:
             claim = _network(row, suite, where)
             if claim is not None:
                 found.append(claim)
-    found += [claim for suite in op_suites(results) if (claim := _op(results, suite))]
+    found += [_op(results, suite) for suite in op_suites(results)]
     for suite in accuracy.studies_of(results):
         found += _study(results, suite)
     return found
@@ -72,7 +73,9 @@ def _network(row: ModelRow, suite: str, where: str) -> Claim | None:
         macs = f" It has {row.mac_ratio:.2f} times fewer multiply-adds."
         if row.mac_ratio < 1:
             macs = f" It has {1 / row.mac_ratio:.2f} times the multiply-adds."
-    text = f"{network.label} {_DOES[suite]} {parts}, on {where}.{macs}"
+    without = " and ".join(f"batch {b}" for b, found in row.batches.items() if not found.speedup)
+    lost = f" It has no speed-up at {without}." if without else ""
+    text = f"{network.label} {_DOES[suite]} {parts}, on {where}.{macs}{lost}"
     figures = tuple(
         (ratio_text(gain, interval=False), f"{network.baseline}, batch {batch}")
         for batch, _, gain in compared
@@ -99,23 +102,28 @@ def _clear(gain: Ratio) -> str:
     return ", which is slower," if gain.below(1) else ", which is no clear difference,"
 
 
-def _op(results: Results, suite: str) -> Claim | None:
+def _op(results: Results, suite: str) -> Claim:
     rows = op_rows(results, suite)
     own = [row for row in rows if row.speedup and not row.measurement.facts.get("baseline")]
+    lesser_baselines = lesser_op_baselines(rows)
+    subject = f"{suite} (op)"
     if not own:
-        return None
+        ours = [row for row in rows if not row.measurement.facts.get("baseline")]
+        lost = [] if any(row.measurement.timed for row in ours) else ["Ours has no time."]
+        text = " ".join([f"{suite} has no speed-up.", *lost, *lesser_baselines])
+        return Claim(subject, suite, text)
     ratios = [row.speedup for row in own if row.speedup]
     faster = sum(ratio.above(1) for ratio in ratios)
     low, high = min(ratios, key=lambda r: r.value), max(ratios, key=lambda r: r.value)
     text = (
-        f"{suite}: ours is clearly faster than the fastest of PyTorch's ways in {faster} of "
+        f"{suite}: ours is clearly faster than {baseline_text(results, suite)} in {faster} of "
         f"{len(ratios)} measurements, from {ratio_text(low)} to {ratio_text(high)}, on "
-        f"{measured_on(results, unit='')}."
+        f"{op_where(results, suite)}."
     )
     notes = dict.fromkeys(row.measurement.note for row in own if row.measurement.note)
     text += "".join(f" {note[0].upper()}{note[1:]}." for note in notes)
-    text += "".join(f" {note}" for note in few_rounds(ratios))
-    return Claim(f"{suite} (op)", suite, text, ((f"{faster} of {len(ratios)}", "clearly faster"),))
+    text += "".join(f" {note}" for note in [*lesser_baselines, *few_rounds(ratios)])
+    return Claim(subject, suite, text, ((f"{faster} of {len(ratios)}", "clearly faster"),))
 
 
 def _study(results: Results, suite: str) -> list[Claim]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from rich.console import Console
 from rich.text import Text
 
@@ -11,13 +13,22 @@ from blnet.bench.missing import Missing
 from blnet.bench.report.cells import NOTHING, interval_text, milliseconds
 from blnet.bench.report.markdown import table
 from blnet.bench.report.terminal import rich_table
+from blnet.bench.results import FAILED
 
 FEW = 24  # rows that a table shows without --all, whether they changed or not
 HEADER = ["suite, group", "implementation", "old, ms", "new, ms", "ratio [95 %]"]
 HEADER += ["against controls [95 %]", "p", "verdict"]
 SHIFT_HEADER = ["suite, group", "controls", "moved by [95 %]"]
+# Why something has a time in the old run alone.
+SLOWER = "lost their time because they are far slower now"
+FAILS = "lost their time because they fail now"
+SKIPPED = "lost their time because they are skipped now"
+DROPPED = "dropped by the new run, which fails no gate"
+GONE = "gone without a word from the new run (if that is meant, measure the old one again)"
+ONLY_OLD = "in the old run alone"
+REASONS = (SLOWER, FAILS, SKIPPED, DROPPED, GONE, ONLY_OLD)
 TITLE = "New time over old"
-SHIFT_TITLE = "How much the controls moved: PyTorch's own ways, which our code does not touch"
+SHIFT_TITLE = "How much the controls moved: ways to run the same that are not ours"
 STYLES = {"slower": "bold red", "faster": "green", "unclear": "yellow", "too few": "yellow"}
 
 
@@ -33,7 +44,7 @@ def print_comparison(comparison: Comparison, console: Console, everything: bool 
     for note in comparison.notes:
         console.print(note, soft_wrap=True, markup=False, highlight=False)
     if rows:
-        made = rich_table(TITLE, HEADER, left=(0, 1, 7))
+        made = rich_table(f"{TITLE}: {comparison.where}", HEADER, left=(0, 1, 7))
         for row in rows:
             made.add_row(*map(Text, _cells(row)), style=STYLES.get(row.verdict, ""))
         console.print(made)
@@ -46,16 +57,20 @@ def print_comparison(comparison: Comparison, console: Console, everything: bool 
         for shift in shifts:
             made.add_row(*map(Text, _shift_cells(shift)))
         console.print(made)
-    for missing in comparison.missing:
+    told = shown_missing(comparison, everything)
+    for missing in told:
         style = "bold red" if missing.failed else ""
         console.print(Text(_missing_text(missing), style=style), soft_wrap=True)
+    if len(told) < len(comparison.missing):
+        text = f"and {len(comparison.missing) - len(told)} more that one run alone has (--all)"
+        console.print(text, markup=False, highlight=False)
     style = "bold" if comparison.passed else "bold red"
     console.print(Text(conclusion(comparison), style=style), soft_wrap=True)
 
 
 def comparison_markdown(comparison: Comparison) -> str:
     """Return a comparison as Markdown, every row of it, to stand in a report."""
-    lines = [f"- {note}" for note in comparison.notes]
+    lines = [*(f"- {note}" for note in comparison.notes), "", f"{TITLE}: {comparison.where}."]
     lines += ["", *table(HEADER, [_cells(row) for row in comparison.rows]), ""]
     if comparison.shifts:
         lines += [f"{SHIFT_TITLE}.", ""]
@@ -71,13 +86,31 @@ def shown(comparison: Comparison, everything: bool = False) -> list[Row]:
     return [row for row in comparison.rows if row.verdict != "same"]
 
 
+def shown_missing(comparison: Comparison, everything: bool = False) -> list[Missing]:
+    """Return what a terminal names of what has no pair: all that the new run was asked for.
+
+    The rest is as much as suites or networks that only one of the runs took; all where it is few.
+    """
+    rest = [missing for missing in comparison.missing if missing.kind.startswith("only")]
+    left_out = [] if everything else rest[FEW:]
+    return [missing for missing in comparison.missing if missing not in left_out]
+
+
 def conclusion(comparison: Comparison) -> str:
     """Return one sentence on the whole."""
-    if comparison.blind:
-        return (
-            f"Nothing can be told: {_rounds(comparison.rows)} rounds are too few for "
-            f"{len(comparison.rows)} implementations; measure both with --repeat 8 or more."
-        )
+    parts = _blind(comparison) if comparison.blind else _verdicts(comparison)
+    return "; ".join([*parts, *_lost(comparison)]) + "."
+
+
+def _blind(comparison: Comparison) -> list[str]:
+    return [
+        f"Nothing can be told: {_rounds(comparison.rows)} rounds are too few for "
+        f"{len(comparison.rows)} implementations",
+        "measure both with --repeat 8 or more",
+    ]
+
+
+def _verdicts(comparison: Comparison) -> list[str]:
     parts = [
         f"{len(comparison.of('slower'))} of {len(comparison.rows)} implementations are slower by "
         f"more than {comparison.threshold * 100:g} %"
@@ -94,27 +127,27 @@ def conclusion(comparison: Comparison) -> str:
         parts.append(
             f"{len(comparison.of('too few'))} cannot be told, as {rounds} rounds are too few"
         )
-    return "; ".join([*parts, *_lost(comparison)]) + "."
+    return parts
 
 
 def _lost(comparison: Comparison) -> list[str]:
-    """Return what fails a gate although it has no row."""
-    parts = []
-    slow = sum(missing.slower for missing in comparison.missing)
-    skipped = sum(missing.status == "skipped" for missing in comparison.missing)
-    failed = sum(missing.failed for missing in comparison.missing) - slow - skipped
-    if slow:
-        parts.append(f"{slow} lost their time because they are far slower now")
-    if failed:
-        parts.append(f"{failed} lost their time because they fail now")
-    if skipped:
-        parts.append(f"{skipped} lost their time because they are skipped now")
+    """Return what has no row, counted by why, and what else fails a gate."""
+    counts = Counter(_reason(missing) for missing in comparison.missing)
+    parts = [f"{counts[reason]} {reason}" for reason in REASONS if counts[reason]]
     if comparison.lost_groups:
         names = " and ".join(", ".join(group) for group in comparison.lost_groups)
         parts.append(f"nothing is left to compare of {names}")
     if comparison.interrupted:
         parts.append("the new run was interrupted, so the rest cannot be told")
     return parts
+
+
+def _reason(missing: Missing) -> str:
+    """Return which of `REASONS` something without a pair has; "" of what is new or not done."""
+    if missing.slower:
+        return SLOWER
+    found = {"gone": GONE, "only old": ONLY_OLD, "skipped": SKIPPED, "dropped": DROPPED}
+    return found.get(missing.status or missing.kind, FAILS if missing.status in FAILED else "")
 
 
 def _rounds(rows: list[Row]) -> str:
@@ -157,4 +190,6 @@ def _missing_text(missing: Missing) -> str:
         return f"lost its time: {name}: {missing.status}" + (
             f", {missing.note}" if missing.note else ""
         )
+    if missing.kind == "gone":
+        return f"gone without a word from the new run: {name}"
     return f"{missing.kind.removeprefix('only ')} run only: {name}"

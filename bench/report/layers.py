@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from blnet.bench.report.cells import NOTHING, ceiling_notes, milliseconds, number_text
+from blnet.bench.report.cells import NOTHING, ceiling_notes, milliseconds, number_text, share_text
 from blnet.bench.results import Layer, Results
 from blnet.bench.summary import fastest
 
@@ -52,7 +52,7 @@ def reading(results: Results, key: str, label: str) -> str:
     if best is not None:
         share = bound / best.median
         text = f"fastest rung ({best.implementation}) {milliseconds(best.median)} ms"
-        texts.append(f"{text}: {share:.0%} of the bound")
+        texts.append(f"{text}: {share_text(share)} of the bound")
         passed = f" {PASSED}" if round(share, 2) > 1 else ""
     timed = [layer.seconds for layer in found if layer.seconds is not None]
     if timed:
@@ -82,7 +82,7 @@ def _cells(layer: Layer) -> list[str]:
         milliseconds(layer.bound),
         milliseconds(layer.seconds),
         milliseconds(_lost(layer)) if timed else NOTHING,
-        NOTHING if share is None else f"{share:.0%}",
+        share_text(share),
     ]
 
 

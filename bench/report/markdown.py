@@ -22,15 +22,12 @@ from blnet.bench.report.cells import (
     model_cells,
     model_header,
     number_text,
-    op_cells,
-    op_header,
-    op_notes,
-    op_title,
     reading,
     share_cells,
     share_header,
     share_rungs,
 )
+from blnet.bench.report.ops import op_cells, op_header, op_notes, op_title, op_where
 from blnet.bench.results import Results
 from blnet.bench.summary import NETWORK_SUITES, model_rows, op_rows, op_suites, share_rows
 
@@ -81,7 +78,8 @@ def markdown(results: Results) -> str:
     lines += _layer_sections(results)
     for suite in op_suites(results):
         cells = [op_cells(results, row) for row in op_rows(results, suite)]
-        lines += [f"## {op_title(results, suite)}", "", *table(op_header(results), cells), ""]
+        lines += [f"## {op_title(results, suite)}", "", f"{op_where(results, suite)}.", ""]
+        lines += [*table(op_header(results), cells), ""]
         lines += [*op_notes(results, suite), ""]
     for suite in accuracy.studies_of(results):
         study = [accuracy.cells(row, suite) for row in accuracy.rows(results, suite)]

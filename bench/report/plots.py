@@ -8,6 +8,7 @@ from typing import Any
 from blnet.bench.report import series
 from blnet.bench.report.cells import measured_on
 from blnet.bench.report.figures import LABELLED
+from blnet.bench.report.ops import op_where
 from blnet.bench.results import Results
 from blnet.bench.summary import NETWORK_SUITES
 from blnet.files import written_aside
@@ -76,7 +77,7 @@ def plot_op(results: Results, suite: str, path: Path) -> bool:
     axes.set_yticks(places, sites, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("ms, median")
-    axes.set_title(f"{suite}: {measured_on(results, unit='')}", fontsize=9)
+    axes.set_title(f"{suite}: {op_where(results, suite)}", fontsize=9)
     return _write(figure, axes, path)
 
 

@@ -10,7 +10,7 @@ from blnet.bench import accuracy, kept
 from blnet.bench.intervals import Ratio
 from blnet.bench.report import cells as texts
 from blnet.bench.report import elements as html
-from blnet.bench.report import figures, series
+from blnet.bench.report import figures, ops, series
 from blnet.bench.report import layers as layer_texts
 from blnet.bench.report.claims import Claim, batch_rows, claims, lesser
 from blnet.bench.report.elements import Cell, Row
@@ -293,18 +293,19 @@ def _op(page: Page, run: Run, suite: str, name: str) -> str:
     for row in op_rows(results, suite):
         m = row.measurement
         share = [row.share] if "copy_bandwidth" in results.ceilings else []
-        values = [None, None, None, m.median if m.timed else None, row.bandwidth, row.rate]
-        values += [*share, _value(row.speedup), m.check.error if m.check else None]
-        shown = html.cells(texts.op_cells(results, row), values)
+        seconds, error = m.median if m.timed else None, m.check.error if m.check else None
+        values = [None, None, m.facts.get("batch"), None, seconds, row.bandwidth, row.rate]
+        values += [*share, _value(row.speedup), error]
+        shown = html.cells(ops.op_cells(results, row), values)
         rows.append(Row([*shown, Cell(_what_became(m))], m.failed))
-    header = [*texts.op_header(results), "note"]
+    header = [*ops.op_header(results), "note"]
     return "".join(
         [
-            page.heading(texts.op_title(results, suite), run),
-            html.paragraph(texts.measured_on(results, unit="") + ".", "where"),
+            page.heading(ops.op_title(results, suite), run),
+            html.paragraph(ops.op_where(results, suite) + ".", "where"),
             page.plot(f"{name}-bars", figures.ops(results, suite)),
             html.table(f"{name}-ops", f"{suite}, every implementation", header, rows),
-            html.items(bullets(texts.op_notes(results, suite)), "notes"),
+            html.items(bullets(ops.op_notes(results, suite)), "notes"),
         ]
     )
 
@@ -373,7 +374,7 @@ def _study(page: Page, run: Run, suite: str) -> str:
     return "".join(
         [
             page.heading(f"{suite.capitalize()}: {title}", run),
-            html.paragraph(texts.measured_on(results, unit="") + ".", "where"),
+            html.paragraph(texts.device_of(results) + ".", "where"),
             page.plot(f"{name}-plot", figures.study(results, suite)),
             html.table(name, accuracy.STUDIES[suite].capitalize(), accuracy.HEADER[suite], found),
             html.paragraph(accuracy.notes(results, suite), "notes"),

@@ -13,21 +13,19 @@ from blnet.bench.report.cells import (
     GAINS,
     SHARES,
     batches_of,
+    device_of,
     failure_texts,
     gain_header,
     gain_rows,
     measured_on,
     model_cells,
     model_header,
-    op_caveats,
-    op_cells,
-    op_header,
-    op_title,
     reading,
     share_cells,
     share_header,
     share_rungs,
 )
+from blnet.bench.report.ops import op_caveats, op_cells, op_header, op_legend, op_title, op_where
 from blnet.bench.results import Results
 from blnet.bench.summary import NETWORK_SUITES, model_rows, op_rows, op_suites, share_rows
 
@@ -58,16 +56,18 @@ def print_tables(results: Results, console: Console) -> None:
         _print_ratios(SHARES, share_header(rungs), shares, console)
     _print_layers(results, console)
     for suite in op_suites(results):
-        table = rich_table(op_title(results, suite), op_header(results), left=(0, 1, 2))
+        title = f"{op_title(results, suite)}; {op_where(results, suite)}"
+        table = rich_table(title, op_header(results), left=(0, 1, 3))
         op = op_rows(results, suite)
         for op_row in op:
             style = "red" if op_row.measurement.failed else ""
             table.add_row(*map(Text, op_cells(results, op_row)), style=style)
         console.print(table)
-        for text in op_caveats(op):
+        for text in (" ".join(op_legend(results, suite)), *op_caveats(op)):
             console.print(text, soft_wrap=True, markup=False, highlight=False)
     for suite in accuracy.studies_of(results):
-        table = rich_table(accuracy.title(results, suite), accuracy.HEADER[suite], left=(0,), gap=0)
+        title = f"{accuracy.title(results, suite)}; {device_of(results)}"
+        table = rich_table(title, accuracy.HEADER[suite], left=(0,), gap=0)
         for row in accuracy.rows(results, suite):
             table.add_row(*map(Text, accuracy.cells(row, suite)))
         console.print(table)

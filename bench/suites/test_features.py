@@ -104,6 +104,7 @@ def _implementation(
             # The samples read once, the map written once.
             "bytes": tensor_bytes(samples) + 4 * frames * CONFIG.bins,
             "baseline": name == BASELINE,
+            "dtype": "float32",
         },
         held_bytes=tensor_bytes(samples),
         memory=name == OURS,  # of NumPy's arrays PyTorch's profiler knows nothing
