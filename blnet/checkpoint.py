@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -161,11 +162,17 @@ def _is_as_converted(model: nn.Module, plan: dict[str, Any]) -> bool:
     if plan.get("source") is None:
         return True
     try:
-        with torch.device("meta"):
-            rebuilt = _reconvert("the network", plan, trust_source=False)
+        rebuilt = _reconverted_on_meta(json.dumps(plan))
     except Exception:  # a foreign source is refused; others may raise anything on the meta device
         return True
     return _shapes(rebuilt) == _shapes(model) and _has_layers_of(model, rebuilt)
+
+
+@functools.lru_cache(maxsize=1)  # a run saves one network time and again
+def _reconverted_on_meta(plan: str) -> nn.Module:
+    """Return the network of a plan, given as JSON, without weights; to be looked at only."""
+    with torch.device("meta"):
+        return _reconvert("the network", json.loads(plan), trust_source=False)
 
 
 def _has_layers_of(model: nn.Module, rebuilt: nn.Module) -> bool:

@@ -206,6 +206,17 @@ def test_converted_network_whose_layers_were_exchanged_is_weights_alone(path):
     assert checkpoint.read_header(path)["kind"] == "converted"
 
 
+def test_a_run_rebuilds_its_converted_network_once(path, monkeypatch):
+    checkpoint._reconverted_on_meta.cache_clear()
+    model = converted("torchvision:resnet18", {"num_classes": 3}, alpha=2, beta=2)
+    blnet.save(model, path)
+    monkeypatch.setattr("blnet.conversion.convert", None)
+    blnet.save(model, path)
+    assert checkpoint.read_header(path)["kind"] == "converted"
+    blnet.save(blunted(model), path)
+    assert checkpoint.read_header(path)["kind"] == "weights"
+
+
 def test_converted_from_a_users_object_needs_the_model(path):
     import torchvision
 

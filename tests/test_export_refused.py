@@ -48,6 +48,19 @@ class Square(nn.Module):
         return x + x.transpose(2, 3)
 
 
+class Spectrum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.complex(x, x + 1)
+
+
+class Brief(nn.Module):
+    """A convolution that ONNX Runtime has not on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = x.new_ones(4, 3, 3, 3, dtype=torch.bfloat16)
+        return nn.functional.conv2d(x.bfloat16(), weight).float()
+
+
 class Switching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if x.shape[2] < 20 else 2 * x
@@ -62,6 +75,8 @@ class Switching(nn.Module):
         (nn.LazyConv2d(4, 3), "torch", "weight of LazyConv2d has no values yet; give"),
         (Nothing(), "torch", "Nothing gives 0 values"),
         (Singular(), "onnx", r"as ONNX opset 18 \(No ONNX function found for .*svd"),
+        (Spectrum(), "onnx", r"gives complex numbers, which ONNX files do not; have it return"),
+        (Brief(), "onnx", r"written file cannot be opened \(.*bfloat16.*\); report it, and try"),
         (Square(), "exported-program", r"free sizes \(torch.export asks for width = height\);"),
         (Switching(), "onnx", r"torch\.export asks for height = Dim\('height', max=19\)"),
         (Two(), "onnx", r"needs 2 inputs \(x, y\)"),

@@ -270,27 +270,30 @@ def test_a_wrong_file_is_removed(
     assert not list(tmp_path.iterdir())
 
 
-def test_zero_outputs_must_be_exactly_zero() -> None:
-    zero, tiny = torch.zeros(2, 3), torch.full((2, 3), 1e-9)
-    assert parity._relative_error((zero,), (zero,)) == 0
-    assert parity._relative_error((tiny,), (zero,)) > 1
-
-
-def test_values_that_are_not_finite_must_be_the_same() -> None:
-    right = torch.tensor([1.0, -torch.inf, torch.nan])
-    assert parity._relative_error((right.clone(),), (right,)) == 0
-    for index, value in ((0, torch.nan), (1, torch.inf), (1, 0.0), (2, 0.0)):
-        wrong = right.clone()
-        wrong[index] = value
-        assert not parity._relative_error((wrong,), (right,)) < 1
-
-
 def test_a_network_of_one_size_is_said_to_be_fixed(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 1, 3), nn.Flatten(), nn.Linear(62 * 62, 5))
     done = blnet.export(model, tmp_path / "n.pt", "torch", torch.empty(1, 3, 64, 64))
     assert done.parity is not None
     assert done.parity.shapes == ((1, 3, 64, 64),)
     assert not done.dynamic
+
+
+@pytest.mark.parametrize("format", EVERY)
+@pytest.mark.parametrize("setting", ["float64", "meta", "autocast"])
+def test_settings_around_the_call_change_nothing(tmp_path: Path, format: str, setting: str) -> None:
+    model, path = pooling(), tmp_path / f"n{FORMATS[format].suffix}"
+    around = torch.device("meta") if setting == "meta" else torch.autocast(
+        "cpu", torch.bfloat16, enabled=setting == "autocast")  # fmt: skip
+    torch.set_default_dtype(torch.float64 if setting == "float64" else torch.float32)
+    try:
+        with around:
+            blnet.export(model, path, format, torch.empty(1, 3, 40, 40, device="cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    run, x = opened(path, format), torch.randn(2, 3, 33, 40)
+    given = run(x)[0] if format == "onnx" else run(x)
+    assert given.dtype is torch.float32
+    torch.testing.assert_close(given, model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_without_onnxruntime_only_unchecked(

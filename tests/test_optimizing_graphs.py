@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -176,3 +177,28 @@ def test_an_engine_is_built_once_for_itself_and_its_graph(gpu: Gpu) -> None:
     assert builds == [network]
     assert [trial.engine for trial in choice.trials] == ["counted", "counted, CUDA graph"]
     assert not any(trial.note.startswith("dropped") for trial in choice.trials)
+
+
+@pytest.mark.parametrize("graphs", [(False, True), (True,)])
+def test_what_an_engine_and_its_graph_took_is_told_apart(gpu: Gpu, graphs: Any) -> None:
+    def build(network: nn.Module, inputs: Any) -> Any:
+        time.sleep(0.3)
+        return network
+
+    engine = Engine("slow", "", build, devices=("cpu",))
+    network, x = nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 8, 8)
+    tried = [Candidate(engine, graph=graph) for graph in graphs]
+    with torch.no_grad():
+        choice = choose(tried, network, (x,), network(x), torch.float32, seconds=60)
+    last = choice.trials[-1]
+    assert last.build_seconds is not None
+    assert last.build_seconds >= 0.3
+    if graphs == (True,):  # there both were one
+        assert last.capture_seconds is None
+        assert "captured" not in str(last)
+        return
+    assert last.build_seconds == choice.trials[0].build_seconds
+    assert last.capture_seconds is not None
+    assert last.capture_seconds < 0.3
+    assert f"built in {last.build_seconds:.1f} s, captured in 0." in str(last)
+    assert choice.trials[0].capture_seconds is None

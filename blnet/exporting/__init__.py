@@ -4,6 +4,7 @@
 - forms: what an exported network takes and gives, images or recordings;
 - programs: tracing with free sizes;
 - onnx: ONNX files, and `onnx_bytes` for engines;
+- translations: operations that PyTorch translates to ONNX for some sizes only;
 - formats: how each format is written and run again;
 - parity: the check of a written file;
 - metadata: what a file says of its network.

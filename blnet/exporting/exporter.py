@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from blnet.checks import check_choice
-from blnet.exporting.formats import FORMATS, OPSET, Settings
+from blnet.exporting.formats import FORMATS, OPSET, Format, Runner, Settings
 from blnet.exporting.forms import prepared
 from blnet.exporting.metadata import describe
-from blnet.exporting.parity import Parity, compare
-from blnet.files import StrPath, written_aside
+from blnet.exporting.parity import Parity, ParityError, compare
+from blnet.files import StrPath, reason, written_aside
+from blnet.modes import autocast_switched
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,21 @@ def export(
     chosen = FORMATS[format]
     chosen.check_installed(check)
     settings = Settings(dynamic, opset, describe(model, metadata))
-    with written_aside(path) as aside:
+    with autocast_switched(False), written_aside(path) as aside:
         form = prepared(model, example_input)
         written = chosen.write(form, settings)
         aside.write_bytes(written.data)
-        parity = compare(form, chosen.open(aside), dynamic, written.least) if check else None
+        parity = compare(form, _opened(chosen, aside), dynamic, written.least) if check else None
     if parity is not None and len(parity.shapes) == 1:
         dynamic = False  # the network runs at its example's size only
     return Exported(Path(path), format, form.inputs, form.outputs, dynamic, parity, written.least)
+
+
+def _opened(format: Format, path: Path) -> Runner:
+    try:
+        return format.open(path)
+    except Exception as error:  # a runtime's own
+        raise ParityError(
+            f"the written file cannot be opened ({reason(error)}); report it, and try another "
+            "--format"
+        ) from error

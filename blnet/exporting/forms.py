@@ -47,16 +47,18 @@ class Form:
 
     def drawn(self, shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, ...]:
         """Return random inputs, the first of this shape; recordings get shorter one by one."""
-        first = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        if len(self.inputs) == 1:
-            return (first,)
-        frames = shape[-1]
-        return first, torch.tensor([max(1, frames - i * frames // 3) for i in range(shape[0])])
+        with torch.device("cpu"):  # whatever the user's default is
+            drawn = torch.Generator().manual_seed(seed)
+            first = torch.randn(shape, generator=drawn, dtype=torch.float32)
+            if len(self.inputs) == 1:
+                return (first,)
+            frames = shape[-1]
+            return first, torch.tensor([max(1, frames - i * frames // 3) for i in range(shape[0])])
 
     def answer(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Return what the network itself gives."""
         with torch.no_grad(), use_backend("torch"):
-            found = self.module(*inputs)
+            found = self.module(*(x.clone() for x in inputs))  # its code may change them
         return found if isinstance(found, tuple) else (found,)
 
     def is_taken(self, shape: tuple[int, ...], least: Mapping[str, int]) -> bool:

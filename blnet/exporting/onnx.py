@@ -11,10 +11,10 @@ from torch.export import ExportedProgram
 
 from blnet.exporting.forms import Form, prepared
 from blnet.exporting.programs import trace_program, tracing
+from blnet.exporting.translations import translations
 from blnet.files import reason
 
 OPSET = 18
-_INT64 = 7  # onnx.TensorProto.INT64
 
 
 def onnx_bytes(model: nn.Module, example: Tensor) -> bytes:
@@ -53,10 +53,16 @@ def onnx_model(
         metadata: for the model's metadata_props.
 
     Raises:
-        ValueError: if ONNX has no such operators or opset.
+        ValueError: if ONNX has no such operators, results or opset.
         ImportError: if onnx or onnxscript is missing.
     """
     check_opset(opset)
+    given = (node.meta.get("val") for node in program.graph.output_node().args[0])
+    if any(isinstance(one, Tensor) and one.is_complex() for one in given):
+        raise ValueError(
+            "the network gives complex numbers, which ONNX files do not; have it return "
+            "torch.view_as_real of them, or use another --format"
+        )
     try:
         with tracing():
             model = _translated(form, program, opset)
@@ -112,48 +118,10 @@ def _translated(form: Form, program: ExportedProgram, opset: int) -> Any:
         dynamic_shapes=form.free,  # of a program these are the names only
         input_names=list(form.inputs),
         output_names=list(form.outputs),
-        custom_translation_table={torch.ops.aten.upsample_nearest2d.default: _upsample()},
+        custom_translation_table=translations(free=bool(program.range_constraints)),
     )
     assert made is not None
     return made.model_proto
-
-
-def _upsample() -> Any:
-    """Return what translates a resize by copying.
-
-    PyTorch's own translation forgets the size where there are scales, and so gives a pixel too
-    many where the size is odd.
-    """
-    from onnxscript import FLOAT, INT64, opset18
-
-    op: Any = opset18  # its operators' types are those of tensors, not of values in a graph
-    copying = {
-        "mode": "nearest",
-        "coordinate_transformation_mode": "asymmetric",
-        "nearest_mode": "floor",
-    }
-
-    def upsample_nearest2d(
-        self: Any, output_size: Any, scales_h: Any = None, scales_w: Any = None
-    ) -> Any:
-        size = op.Cast(output_size, to=_INT64)
-        if scales_h is None or scales_w is None:
-            whole = op.Concat(op.Shape(self, start=0, end=2), size, axis=0)
-            return op.Resize(self, None, None, whole, **copying)
-        scales = op.Constant(value_floats=[1.0, 1.0, scales_h, scales_w])
-        resized = op.Resize(self, None, scales, None, **copying)
-        first, axes = op.Constant(value_ints=[0, 0]), op.Constant(value_ints=[2, 3])
-        return op.Slice(resized, first, size, axes)
-
-    # onnxscript reads these as types, and not as the text that annotations are in this file.
-    upsample_nearest2d.__annotations__ = {
-        "self": FLOAT,
-        "output_size": INT64,
-        "scales_h": float,
-        "scales_w": float,
-        "return": FLOAT,
-    }
-    return upsample_nearest2d
 
 
 # Tidying -------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from blnet.comparing import finite_parts
 from blnet.limits import OutOfTime, UnavailableError, one_line, time_limit
-from blnet.optimizing.engines import ENGINES, Engine, Inputs, Run, engine
+from blnet.optimizing.engines import ENGINES, Engine, Inputs, Run, copies, engine
 from blnet.optimizing.graphs import Captured, side_by_side
 from blnet.optimizing.report import Trial
 
@@ -167,6 +167,7 @@ def choose(
     trials, running = [], []
     hooked = _hooked_layer(network)
     built: Built = {}
+    first: dict[tuple[str, bool], Trial] = {}
     for candidate in tried:
         reason = candidate.engine.why_not(inputs, dtype) or candidate.why_not_hooked(hooked)
         left = end - time.monotonic() - min(ROUNDS_SECONDS, seconds / 4)
@@ -176,14 +177,16 @@ def choose(
         if reason:
             trials.append(Trial(candidate.name, note=reason, late=late))
             continue
-        build = partial(candidate.build, network, inputs, built)
-        found = _try(candidate.name, build, inputs, reference, dtype, left, clock)
+        build = partial(candidate.build, network, copies(inputs), built)
+        found = _try(candidate.name, build, copies(inputs), reference, dtype, left, clock)
         if isinstance(found, Trial):
             trials.append(found)
             built.pop(candidate.key, None)  # nor does its graph run then, or it fits no memory
         else:
+            trial = found.trial
+            found.trial = _captured_apart(trial, first.setdefault(candidate.key, trial))
             running.append(found)
-    _time_in_turns(running, inputs, clock, end)
+    _time_in_turns(running, copies(inputs), clock, end)
     trials += [_settled(one) for one in running]
     best = min(running, key=lambda one: statistics.median(one.times), default=None)
     order = {candidate.name: place for place, candidate in enumerate(tried)}
@@ -210,6 +213,7 @@ def _try(
             run = build()
             result = run(*inputs)
             built = time.monotonic() - start
+            error = difference(result, reference)  # the next calls may change the result's memory
             first = min(clock(lambda: run(*inputs)) for _ in range(2))
     except OutOfTime:
         note = f"dropped, building it took more than the {seconds:.3g} s left"
@@ -218,10 +222,17 @@ def _try(
         return failed(note=str(reason))
     except Exception as failure:  # an engine may fail in any way; another one runs
         return failed(note=f"dropped, it failed: {one_line(failure)}")
-    error = difference(result, reference)
     if not error <= tolerance(dtype, inputs[0].device):
         return failed(note=f"dropped, its result is wrong (error {error:.1e})")
     return _Running(Trial(name, error=error, build_seconds=built), run, [first])
+
+
+def _captured_apart(trial: Trial, first: Trial) -> Trial:
+    """Say of a CUDA graph whose engine was ready what that took, beside what the capture took."""
+    if trial is first:
+        return trial
+    built, captured = first.build_seconds, trial.build_seconds
+    return replace(trial, build_seconds=built, capture_seconds=captured)
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:

@@ -1,6 +1,6 @@
 """The engines that can run a network in evaluation, each built for one shape of inputs.
 
-An engine takes a network whose batch norms are folded, in channels-last layout and in its precision
+An engine takes a network whose batch norms are folded, in its precision and a layout that it takes
 (`blnet.optimizing.optimize` prepares it), and example inputs. It gives a function of inputs of just
 those shapes and dtypes. Engines are built alike for Big-Little and for plain networks.
 """
@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from blnet.kernels.backend import choose_backend
 from blnet.limits import UnavailableError
+from blnet.optimizing.layout import layout_of
 
 Inputs = tuple[Tensor, ...]
 Run = Callable[..., Any]
@@ -91,18 +90,9 @@ def engine(name: str) -> Engine:
     raise ValueError(f"engine must be 'auto' or one of {', '.join(engine_names())}, got {name!r}")
 
 
-def is_transformed(value: Tensor) -> bool:
-    """Return whether a tensor stands for another one: in vmap, jvp and the like."""
-    if torch.compiler.is_compiling():  # there transforms are part of what is compiled
-        return False
-    return is_functorch_wrapped_tensor(value) or unpack_dual(value).tangent is not None
-
-
-def channels_last(value: Tensor) -> Tensor:
-    """Return a map in channels-last layout, anything else as it is."""
-    if value.ndim != 4 or is_transformed(value):  # vmap knows no layouts
-        return value
-    return value.contiguous(memory_format=torch.channels_last)
+def copies(inputs: Inputs) -> Inputs:
+    """Return inputs for a network whose code may change them in place."""
+    return tuple(x.detach().clone() for x in inputs)
 
 
 def compiled(function: Callable[..., Any], example: tuple[Any, ...], **options: Any) -> Any:
@@ -162,7 +152,8 @@ def _caused_by(error: BaseException | None, name: str) -> bool:
 
 
 def _pytorch(network: nn.Module, inputs: Inputs) -> Run:
-    return lambda *given: network(*map(channels_last, given))
+    lay = layout_of(network)
+    return lambda *given: network(*map(lay, given))
 
 
 def _fused(network: nn.Module, inputs: Inputs) -> nn.Module:
@@ -174,8 +165,9 @@ def _fused(network: nn.Module, inputs: Inputs) -> nn.Module:
 
 
 def _compile(network: nn.Module, inputs: Inputs) -> Run:
-    made = compiled_frozen(network, tuple(map(channels_last, inputs)))
-    return lambda *given: made(*map(channels_last, given))
+    lay = layout_of(network)
+    made = compiled_frozen(network, tuple(map(lay, inputs)))
+    return lambda *given: made(*map(lay, given))
 
 
 def _onnx_runtime(network: nn.Module, inputs: Inputs) -> Run:

@@ -70,7 +70,7 @@ def build(model: nn.Module, example: Tensor) -> NativeRun:
         raise ValueError("the native engine is for inference; call model.eval() first")
     shape = (example.shape[0], example.shape[1], example.shape[2], example.shape[3])
     with torch.no_grad():
-        graph, constants = _capture(model, torch.zeros(shape))
+        graph, constants = _capture(model, torch.zeros(shape, dtype=torch.float32))
         program, head = Lowering(graph, constants, shape, LOWERED, HEAD, JOINS).run()
         return NativeRun(program, head)
 

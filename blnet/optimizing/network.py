@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Literal, NoReturn
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from blnet.modes import autocast_is_on, autocast_switched
-from blnet.optimizing.engines import Inputs, Run, channels_last, is_transformed, name_of
+from blnet.optimizing.engines import Inputs, Run, name_of
+from blnet.optimizing.layout import channels_last, is_transformed, lay_out, layout_of
 from blnet.optimizing.report import Report
 
 OtherInputs = Literal["eager", "error"]
@@ -49,6 +51,7 @@ class OptimizedNetwork(nn.Module):
         self.report = report
         self.other_inputs = other_inputs
         self._run = run
+        self._lay = layout_of(network)
         self._kind = kind_of(example)
         self._dtype = dtype
         self._returned = returned
@@ -72,10 +75,21 @@ class OptimizedNetwork(nn.Module):
                 f"{_told(given, named)}; give inputs like the example, or optimise with "
                 "other_inputs='eager'"
             )
-        if tensors:
-            given = tuple(map(channels_last, given))
-        result = self.network(*given, **known)
+        result = self._layer_by_layer(given, known)
         return result if self._dtype is None else self._cast_back(result, (inputs, named))
+
+    def _layer_by_layer(self, given: tuple[Any, ...], known: dict[str, Any]) -> Any:
+        laid = (self._lay(x) if isinstance(x, Tensor) else x for x in given)
+        try:
+            return self.network(*laid, **known)
+        except RuntimeError as error:
+            if self._lay is not channels_last or "view size" not in str(error):
+                raise
+        # Code that takes maps for rows, by `view`, runs in the usual layout only.
+        network = copy.deepcopy(self.network)  # a CUDA graph reads the weights where they are
+        lay_out(network, last=False)
+        self.network, self._lay = network, layout_of(network)
+        return self._layer_by_layer(given, known)
 
     def _run_engine(self, run: Run, inputs: Inputs) -> Any:
         """Return the engine's result in the dtype of the original's."""

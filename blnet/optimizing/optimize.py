@@ -33,10 +33,11 @@ from blnet.optimizing.choosing import (
     difference,
     tolerance,
 )
-from blnet.optimizing.engines import Inputs, channels_last, engine_names, name_of
+from blnet.optimizing.engines import Inputs, copies, engine_names, name_of
 from blnet.optimizing.engines import engine as engine_named
 from blnet.optimizing.folding import fold_batch_norms
 from blnet.optimizing.fused_ops import with_fused_ops
+from blnet.optimizing.layout import lay_out, takes_channels_last
 from blnet.optimizing.network import OptimizedNetwork, OtherInputs, describe, kind_of
 from blnet.optimizing.report import Change, Report
 from blnet.tracing import copied
@@ -148,7 +149,7 @@ def _for_inference(
         report.changes = changes
         report.otherwise = "no example_input was given, so no engine was measured"
         return OptimizedNetwork(network, report, dtype=precision)
-    inputs = tuple(x.to(precision or x.dtype) if x.is_floating_point() else x for x in example)
+    inputs = _cast(example, precision)
     tried = candidates(device.type, engine, graph)
     with device_guard(inputs[0]):  # engines are built and timed on the current device
         choice = choose(tried, network, inputs, reference, dtype, seconds)
@@ -171,11 +172,16 @@ def _tensors(example: Tensor | Sequence[Tensor] | None) -> Inputs:
         return ()
     tensors = (example,) if isinstance(example, Tensor) else tuple(example)
     if not tensors or not all(isinstance(x, Tensor) for x in tensors):
+        got = " ".join(repr(example).split())
         raise ValueError(
-            f"example_input must be a tensor or several, got {example!r:.60}; give what the model "
+            f"example_input must be a tensor or several, got {got:.60}; give what the model "
             "is called with, such as torch.randn(8, 3, 224, 224)"
         )
     return tensors
+
+
+def _cast(inputs: Inputs, dtype: torch.dtype | None) -> Inputs:
+    return tuple(x.to(dtype or x.dtype) if x.is_floating_point() else x for x in inputs)
 
 
 def _dtype(precision: str | torch.dtype | None) -> torch.dtype | None:
@@ -222,7 +228,7 @@ def _reference(model: nn.Module, example: Inputs) -> Tensor | None:
     own = copied(model)  # its code may change what it holds
     with evaluating(own):
         try:
-            result: Any = own(*example)
+            result: Any = own(*copies(example))
         except Exception as error:  # whatever a network raises for inputs that do not fit it
             raise ValueError(
                 f"{type(model).__name__} does not take the example_input of shape "
@@ -244,21 +250,20 @@ def prepared(
     example: Inputs = (),
     reference: Tensor | None = None,
 ) -> tuple[nn.Module, list[Change]]:
-    """Return a copy with BN folded, in channels-last layout and another precision.
+    """Return a copy with BN folded, in another precision and channels-last layout if it takes that.
 
     Args:
         model: any network.
         dtype: the precision; None keeps the model's.
-        example: inputs on which the folded network is checked.
+        example: inputs on which the folded network and its layout are checked.
         reference: what the model gives for them; None leaves the check out.
     """
     plain = unfuse(model).eval()
     network, changes = _folded(plain, example, reference)
-    network.to(dtype=dtype)
-    for parameter in network.parameters():
-        parameter.requires_grad_(False)
-        if parameter.ndim == 4:
-            parameter.data = channels_last(parameter.data)
+    network.to(dtype=dtype).requires_grad_(False)
+    lay_out(network, last=True)
+    if example and not takes_channels_last(network, copies(_cast(example, dtype))):
+        lay_out(network, last=False)
     return network, changes
 
 
@@ -276,11 +281,11 @@ def _folded(
     allowed = TOLERANCES[reference.dtype]
     with exact_products():
         if tolerance(reference.dtype, reference.device) > allowed:
-            reference = model(*example)
+            reference = model(*copies(example))
         for checked in (True, False):
             network = copy.deepcopy(model)
             changes = fold_batch_norms(network, checked)
-            error = difference(network(*example), reference)
+            error = difference(network(*copies(example)), reference)
             if error <= allowed:
                 return network, changes
     reason = f"folding changed the result (error {error:.1e})"

@@ -37,8 +37,9 @@ class Trial:
         seconds: median time of a call; None if it got no time.
         note: why it got none, or why it was dropped; empty for one that ran to the end.
         error: norm of its difference to the original network's result over that result's norm.
-        build_seconds: what building it took; of a CUDA graph what it replays was built before.
+        build_seconds: what building it took, and capturing it too where that is not told apart.
         late: whether time was what it lacked.
+        capture_seconds: what capturing a CUDA graph took, where its engine was built before.
     """
 
     engine: str
@@ -47,6 +48,7 @@ class Trial:
     error: float | None = None
     build_seconds: float | None = None
     late: bool = False
+    capture_seconds: float | None = None
 
     def __str__(self) -> str:
         """Say it in one line."""
@@ -54,7 +56,8 @@ class Trial:
             return f"{self.engine}: {self.note}"
         facts = [f"{self.seconds * 1e3:.2f} ms"]
         facts += [f"error {self.error:.1e}"] if self.error is not None else []
-        facts += [f"built in {self.build_seconds:.1f} s"] if self.build_seconds is not None else []
+        took = {"built": self.build_seconds, "captured": self.capture_seconds}
+        facts += [f"{how} in {time:.1f} s" for how, time in took.items() if time is not None]
         return f"{self.engine}: {', '.join(facts)}{f'; {self.note}' if self.note else ''}"
 
 
