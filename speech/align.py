@@ -30,7 +30,7 @@ PROG = "blnet align"
 SILENCE = 0.3  # seconds; longer stretches without a character keep some silence
 _EXAMPLES = """examples:
   blnet align results/english --output labels/english
-  blnet train speech --task frame --data manifest --data.path train.tsv --data.labels labels/english"""  # noqa: E501
+  blnet train speech --task frame --data.name manifest --data.path train.tsv --data.labels labels/english"""  # noqa: E501
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

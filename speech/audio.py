@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blnet.files import StrPath, reason
-from blnet.speech.containers import has_whole_pages, missing_bytes, unsaid_mp3_samples
+from blnet.speech.containers import missing_bytes, mp3_samples, ogg_fault
 from blnet.speech.files import open_file
 
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
 _BLOCK = 1 << 16  # frames that are decoded at once while streaming
 _BLOCK_SECONDS = 30  # and how long these may be: at a low rate, resampling makes many of few
 _MP3_LEAST = 0.95  # share of the samples
+_MP3_MISCOUNT = 2304  # samples of two frames; whether one of tags counts, programs differ
 _TOLERANCE = 0.01  # seconds; times in manifests are rounded
 _UNKNOWN_FRAMES = 1 << 60  # where FLAC does not know, libsndfile says the largest number there is
 _WRITE_ANEW = "write it anew, to a file and not to a pipe"
@@ -75,7 +76,10 @@ def read_audio(
         first, last = _range(file, sound, start, end)
         if longest is not None:
             last = min(last, first + max(1, round(longest * sound.samplerate)))
-        sound.seek(first)
+        if sound.seekable():
+            sound.seek(first)
+        else:  # GSM, say, can only be read on
+            sound.read(first, dtype="float32")
         samples = _mono(file, sound.read(last - first, dtype="float32", always_2d=True))
         _check_length(file, sound, last - first, len(samples))
         rate = int(sound.samplerate)
@@ -86,8 +90,8 @@ def audio_seconds(file: StrPath) -> float:
     """Return the duration of a recording, seconds, from its header.
 
     Raises:
-        AudioError: if it is missing, empty, cut off (WAV, OGG), of another format, has no samples
-            or does not say how many.
+        AudioError: if it is missing, empty, cut off (but for FLAC and MP3, which only reading
+            tells), of another format, has no samples or does not say how many.
     """
     with _opened(file) as sound:
         return float(sound.frames / sound.samplerate)
@@ -134,14 +138,16 @@ def _opened(file: StrPath) -> Iterator[soundfile.SoundFile]:
     try:
         with open_file(file) as data:
             _check_bytes(file, data)
-            counted = unsaid_mp3_samples(data)
+            counted, said = mp3_samples(data)
+            if said and said < _MP3_LEAST * (counted - _MP3_MISCOUNT):
+                raise AudioError(file, _joined(said, counted))
             data.seek(0)
             with soundfile.SoundFile(data) as sound:
                 if not sound.frames:
                     raise AudioError(file, _why_empty(data))
                 if sound.frames >= _UNKNOWN_FRAMES:
                     raise AudioError(file, _NO_LENGTH)
-                if sound.frames < _MP3_LEAST * counted:
+                if not said and sound.frames < _MP3_LEAST * counted:
                     raise AudioError(file, _too_few(sound.frames, counted))
                 yield sound
     except AudioError:
@@ -235,19 +241,19 @@ def _check_length(file: StrPath, sound: soundfile.SoundFile, promised: int, foun
 
 
 def _check_bytes(file: StrPath, data: BinaryIO) -> None:
-    """Raise AudioError of what libsndfile passes over: nothing at all, and files cut off."""
+    """Raise AudioError of what libsndfile passes over: nothing at all, and what is not whole."""
     size = data.seek(0, os.SEEK_END)
     data.seek(0)
     if not size:
         raise AudioError(file, "the file is empty")
-    is_ogg = data.read(4) == b"OggS"
+    fault = ogg_fault(data) if data.read(4) == b"OggS" else None
+    if fault is not None:
+        raise AudioError(file, fault)
     missing = missing_bytes(data, size)
     if missing:
         raise AudioError(
             file, f"it is cut off: its header promises {missing:,} bytes more than are there"
         )
-    if is_ogg and not has_whole_pages(data, size):
-        raise AudioError(file, "it is cut off in the midst of a page")
 
 
 def _too_few(estimated: int, counted: int) -> str:
@@ -255,6 +261,14 @@ def _too_few(estimated: int, counted: int) -> str:
     return (
         f"it does not say how long it is, and of {counted:,} samples {estimated:,} would be read; "
         f"{_WRITE_ANEW}"
+    )
+
+
+def _joined(said: int, counted: int) -> str:
+    """Say why only the first of several MP3 files in one would be read."""
+    return (
+        f"it says that it holds {said:,} samples, and {counted:,} are there, as where files were "
+        "put one behind another; join what is heard in them in place of their bytes"
     )
 
 

@@ -17,6 +17,9 @@ _NAMED = 12  # speakers that an error lists
 def hold_out(utterances: Sequence[Utterance], share: float, seed: int) -> Pair:
     """Split off a share: of the speakers, where all are known, else of each label's recordings.
 
+    What is listed twice counts once and is in one part, or what was trained on would be evaluated
+    on.
+
     Args:
         utterances: the recordings.
         share: of the speakers or recordings to hold out, between 0 and 1, rounded up; at least one
@@ -34,8 +37,10 @@ def hold_out(utterances: Sequence[Utterance], share: float, seed: int) -> Pair:
         held = _share_of(speakers, share, seed)
         chosen = [one.speaker in held for one in utterances]
     else:
-        places = _share_of_each_label(utterances, share, seed)
-        chosen = [place in places for place in range(len(utterances))]
+        once = {_listed(one): one for one in utterances}
+        places = _share_of_each_label(list(once.values()), share, seed)
+        names = {name for place, name in enumerate(once) if place in places}
+        chosen = [_listed(one) in names for one in utterances]
     train, evaluation = _parted(utterances, chosen)
     if not train or not evaluation:
         raise ValueError(
@@ -80,6 +85,11 @@ def balanced(utterances: Sequence[Utterance], limit: int | None, seed: int) -> l
 def _parted(utterances: Sequence[Utterance], chosen: Sequence[bool]) -> Pair:
     paired = list(zip(utterances, chosen, strict=True))
     return [one for one, held in paired if not held], [one for one, held in paired if held]
+
+
+def _listed(one: Utterance) -> tuple[str, str]:
+    """Return what tells whether a recording is listed twice."""
+    return one.name, one.label
 
 
 def _share_of(names: Sequence[str], share: float, seed: int) -> set[str]:

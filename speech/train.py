@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -49,12 +50,13 @@ class TrainSpeech(TrainCommand):
 
     def advice(self, config: SpeechConfig, folder: Path) -> str:
         """Return what to do with the trained network."""
+        name = shlex.quote(str(folder))
         if config.task == "keyword":
-            return f"try it: blnet predict speech FILE --checkpoint {folder}"
-        text = f"try it: blnet transcribe FILE --checkpoint {folder}"
+            return f"try it: blnet predict speech FILE --checkpoint {name}"
+        text = f"try it: blnet transcribe FILE --checkpoint {name}"
         if not config.ngrams:
             return text
-        words = f"blnet ngrams {folder} --output words.arpa --order {config.ngrams}"
+        words = f"blnet ngrams {name} --output words.arpa --order {config.ngrams}"
         return f"{text}; a --language-model for it: {words}"
 
 

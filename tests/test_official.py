@@ -20,10 +20,6 @@ import blnet
 from blnet.network import BigLittleConfig, BigLittleNet
 from blnet.official import infer_config, official_key
 
-SHARED = Path(
-    os.environ.get("BLNET_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
-)
-
 
 def randomise(model):
     """Give a network weights of which every one shows in the output."""
@@ -82,24 +78,19 @@ def rebuilt_weights(keys):
     return weights
 
 
-@lru_cache(maxsize=1)
-def published_facts():
-    files = [SHARED / f"official_parity.{kind}" for kind in ("json", "npz")]
-    if not all(file.is_file() for file in files):
-        pytest.skip(
-            f"the published networks' logits are not here: no official_parity.* in {SHARED} "
-            "(BLNET_SHARED_DATA names another folder)"
-        )
-    return json.loads(files[0].read_text()), np.load(files[1])
+@pytest.fixture
+def published_facts(shared):
+    facts, logits = (shared(f"official_parity.{kind}") for kind in ("json", "npz"))
+    return json.loads(Path(facts).read_text()), np.load(logits)
 
 
-def test_parity_data_holds_three_networks():
-    assert len(published_facts()[0]) == 3
+def test_parity_data_holds_three_networks(published_facts):
+    assert len(published_facts[0]) == 3
 
 
 @pytest.mark.parametrize("index", range(3))
-def test_outputs_are_those_of_the_published_networks(index):
-    networks, logits = published_facts()
+def test_outputs_are_those_of_the_published_networks(index, published_facts):
+    networks, logits = published_facts
     name, facts = sorted(networks.items())[index]
     model = blnet.load_official({"state_dict": rebuilt_weights(facts["keys"])})
     # 97x131: the branches' sizes round differently.

@@ -1,5 +1,6 @@
 """``blnet align``: labels that spell the transcripts, and a run that is trained on them."""
 
+import argparse
 import csv
 import json
 import os
@@ -10,12 +11,14 @@ import pytest
 import torch
 
 from blnet.cli import main
+from blnet.speech import align
 from blnet.speech import testing as tones
 from blnet.speech.alignment import FrameLabels
 from blnet.speech.audio import read_audio
 from blnet.speech.features import LogMel
 from blnet.speech.recordings import Utterance
 from blnet.speech.task_frame import Labelling
+from blnet.speech.train import COMMAND
 
 COUNT = 12
 FEATURES = LogMel(tones.FEATURES, tones.RATE)
@@ -162,8 +165,9 @@ def test_a_recording_that_comes_twice_shows_first(net, texts, tmp_path, capsys, 
 
 
 def test_data_without_transcripts(net, tmp_path, capsys):
-    tones.write(tmp_path / "a.wav", tones.spoken("a"))
-    (tmp_path / "list.tsv").write_text("audio\tlabel\na.wav\tx\na.wav\tx\n")
+    for name in "ab":
+        tones.write(tmp_path / f"{name}.wav", tones.spoken("a"))
+    (tmp_path / "list.tsv").write_text("audio\tlabel\na.wav\tx\nb.wav\tx\n")
     line = refused(capsys, net, "--data-path", tmp_path / "list.tsv", "--output", tmp_path / "l")
     assert "needs a transcript for every recording" in line
 
@@ -212,3 +216,12 @@ def test_a_network_is_trained_on_the_labels(net, texts, tmp_path, capsys):
     file = tones.write(tmp_path / "new.wav", tones.spoken("cab ac"))
     assert main(["transcribe", str(file), "--checkpoint", str(out)]) == 0
     assert set(capsys.readouterr().out) <= set("abc \n")
+
+
+def test_the_example_of_a_training_run_has_flags_that_there_are():
+    parser = argparse.ArgumentParser()
+    align.configure(parser)
+    words = shlex.split(parser.epilog.splitlines()[-1])
+    assert words[:3] == ["blnet", "train", "speech"]
+    config, _ = COMMAND.parse(words[3:])
+    assert (config.task, config.data.name) == ("frame", "manifest")

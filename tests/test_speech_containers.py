@@ -1,4 +1,4 @@
-"""Lengths by a file's own bytes: MP3 files that do not say theirs, and Wave64 files cut off."""
+"""Lengths by a file's own bytes: MP3 files that do not say theirs, what is cut off or damaged."""
 
 from __future__ import annotations
 
@@ -40,6 +40,10 @@ def tagged(content: bytes, size: int) -> bytes:
         + bytes(size)
         + content
     )
+
+
+def replaced(content: bytes, place: int, length: int) -> bytes:
+    return content[:place] + length.to_bytes(4, "big") + content[place + 4 :]
 
 
 def refusals(file: Path) -> list[str]:
@@ -108,6 +112,152 @@ def test_the_head_of_an_mp3_file_alone_is_refused(tmp_path: Path, size: int) -> 
     path = tmp_path / "a.mp3"
     path.write_bytes(encoded(TONE, "MP3")[:size])
     refusals(path)
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.3, 3])
+@pytest.mark.parametrize("between", [b"", tagged(b"", 300), b"TAG" + bytes(125) + tagged(b"", 20)])
+def test_mp3_files_that_were_joined_are_refused(
+    tmp_path: Path, seconds: float, between: bytes
+) -> None:
+    one = encoded(TONE[: round(seconds * RATE)], "MP3")
+    path = tmp_path / "a.mp3"
+    path.write_bytes(one + between)
+    assert len(read_audio(path, RATE)) == round(seconds * RATE)
+    path.write_bytes(one + between + one)
+    for told in refusals(path):
+        assert told.startswith("it says that it holds ")
+        assert told.endswith("join what is heard in them in place of their bytes")
+
+
+def test_an_mp3_file_may_count_a_frame_less_than_it_has(tmp_path: Path) -> None:
+    mp3 = encoded(TONE[: RATE // 20], "MP3")
+    place = mp3.index(b"Xing") + 8
+    path = tmp_path / "a.mp3"
+    path.write_bytes(replaced(mp3, place, int.from_bytes(mp3[place : place + 4], "big") - 1))
+    assert len(read_audio(path, RATE)) > 0
+
+
+def test_the_tag_that_libsndfile_does_not_look_at_says_no_length(tmp_path: Path) -> None:
+    mp3 = encoded(np.append(NOISE, SILENCE), "MP3")
+    tag, frames = mp3.index(b"Xing"), mp3[mp3.index(b"Xing") + 8 :][:4]
+    vbri = b"VBRI" + bytes(10) + frames + bytes(8)
+    path = tmp_path / "a.mp3"
+    path.write_bytes(mp3[:tag] + bytes(36 - tag) + vbri + mp3[36 + len(vbri) :])
+    for told in refusals(path):
+        assert told.startswith("it does not say how long it is, and of 24")
+
+
+# Ogg ---------------------------------------------------------------------------------------------
+
+
+def pages(ogg: bytes) -> list[bytes]:
+    return [b"OggS" + rest for rest in ogg.split(b"OggS")[1:]]
+
+
+@pytest.mark.parametrize("codec", ["VORBIS", "OPUS"])
+def test_an_ogg_file_that_is_damaged_is_refused(tmp_path: Path, codec: str) -> None:
+    path = tmp_path / "a.ogg"
+    whole = encoded(NOISE, "OGG", subtype=codec)
+    path.write_bytes(whole)
+    assert len(read_audio(path, RATE)) == len(NOISE)
+    told = "it is damaged, and what is spoilt would be left out; fetch or copy it again"
+    for place in (len(whole) // 2, len(whole) - 100):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        assert refusals(path) == [told] * 3
+    first, *rest = pages(whole)
+    path.write_bytes(first + b"".join(rest[:5] + rest[6:]))
+    assert refusals(path) == [told] * 3
+    path.write_bytes(first + b"".join(rest[:5]) + bytes(9) + b"".join(rest[5:]))
+    assert refusals(path) == [told] * 3
+
+
+@pytest.mark.parametrize("codec", ["VORBIS", "OPUS"])
+def test_ogg_files_that_were_joined_are_refused(tmp_path: Path, codec: str) -> None:
+    path = tmp_path / "a.ogg"
+    path.write_bytes(2 * encoded(TONE[:RATE], "OGG", subtype=codec))
+    for told in refusals(path):
+        assert told.startswith("it holds several recordings one behind another, of which only the")
+
+
+def test_a_recorded_broadcast_begins_with_the_headers_and_any_page(tmp_path: Path) -> None:
+    path = tmp_path / "a.ogg"
+    whole = pages(encoded(NOISE, "OGG", subtype="VORBIS"))
+    path.write_bytes(b"".join(whole[:2] + whole[6:]))
+    assert 0 < len(read_audio(path, RATE)) == round(audio_seconds(path) * RATE) < len(NOISE)
+
+
+# AIFF, AU, CAF, NIST SPHERE, 8SVX -----------------------------------------------------------------
+
+OTHERS = [
+    ("AIFF", {"subtype": "PCM_16"}),
+    ("AIFF", {"subtype": "PCM_16", "endian": "LITTLE"}),  # AIFF-C
+    ("AIFF", {"subtype": "IMA_ADPCM"}),
+    ("AU", {"subtype": "PCM_16"}),
+    ("AU", {"subtype": "ULAW", "endian": "LITTLE"}),
+    ("CAF", {"subtype": "PCM_16"}),
+    ("NIST", {"subtype": "PCM_16"}),
+    ("SVX", {"subtype": "PCM_16"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), OTHERS)
+def test_a_file_of_any_kind_that_is_cut_off_is_refused(
+    tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    path = tmp_path / "a"
+    channels = 1 if kind == "SVX" else 2
+    whole = encoded(np.stack([TONE] * channels, 1), kind, **options)
+    for tail in (b"", bytes(6)):
+        path.write_bytes(whole + tail)
+        assert len(read_audio(path, RATE)) == pytest.approx(len(TONE), abs=64)
+    whole = whole[: len(whole) - len(whole) % 2]
+    for missing in (2, 1000, len(whole) // 2):
+        path.write_bytes(whole[:-missing])
+        for told in refusals(path):
+            assert told.startswith("it is cut off: its header promises ")
+
+
+# As programs write them into a pipe: FFmpeg, SoX, others.
+@pytest.mark.parametrize("length", [0, 0x7F000008, 0xFFFFFFFF])
+def test_an_aiff_file_of_unknown_length_is_read_to_its_end(tmp_path: Path, length: int) -> None:
+    whole = encoded(TONE, "AIFF")
+    sound, facts = (whole.index(name) for name in (b"SSND", b"COMM"))
+    samples = replaced(replaced(whole, 4, length), sound + 4, length)
+    path = tmp_path / "a.aiff"
+    path.write_bytes(replaced(samples, facts + 10, length // 2))
+    assert len(read_audio(path, RATE)) == len(TONE)
+
+
+@pytest.mark.parametrize("endian", ["BIG", "LITTLE"])
+def test_an_au_file_of_unknown_length_is_read_to_its_end(tmp_path: Path, endian: str) -> None:
+    path = tmp_path / "a.au"
+    path.write_bytes(replaced(encoded(TONE, "AU", endian=endian), 8, 0xFFFFFFFF))
+    assert len(read_audio(path, RATE)) == len(TONE)
+
+
+def test_a_sphere_file_that_does_not_say_its_length_is_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    path.write_bytes(encoded(TONE, "NIST").replace(b"sample_count -i", b"sample_many_ -i"))
+    assert len(read_audio(path, RATE)) == len(TONE)
+
+
+def test_packed_samples_are_not_taken_for_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    packed = encoded(TONE, "NIST").replace(b"-s3 pcm\n", b"-s26 pcm,embedded-shorten-v2.00\n")
+    path.write_bytes(packed[:100_000])
+    for told in refusals(path):
+        assert "cut off" not in told
+
+
+# Formats that cannot be searched -----------------------------------------------------------------
+
+
+def test_telephone_recordings_of_gsm_are_read_whole_and_in_part(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    path.write_bytes(encoded(TONE, "WAV", 8000, subtype="GSM610"))
+    whole = read_audio(path, 8000)
+    assert len(whole) == len(TONE)
+    assert (read_audio(path, 8000, 1.5, 2) == whole[12_000:16_000]).all()
 
 
 # Wave64 ------------------------------------------------------------------------------------------

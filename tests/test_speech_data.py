@@ -141,6 +141,17 @@ def test_splits_that_leave_nothing_are_refused():
         hold_out_speaker([said(speaker="a")], "a", "x")
 
 
+@settings(max_examples=30, deadline=None)
+@given(copies=st.lists(st.integers(1, 3), min_size=2, max_size=9), seed=st.integers(0, 99))
+def test_what_is_listed_twice_is_in_one_part(copies, seed):
+    listed = [said("a", number=n) for n, count in enumerate(copies) for _ in range(count)]
+    train, held = hold_out(listed, 0.3, seed)
+    assert not set(train) & set(held)
+    assert sorted(train + held, key=listed.index) == listed
+    once = [said("a", number=n) for n in range(len(copies))]
+    assert (set(train), set(held)) == tuple(map(set, hold_out(once, 0.3, seed)))
+
+
 def test_a_share_that_divides_evenly_is_not_rounded_up():
     assert len(hold_out([said("a", number=n) for n in range(100)], 0.07, 0)[1]) == 7
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import get_args
 
@@ -116,3 +117,9 @@ def test_the_plain_network_of_a_recipe_is_its_own_with_one_branch() -> None:
     assert (plain.branches, plain.pyramid, plain.width) == (1, False, model.width)
     assert describe(plain) == "resnet22 (width 0.25)"
     assert COMMAND.plain_of(plain) == plain
+
+
+@pytest.mark.parametrize("name", ["keyword", "sentences", "yesno"])
+def test_the_commands_that_a_run_ends_with_are_ones_to_paste(name: str) -> None:
+    for command in COMMAND.advice(recipe(name), Path("my runs/a b")).split("; "):
+        assert "my runs/a b" in shlex.split(command.partition(": ")[2])
