@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,8 @@ def test_flags_count_more_than_the_recipe_wherever_it_stands() -> None:
     config, _ = COMMAND.parse(["--lr", "0.3", "--recipe=cifar10"])
     assert config.optimizer.lr == 0.3
     assert config.data.name == "cifar10"
+
+
+def test_the_command_that_a_run_ends_with_is_one_to_paste() -> None:
+    command = COMMAND.advice(recipe("digits"), Path("my runs/a b")).partition(": ")[2]
+    assert shlex.split(command)[-1] == "my runs/a b"

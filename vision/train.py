@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class TrainVision(TrainCommand):
         name = config.model.name
         if config.model.start is None and not is_built_again(name):
             return f"its weights are in {folder / BEST}; build {name} and fill it: blnet.load"
-        return f"try it: blnet predict vision FILE --checkpoint {folder}"
+        return f"try it: blnet predict vision FILE --checkpoint {shlex.quote(str(folder))}"
 
 
 COMMAND = TrainVision()
