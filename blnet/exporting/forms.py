@@ -114,7 +114,7 @@ def prepared(model: nn.Module, example: Tensor | None = None, lengths: bool = Tr
         _check_one_input(model)
     with torch.random.fork_rng(devices=[]):
         module = unfuse(model).cpu().float().eval().requires_grad_(False)
-    shape = _usual_shape(model, speech) if example is None else tuple(example.shape)
+    shape = usual_shape(model) if example is None else tuple(example.shape)
     form = _recordings(module, shape) if speech and lengths else _images(module, shape)
     try:
         given = form.answer(*form.drawn(form.shape))
@@ -169,8 +169,9 @@ def _check_one_input(model: nn.Module) -> None:
         )
 
 
-def _usual_shape(model: nn.Module, speech: bool) -> tuple[int, ...]:
-    if speech:
+def usual_shape(model: nn.Module) -> tuple[int, ...]:
+    """Return the shape of the usual example: 224 x 224 pixels, or 300 frames of sound."""
+    if _takes_recordings(model):
         config: Any = model.config
         return 1, config.in_channels, config.bins, FRAMES
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
@@ -259,5 +260,5 @@ class _LiveMasks(dict[Any, Tensor]):
 def _example_size(size: Any) -> int:
     """Return the number that a size is in the example, without asking it of the symbol."""
     if isinstance(size, torch.SymInt):
-        return int(size.node.require_hint())
+        return int(size.node.hint)
     return int(size)
