@@ -230,7 +230,8 @@ def check_writable(folder: Path, goes_on: bool = False) -> None:
         handle, name = tempfile.mkstemp(dir=nearest)
     except OSError as error:
         raise ValueError(
-            f"--output {folder}: {nearest} cannot be written to ({error.strerror})"
+            f"--output {folder}: {nearest} cannot be written to ({error.strerror}); choose a "
+            "folder that you may write to"
         ) from None
     os.close(handle)
     os.unlink(name)

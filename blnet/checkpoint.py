@@ -32,6 +32,7 @@ VERSION = 1
 UNREAD = frozenset({"weights", "pretrained", "checkpoint_path"})
 # One header entry holds all of our JSON: the order of several would differ from run to run.
 _ENTRY = "blnet"
+_PICKLED = (".pth", ".pt")
 _PLAN_FIELDS = ("source", "source_options", "alpha", "beta", "branches")
 
 
@@ -46,13 +47,19 @@ def save(model: nn.Module, path: StrPath, **extra: Any) -> None:
         model: a `BigLittleNet`, a network made by `blnet.convert`, or any other module, of which
             only the weights are kept. So it is with one of the former whose layers were exchanged;
             to see that, a converted one of torchvision's or timm's is built again, without weights.
-        path: the file to write.
+        path: the file to write, FILE.safetensors say.
         extra: anything JSON can hold, for the header (`read_header(path)["extra"]`).
 
     Raises:
-        ValueError: if a weight has no data or no safetensors form, or `extra` is not JSON.
+        ValueError: if a weight has no data or no safetensors form, `extra` is not JSON, or `path`
+            ends as files do that PyTorch pickles.
         OSError: if the file cannot be written; it says why and what to do.
     """
+    if Path(path).suffix in _PICKLED:
+        raise ValueError(
+            f"{path} would be read as a pickled file, and safetensors is written; name it "
+            f"{Path(path).with_suffix('.safetensors').name}"
+        )
     with written_aside(path) as aside:
         tensors, ties = _storable(model)
         header = {"format": FORMAT, "version": VERSION, **_describe(model), "ties": ties}
@@ -288,10 +295,8 @@ def _reconvert(path: StrPath, plan: dict[str, Any], trust_source: bool) -> nn.Mo
             f"{path} was converted from a network without a name; convert that network again and "
             "give it: blnet.load(path, model)"
         )
-    library, colon, _ = source.partition(":")
-    foreign = bool(colon) and library not in ("torchvision", "timm")
+    foreign = registry.is_own_code(source)
     if foreign and not trust_source:
-        # Else a file of weights could run any function of any module: os:system, say.
         raise ValueError(
             f"{path} was converted from {source}, and rebuilding it would import and call that; "
             "pass trust_source=True if you trust the file, or the converted network as model"

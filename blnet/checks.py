@@ -9,7 +9,9 @@ import math
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise a ValueError unless a value is one of the choices."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+        # Where a choice holds a comma itself, only quotes tell where it ends.
+        show = repr if any("," in str(choice) for choice in choices) else str
+        raise ValueError(f"{name} must be one of {', '.join(map(show, choices))}, got {value!r}")
 
 
 def check_count(name: str, value: object, least: int) -> None:

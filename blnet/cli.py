@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -205,7 +206,7 @@ def _run(name: str, words: Sequence[str], debug: bool) -> int:
         return 0
     except (ValueError, OSError, ImportError) as error:
         if debug:
-            raise
+            traceback.print_exc()
         _discard_unwritable()
         if isinstance(error, UnicodeEncodeError) and _lacks(sys.stdout.encoding or "utf-8", error):
             error = ValueError(
@@ -216,9 +217,9 @@ def _run(name: str, words: Sequence[str], debug: bool) -> int:
         return 2
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         text = f"{type(error).__name__}: {_one_line(error)[:_TEXT_SHOWN]}"
-        advice = "run it with --debug and report the traceback"
+        advice = f"{'' if debug else 'run it with --debug and '}report the traceback"
         print(f"blnet {name}: internal error: {text}; {advice}", file=sys.stderr)
         return 1
 

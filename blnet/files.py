@@ -159,6 +159,19 @@ def make_folder(name: str) -> None:
                       "choose another") from error  # fmt: skip
 
 
+@contextlib.contextmanager
+def folders_taken_back(folder: StrPath) -> Iterator[None]:
+    """Where the body raises, remove the folder and those above it that it made and left empty."""
+    made = [place for place in (Path(folder), *Path(folder).parents) if not place.exists()]
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # of the first that is not there or holds anything
+            for place in made:
+                place.rmdir()
+        raise
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()

@@ -45,6 +45,7 @@ class Entry:
 
 
 _ENTRIES: dict[str, Entry] = {}
+_LIBRARIES = ("torchvision", "timm")
 
 
 def register(name: str, build: Callable[..., nn.Module], *, big_little: bool) -> None:
@@ -66,6 +67,15 @@ def names(big_little: bool | None = None) -> list[str]:
 def is_big_little(name: str) -> bool:
     """Return whether a name stands for a registered Big-Little network."""
     return name in _ENTRIES and _ENTRIES[name].big_little
+
+
+def is_own_code(name: str) -> bool:
+    """Return whether a name is "package.module:function", which `build` imports and calls.
+
+    A file that names one must be trusted: it may name any function of any module, os:system, say.
+    """
+    library, colon, _ = name.partition(":")
+    return bool(colon) and library not in _LIBRARIES
 
 
 def build(name: str, **options: Any) -> nn.Module:

@@ -13,7 +13,7 @@ from blnet import registry
 from blnet.checks import positive
 from blnet.conversion import convert
 from blnet.conversion.command import parse_classes, parse_size
-from blnet.training.networks import load_network
+from blnet.training.networks import add_trust_flag, load_network
 
 _BRANCHING = ("alpha", "beta", "branches")
 _CARRIED = ("task", "network", "preprocessing", "features", "classes", "alphabet", "data")
@@ -26,11 +26,13 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
         help="a .safetensors file, a run's folder, a published .pth file, or a network's name",
     )  # fmt: skip
     parser.add_argument("--size", type=parse_input, metavar="SIZE",
-                        help="of the example: 224 or 3x224x224; recordings: 1x64x300")  # fmt: skip
+                        help="of the example: 224 or 3x224x224; recordings: 1x64x300 "
+                        "(the checkpoint's, else those)")  # fmt: skip
     parser.add_argument("--alpha", type=positive, help="of a name: little branch times narrower")
     parser.add_argument("--beta", type=positive, help="of a name: little branch times shorter")
     parser.add_argument("--branches", type=positive, help="of a name: number of branches")
     parser.add_argument("--num-classes", type=parse_classes, metavar="N", help="of a name: classes")
+    add_trust_flag(parser)
 
 
 def parse_input(text: str) -> tuple[int, ...]:
@@ -58,7 +60,7 @@ def load_source(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
         if not Path(source).exists():
             raise FileNotFoundError(f"{source} does not exist; name a .safetensors file, a run's "
                                     "folder, a published .pth file or a network")  # fmt: skip
-        model, extra = load_network(source)
+        model, extra = load_network(source, args.trust_source)
         return model, {key: extra[key] for key in _CARRIED if key in extra}
     model = _built(source, dict(given))
     print(f"{source}: new weights, not trained ones")

@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import subprocess
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -166,11 +169,40 @@ def check_ready(targets: Iterable[str]) -> None:
 
 
 @contextlib.contextmanager
-def _fresh_cache() -> Iterator[None]:
+def _fresh_cache() -> Iterator[str]:
+    """Give Triton a cache of its own, which also goes where the process is terminated."""
     # A gate must not pass on what an earlier version of a kernel left in the user's cache.
-    with tempfile.TemporaryDirectory(prefix="blnet-aot-") as folder, triton.knobs.cache.scope():
+    with (
+        _terminated_by_exception(),
+        tempfile.TemporaryDirectory(prefix="blnet-aot-") as folder,
+        triton.knobs.cache.scope(),
+    ):
         triton.knobs.cache.dir = folder
+        yield folder
+
+
+@contextlib.contextmanager
+def _terminated_by_exception() -> Iterator[None]:
+    """Have SIGTERM raise SystemExit, so that what is to be cleaned up is; unless it is handled."""
+    only_main = threading.current_thread() is threading.main_thread()  # may take a signal over
+    if not only_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _temporary_files_in(folder: str) -> Iterator[None]:
+    """Have temporary files made in a folder: Triton leaves its own where it is interrupted."""
+    before, tempfile.tempdir = tempfile.tempdir, folder
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def compile_all(
@@ -191,10 +223,12 @@ def compile_all(
     targets = tuple(targets)
     check_ready(targets)
     chosen = specializations() if chosen is None else tuple(chosen)
-    with _fresh_cache():
+    with _fresh_cache() as folder:
         for target in targets:
             for specialization in chosen:
-                yield compile_one(specialization, target)
+                with _temporary_files_in(folder):
+                    report = compile_one(specialization, target)
+                yield report
 
 
 def compile_one(specialization: Specialization, target: str) -> Report:

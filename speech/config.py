@@ -250,7 +250,7 @@ class SpeechConfig(TrainingConfig):
         if self.baseline and self.model.start is not None:
             raise ValueError(
                 "--baseline trains a plain network beside one that is built anew; with "
-                "--model.start say --baseline false"
+                "--model.start leave it out"
             )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from blnet.files import StrPath, reason
+from blnet.files import StrPath, folders_taken_back, reason
 from blnet.speech.audio import AUDIO_ENDINGS
 from blnet.speech.config import DataConfig
 from blnet.speech.files import Tree
@@ -217,8 +217,9 @@ def tree_of(data: DataConfig, fetch: Callable[[str], object] | None = None) -> T
     path = required(data.path, f"the folder or .zip archive of {data.name}")
     if data.download and fetch is not None and not _holds_audio(path):
         try:
-            os.makedirs(path, exist_ok=True)
-            fetch(path)
+            with folders_taken_back(path):
+                os.makedirs(path, exist_ok=True)
+                fetch(path)
         except (OSError, RuntimeError, ValueError) as error:
             raise _not_fetched(data, path, error) from error
     return Tree.of(path, "--data.path")
@@ -337,9 +338,10 @@ def _librispeech_part(data: DataConfig, part: str, flag: str) -> list[Utterance]
         root = root.parent
     _check_librispeech(data, root, part, flag)
     try:
-        if data.download:
-            root.mkdir(parents=True, exist_ok=True)
-        found = LIBRISPEECH(root, part, download=data.download)
+        with folders_taken_back(root):
+            if data.download:
+                root.mkdir(parents=True, exist_ok=True)
+            found = LIBRISPEECH(root, part, download=data.download)
     except (OSError, RuntimeError) as error:
         raise _not_fetched(data, root, error) from error
     try:

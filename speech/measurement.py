@@ -205,7 +205,8 @@ def check_corrupt(
         name, why = corrupt[0]
         raise ValueError(
             f"{len(corrupt)} of the {samples} recordings cannot be used, more than {MOST:.0%}, "
-            f"{name} among them ({why}); mend or remove them"
+            f"{name} among them ({why}); mend or replace them, as removing them may change what is "
+            "held out"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
                         ".safetensors file or a run's folder")  # fmt: skip
     parser.add_argument("--output", metavar="FILE", required=True,
                         help="the language model, .arpa or packed .arpa.gz")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace the file, if any")
     parser.add_argument("--order", type=positive, default=ORDER, metavar="N",
                         help=f"words of the longest n-gram ({ORDER})")  # fmt: skip
     parser.add_argument("--text", nargs="+", metavar="FILE",
@@ -48,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """Count the n-grams, write the language model and return 0."""
     trained = load_trained(args.checkpoint, ("ctc", "frame"))
     settings = data_settings(trained, vars(args), training_only=True)
+    _check_output(args, settings)
     if args.text is not None and settings != trained.data:
         raise ValueError("--text takes the place of transcripts; leave out the flags of the data")
     spelled = _Spelled(trained.alphabet)
@@ -61,6 +64,18 @@ def run(args: argparse.Namespace) -> int:
     print(f"{PROG}: wrote {model.order}-grams of {spelled.sentences:,} sentences; try them: "
           f"{shown(shlex.join(advice))}")  # fmt: skip
     return 0
+
+
+def _check_output(args: argparse.Namespace, data: DataConfig) -> None:
+    """Raise a ValueError if the output is what the command reads, or there without --overwrite."""
+    if not os.path.exists(args.output):
+        return
+    given = (args.checkpoint, data.path, data.eval_path, *(args.text or ()))
+    read = [file for file in given if file is not None and os.path.exists(file)]
+    if any(os.path.samefile(file, args.output) for file in read):
+        raise ValueError(f"--output {args.output} is read by this command; name another file")
+    if not args.overwrite:
+        raise ValueError(f"--output {args.output} exists already; add --overwrite to replace it")
 
 
 class _Spelled:

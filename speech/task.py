@@ -302,5 +302,5 @@ def _spread(data: Recordings, most: int) -> Iterator[tuple[Tensor, Tensor]]:
     if bad and len(bad) == chosen:
         raise ValueError(
             f"not one of {chosen:,} training recordings can be used, {bad[0].name} among them "
-            f"({bad[0].reason}); mend or remove them"
+            f"({bad[0].reason}); mend or replace them"
         )

@@ -23,6 +23,7 @@ class TrainSpeech(TrainCommand):
 
     kind = "speech"
     config = SpeechConfig
+    own_data = ("folder", "manifest")
     description = (
         "Train a network on speech: to tell words (--task keyword), to write down what is said "
         "(ctc), or to label every frame (frame). Without flags: bL-ResNet-22 on ten words that "

@@ -102,6 +102,15 @@ def test_an_unwritable_folder(tmp_path) -> None:
         check_writable(tmp_path / "out")
 
 
+def test_a_closed_folder_says_what_to_do(tmp_path, monkeypatch) -> None:
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("blnet.bench.settings.tempfile.mkstemp", refuse)
+    with pytest.raises(ValueError, match=r"\(Permission denied\); choose a folder that you may"):
+        check_writable(tmp_path / "out")
+
+
 def test_check_writable_leaves_nothing(tmp_path) -> None:
     check_writable(tmp_path / "a" / "b")
     assert not list(tmp_path.iterdir())

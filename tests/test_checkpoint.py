@@ -131,6 +131,13 @@ def test_plain_safetensors_tools_can_read_the_weights(path):
 # What cannot be written ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("ending", [".pth", ".pt"])
+def test_an_ending_of_pickled_files_is_refused(tmp_path, ending):
+    with pytest.raises(ValueError, match=r"safetensors is written; name it net\.safetensors$"):
+        blnet.save(nn.Linear(2, 2), tmp_path / f"net{ending}")
+    assert not list(tmp_path.iterdir())
+
+
 def unsaved(model, path, message, error=ValueError, **extra):
     with pytest.raises(error, match=message) as caught:
         blnet.save(model, path, **extra)

@@ -1,6 +1,9 @@
 """Every kernel compiles for every architecture without spilling registers; no GPU needed."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -170,6 +173,25 @@ def test_undeclared_divisibility_would_narrow_the_loads():
     assert aot.compile_one(item, "sm_90").load_bytes == (16,)
     blind = dataclasses.replace(item, divisible=frozenset())
     assert max(aot.compile_one(blind, "sm_90").load_bytes) < 16
+
+
+TERMINATED = """
+import signal, tempfile
+from blnet.kernels import aot
+def compile_one(*_):
+    tempfile.NamedTemporaryFile(delete=False, suffix=".ptx").close()
+    signal.raise_signal(signal.SIGTERM)
+aot.compile_one = compile_one
+list(aot.compile_all(["sm_90"]))
+"""
+
+
+def test_a_termination_leaves_nothing_behind(tmp_path):
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    ended = subprocess.run([sys.executable, "-c", TERMINATED], env=environment, check=False)
+    assert ended.returncode == 143
+    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_target():

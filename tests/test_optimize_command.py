@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import blnet
 from blnet.cli import main
@@ -12,7 +13,8 @@ from blnet.vision.models import bl_resnet18
 def test_a_name_is_optimised_and_explained(capsys) -> None:
     words = "optimize bl_resnet18 --alpha 2 --beta 4 --size 33 --batch 2 --engine pytorch"
     assert main(words.split()) == 0
-    text = capsys.readouterr().out
+    text, told = capsys.readouterr()
+    assert told == "building pytorch\ntiming pytorch\n"
     assert "pytorch for (2, 3, 33, 33) float32 on cpu" in text
     assert "stem.bn1 (BatchNorm2d): folded into stem.conv1" in text
 
@@ -26,10 +28,26 @@ def test_a_checkpoint_is_optimised_in_another_precision(tmp_path, capsys) -> Non
 
 
 @pytest.mark.parametrize(
+    ("name", "shape"), [("bl_resnet22", "(1, 1, 64, 300)"), ("bl_resnet18", "(1, 3, 224, 224)")]
+)
+def test_without_a_size_the_example_is_export_s(name, shape, capsys) -> None:
+    assert main(["optimize", name, "--engine", "pytorch"]) == 0
+    assert f"pytorch for {shape} float32 on cpu" in capsys.readouterr().out
+
+
+def test_in_python_nothing_is_said(capsys) -> None:
+    said: list[str] = []
+    model, images = bl_resnet18(alpha=2, beta=4).eval(), torch.randn(1, 3, 32, 32)
+    blnet.optimize(model, example_input=images, engine="pytorch")
+    assert capsys.readouterr() == ("", "")
+    blnet.optimize(model, example_input=images, engine="pytorch", say=said.append)
+    assert said == ["building pytorch", "timing pytorch"]
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("bl_resnet18", "add --size"),
-        ("bl_resnet18 --size 32 --engine tvm", "invalid choice"),
+        ("bl_resnet18 --size 32 --engine tvm", "'compile', 'kernels, compile'"),
         ("bl_resnet18 --size 32 --batch 0", "at least 1"),
         ("bl_resnet18 --size 4x32x32", "does not take the example_input"),
         ("nothing.safetensors --size 32", "does not exist"),

@@ -46,11 +46,15 @@ def test_what_an_engine_cannot_follow_is_refused(what, model) -> None:
 IMAGE = torch.randn(1, 3, 32, 32)
 BAD = [
     ({"mode": "fast"}, "mode must be one of inference, train"),
-    ({"engine": "tvm", "example_input": IMAGE}, "engine must be one of auto, pytorch"),
+    (
+        {"engine": "tvm", "example_input": IMAGE},
+        "engine must be one of 'auto', 'pytorch', .*'compile', 'kernels, compile', got 'tvm'",
+    ),
     ({"precision": "int8"}, "precision must be one of float32, float16, bfloat16"),
     ({"graph": "yes"}, "graph must be one of"),
     ({"other_inputs": "guess"}, "other_inputs must be one of"),
     ({"example_input": "x"}, "example_input must be a tensor"),
+    ({"example_input": 5}, "example_input must be a tensor or several, got 5; give"),
     ({"example_input": torch.randn(1, 4, 32, 32)}, "does not take the example_input of shape"),
     ({"example_input": IMAGE.to("meta")}, "put both on the device"),
     ({"engine": "pytorch"}, "give example_input"),
@@ -61,6 +65,7 @@ BAD = [
     ({"mode": "train", "graph": True}, "are for mode='inference'"),
     ({"mode": "train", "other_inputs": "error"}, "are for mode='inference'"),
     ({"mode": "train", "seconds": 5}, "are for mode='inference'"),
+    ({"mode": "train", "say": print}, "are for mode='inference'"),
     ({"mode": "train", "without": 5}, "without must be names"),
     ({"mode": "train", "precision": "bfloat16"}, "are for mode='inference'"),
     ({"engine": "tensorrt", "example_input": IMAGE}, "does not run on cpu"),

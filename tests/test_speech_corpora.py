@@ -311,6 +311,12 @@ def test_a_download_that_fails_is_told(tmp_path, monkeypatch):
     refused("could not be fetched", "no network at all", task="ctc", name="yesno",
             path=tmp_path, download=True)  # fmt: skip
     refused("could not be fetched", name="speech_commands", path=tmp_path, download=True)
+    assert tmp_path.exists()
+    monkeypatch.setattr(torchaudio.datasets, "LIBRISPEECH", lambda root, *_, **named: fail(root, 1))
+    for task, name in (("ctc", "yesno"), ("keyword", "speech_commands"), ("ctc", "librispeech")):
+        refused("could not be fetched", task=task, name=name, path=tmp_path / "a" / "b",
+                download=True)  # fmt: skip
+        assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("name", ["fsdd", "speech_commands", "yesno", "folder", "librispeech"])

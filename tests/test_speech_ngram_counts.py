@@ -188,7 +188,7 @@ def test_only_the_training_part_need_be_there(
     assert advised == ["blnet", "evaluate", "speech", str(net), "--language-model", str(out)]
     assert main(advised[1:]) == 0
     (tmp_path / f"eval{ending}").rename(tmp_path / "elsewhere")
-    assert run(net, "--data-path", moved, "--output", out) == 0
+    assert run(net, "--data-path", moved, "--output", out, "--overwrite") == 0
     assert "abc" in LanguageModel.load(out)
 
 
@@ -200,6 +200,9 @@ def test_only_the_training_part_need_be_there(
         (("--text", "empty.txt"), "a language model needs words, and the texts have none"),
         (("--text", "noise.txt"), "noise.txt is not UTF-8 text"),
         (("--text", "text.txt", "--output", "none/x.arpa"), "none/x.arpa cannot be written"),
+        (("--text", "text.txt", "--output", "text.txt"), "text.txt is read by this command; name"),
+        (("--text", "text.txt", "--output", "./link", "--overwrite"), "./link is read by this"),
+        (("--text", "text.txt", "--output", "empty.txt"), "empty.txt exists already; add --overw"),
         (("--text", "text.txt", "--data", "yesno"), "--text takes the place of transcripts"),
         ((), "--data.path"),
     ],
@@ -211,6 +214,7 @@ def test_what_cannot_be_counted_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("abc")
     Path("empty.txt").touch()
+    Path("link").symlink_to("text.txt")
     Path("noise.txt").write_bytes(b"\xff\xfe\x00")
     given = (*(("--text", "text.txt") if arguments[:1] == ("--order",) else ()), *arguments)
     assert run(net, "--output", "out.arpa", *given) == 2
@@ -219,6 +223,15 @@ def test_what_cannot_be_counted_is_one_sentence(
     assert message in said.err
     assert said.err.count("\n") == 1
     assert not list(tmp_path.glob("*.arpa"))
+    assert Path("text.txt").read_text() == "abc"
+
+
+def test_a_model_is_replaced_where_that_is_asked_for(net: Path, tmp_path: Path) -> None:
+    text, out = tmp_path / "text", tmp_path / "out.arpa"
+    text.write_text("abc")
+    out.write_text("another")
+    assert run(net, "--text", text, "--output", out, "--overwrite") == 0
+    assert "abc" in LanguageModel.load(out)
 
 
 def test_a_network_that_cannot_use_one_is_refused(

@@ -196,7 +196,7 @@ def test_a_network_goes_on_from_another_s_weights(runs: Runs, corpus: Any, tmp_p
         ("ctc", ["--model.start={ctc}", "--features.deltas=true"], "channels, 1 in place of 3"),
         ("ctc", ["--model.start={ctc}", "--features.normalize=global"], "features' normalize"),
         ("ctc", ["--model.start={ctc}", "--data.sample-rate=16000"], "features' sample_rate"),
-        ("ctc", ["--model.start={ctc}", "--baseline=true"], "--baseline false"),
+        ("ctc", ["--model.start={ctc}", "--baseline=true"], "leave it out"),
         ("ctc", ["--model.start=/nowhere"], "/nowhere"),
         ("ctc", ["--distillation.teacher={keyword}"], "--distillation.teacher {keyword} differs"),
         ("ctc", ["--distillation.teacher={ctc}", "--model.time-reduction=4"],

@@ -85,7 +85,7 @@ def test_a_resumed_run_may_change_where_it_runs_and_nothing_else() -> None:
     free = {"output": "x", "resume": "auto", "device": "cpu", "workers": 3, "log_steps": 1,
             "checkpoint_minutes": 1.0, "checkpoint_steps": 3, "keep": 9, "tensorboard": False,
             "evaluate_epochs": 2,
-            "accumulate": 2, "recompute": True}  # fmt: skip
+            "accumulate": 2, "recompute": True, "trust_source": True}  # fmt: skip
     assert changed(before, TrainingConfig(**free).as_dict()) == []
     for name, value in flat(before).items():
         other = (not value) if isinstance(value, bool) else f"not {value}"

@@ -16,7 +16,7 @@ from rich.console import Console
 from blnet.training.config import TrainingConfig
 from blnet.training.corrupt import CorruptLog
 from blnet.training.devices import make_accelerator
-from blnet.training.display import Display, clock
+from blnet.training.display import Display, clock, counted
 from blnet.training.journal import METRICS, PLOT, Journal, plot, read_rows
 from blnet.training.loading import Corrupt
 
@@ -176,7 +176,7 @@ def shown(terminal: bool, shows: bool = True) -> str:
 def test_a_terminal_gets_a_bar() -> None:
     text = shown(terminal=True)
     assert "25 %" in text
-    assert "epoch 1/4  loss 0.5000  accuracy 75.00%  1,234 blobs/s  1:02:05 left" in text
+    assert "epoch 1/4  training: loss 0.5000  accuracy 75.00%  1,234 blobs/s  1:02:05 left" in text
     assert "epoch 1/4 [done]" in text
 
 
@@ -206,6 +206,10 @@ def test_other_processes_show_nothing() -> None:
 )
 def test_a_clock_is_read_as_one(seconds: float, text: str) -> None:
     assert clock(seconds) == text
+
+
+def test_one_is_counted_in_the_singular() -> None:
+    assert [counted(n, "step") for n in (0, 1, 2)] == ["0 steps", "1 step", "2 steps"]
 
 
 # --- corrupt samples ----------------------------------------------------------------------------

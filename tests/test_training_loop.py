@@ -206,7 +206,7 @@ def test_a_teacher_takes_its_share_of_the_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = TinyTask(dropout=0.5).build_model()
-    monkeypatch.setattr(state_module, "load_network", lambda name: (teacher, {"name": name}))
+    monkeypatch.setattr(state_module, "load_network", lambda name, _: (teacher, {"name": name}))
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     losses = {}
     task = Taught(train=12)
@@ -296,8 +296,57 @@ def test_corrupt_samples_are_skipped_counted_and_named_once(
 
 
 def test_too_many_corrupt_samples_end_the_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"3 of the 240 training blobs .*more than 1%"):
+    told = r"3 of the 240 training blobs .*more than 1%.*; mend or replace them and go on with"
+    with pytest.raises(ValueError, match=told):
         train_tiny(str(tmp_path / "run"), {"train": 240, "corrupt": (5, 60, 7)}, epochs=1)
+
+
+def test_corrupt_samples_to_evaluate_on_end_a_run_before_its_first_step(tmp_path: Path) -> None:
+    folder, broken = tmp_path / "run", {"evaluation": 24, "unread": (3,)}
+    with pytest.raises(ValueError, match=r"1 of the 24 evaluation blobs .*, sample-3 among them"):
+        train_tiny(str(folder), broken, epochs=1, log_steps=1)
+    assert not list(read_rows(folder, "train"))
+    (found,) = read_rows(folder, "corrupt")
+    assert found["name"] == "sample-3"
+    train_tiny(str(folder), epochs=1, resume="auto")  # with a readable one in its place
+
+
+def test_what_is_corrupt_is_told_once_where_it_is_looked_at_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_tiny(str(tmp_path / "run"), {"evaluation": 100, "unread": (3,)}, epochs=2)
+    assert capsys.readouterr().out.count("skipped sample-3") == 1
+    assert len(list(read_rows(tmp_path / "run", "corrupt"))) == 1
+
+
+def test_too_much_to_evaluate_on_is_not_looked_at_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blnet.training.evaluation.LOOKED_AT", 23)
+    with pytest.raises(ValueError, match=r"1 of the 24 evaluation blobs"):
+        train_tiny(str(tmp_path / "run"), {"evaluation": 24, "unread": (3,)}, epochs=1)
+    assert list(read_rows(tmp_path / "run", "train"))
+
+
+def test_shares_are_told_in_percent_and_of_what_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    train_tiny(str(folder), {"train": 12}, epochs=1)
+    (row,) = read_rows(folder, "epoch")
+    told = capsys.readouterr().out
+    assert (
+        f"epoch 1/1  training: loss {row['train_loss']:.4f}  evaluation: loss {row['loss']:.4f}  "
+        f"accuracy {row['accuracy']:.2%} (best)  "
+    ) in told
+    assert ", 1 epoch of 1 step, seed " in told
+
+
+def test_the_head_says_whose_command_it_is(tmp_path: Path) -> None:
+    task, config = TinyTask(), tiny_config(str(tmp_path / "run"), epochs=1)
+    run(task, config, tmp_path / "run", command="blnet train another")
+    head = json.loads((tmp_path / "run" / RUN).read_text())
+    assert head["facts"]["command"] == "blnet train another"
 
 
 # --- best ---------------------------------------------------------------------------------------

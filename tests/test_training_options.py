@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from blnet.training.config import OptimizerConfig, TrainingConfig, flat
-from blnet.training.options import parse
+from blnet.training.options import given, parse
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,11 @@ def test_flags_mean_what_they_look_like(
     found = flat(parsed(recipes, *words).as_dict())[name]
     assert found == value
     assert type(found) is type(value)
+
+
+def test_what_flags_set_is_known_apart_from_the_recipe() -> None:
+    words = ["--lr", "0.5", "--recipe=small", "--baseline", "--part.path", "a b"]
+    assert given(Config, words) == {"optimizer.lr", "recipe", "baseline", "part.path"}
 
 
 def test_every_field_has_a_flag(recipes: Path) -> None:
@@ -208,5 +213,6 @@ def test_help_explains_every_flag(recipes: Path, capsys: pytest.CaptureFixture[s
         in words
     )
     assert "--baseline {true,false} whether something else comes after (default: false)" in words
+    assert "passes over the training data (default: 30; recipe small: 7)" in words
     for wrong in ("class '", "type:", "CONFIG ", "_epochs", "null", "Literal", "+"):
         assert wrong not in told.replace("step_epochs)", ""), wrong

@@ -213,6 +213,21 @@ def test_cifar_that_cannot_be_fetched_says_why(tmp_path, monkeypatch):
     )
 
 
+def test_a_failed_download_takes_its_empty_folders_back(tmp_path, monkeypatch):
+    def fetch(self):
+        os.makedirs(self.root)
+        if keep:
+            Path(self.root, "part").touch()
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(datasets.CIFAR10, "download", fetch)
+    root = tmp_path / "new" / "data"
+    for keep in (False, True):
+        refused(DataConfig(name="cifar10", path=str(root), download=True), "no route")
+        assert (tmp_path / "new").exists() == keep
+    assert (root / "part").exists()
+
+
 @pytest.mark.parametrize("only", [False, True])
 def test_cifar_in_its_official_layout(tmp_path, monkeypatch, only):
     """The files are ours, so their MD5 is not the original's; the rest is torchvision's reading."""

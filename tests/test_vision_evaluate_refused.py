@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from blnet import checkpoint
 from blnet.cli import main
 from blnet.network import BigLittleNet
+from blnet.training.checkpoints import BEST
 from blnet.vision import evaluate, inference
 from blnet.vision.preprocessing import IMAGENET
 from blnet.vision.testing import DIGITS, network
@@ -40,6 +42,14 @@ def test_a_checkpoint_that_does_not_tell_its_data(saved, capsys):
 def test_another_task(saved, capsys):
     line = refused(capsys, saved(task="speech"))
     assert "was trained for the task 'speech', not on images; use 'blnet evaluate speech'" in line
+
+
+def test_another_task_s_network_need_not_be_known(tmp_path, capsys):
+    made = {"name": "bl_resnet22", "options": {}}
+    checkpoint.save(nn.Linear(2, 2), tmp_path / BEST, task="speech", network=made)
+    for source in (tmp_path, tmp_path / BEST):
+        line = refused(capsys, source)
+        assert "was trained for the task 'speech', not on images; use 'blnet eval" in line
 
 
 def test_another_number_of_classes(saved, capsys):

@@ -385,7 +385,7 @@ def test_outputs_that_are_no_numbers(pictures, tmp_path, capsys):
 
 def test_memory_that_runs_out(pictures, checkpoint, capsys, monkeypatch):
     trained = load_trained(checkpoint)
-    monkeypatch.setattr(predicting, "load_trained", lambda _: trained)
+    monkeypatch.setattr(predicting, "load_trained", lambda *_: trained)
 
     def forward(images):
         raise torch.OutOfMemoryError("CUDA out of memory")

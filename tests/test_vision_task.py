@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -75,12 +76,12 @@ def test_the_plain_network_s_figure_stands_beside(run: Path, capsys) -> None:
     [
         ("bl_resnet18", "blnet predict vision FILE --checkpoint run"),
         ("timm:resnet18", "blnet predict vision FILE --checkpoint run"),
-        ("own.nets:make", "best.safetensors; build own.nets:make and fill it"),
+        ("own.nets:make", "blnet predict vision FILE --checkpoint run --trust-source"),
     ],
 )
-def test_a_network_of_ones_own_module_is_not_said_to_predict(name: str, said: str) -> None:
+def test_a_network_of_ones_own_module_is_said_to_be_trusted(name: str, said: str) -> None:
     config = VisionConfig(model=ModelConfig(name=name))
-    assert said in COMMAND.advice(config, Path("run"))
+    assert f"try it: {said}" == COMMAND.advice(config, Path("run"))
 
 
 def test_a_plain_network_has_no_baseline(tmp_path: Path) -> None:
@@ -98,7 +99,10 @@ def test_a_plain_network_has_no_baseline(tmp_path: Path) -> None:
         (["--batch-size=500"], "more than the 120 training images"),
         (["--model.name=bl_resnet19"], "near it are"),
         (["--model.start={run}", "--model.inherit={run}"], "not both"),
-        (["--model.start={run}"], "--baseline false"),
+        (["--model.start={run}", "--baseline"], "with --model.start leave it out"),
+        (["--model.inherit={run}", "--baseline=true"], "with --model.inherit leave it out"),
+        (["--model.name=timeit:timeit", "--width=1", "--baseline=false"], "with num_classes=10, "
+         "in_channels=1 (timeit() got an unexpected keyword argument 'num_classes'); have the"),
         (["--model.start=/nonexistent.safetensors", "--baseline=false"], "does not exist"),
         (["--model.start={run}", "--baseline=false", "--data.name=fake", "--data.classes=7",
           "--train-images=64", "--eval-images=8", "--data.size=8"], "pictures of 3 channels"),
@@ -127,6 +131,45 @@ def test_a_network_goes_on_from_another_s_weights(run: Path, tmp_path: Path) -> 
     for name, value in first.named_parameters():
         torch.testing.assert_close(own[name], value, msg=name)
     assert extra["network"]["name"] == "bl_resnet18"
+
+
+def test_a_recipe_s_baseline_gives_way_to_a_trained_network(run, tmp_path, capsys) -> None:
+    assert train(f"--model.start={run}", "--epochs=1", f"--output={tmp_path / 'on'}") == 0
+    assert not (tmp_path / "on" / "baseline").exists()
+    told = "blnet train vision: --model.start takes a trained network, so that the plain one"
+    assert told in capsys.readouterr().err
+
+
+def test_a_baseline_s_command_trains_the_same_network_alone(run, tmp_path, monkeypatch) -> None:
+    own = ["train", "vision", *SMALL, "--epochs=2", f"--output={run}"]
+    monkeypatch.setattr("blnet.training.command.command_line", lambda: shlex.join(["blnet", *own]))
+    config, _ = COMMAND.parse(own[2:])
+    (_, place, command), (changed, inner, alone) = COMMAND._runs(config, run)
+    assert (place, inner) == (run, run / "baseline")
+    assert command == shlex.join(["blnet", *own])
+    assert COMMAND.parse(shlex.split(alone)[3:])[0] == dataclasses.replace(
+        changed, output=str(inner)
+    )
+    head = json.loads((inner / "run.json").read_text())
+    assert head["facts"]["command"].endswith(
+        f" --model.branches=1 --baseline=false --output={inner}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ([], "digits"),
+        (["--recipe=cifar10"], "cifar10"),
+        (["--recipe=imagenette", "--data.path=here"], "imagenette"),
+        (["--data.name=folder", "--data.path=../pets/"], "pets"),
+        (["--data.name=npz", "--data.path", __file__], Path(__file__).stem),
+        (["--data.name=cifar10", "--data.path=data"], "cifar10"),
+        (["--data.name=folder", "--data.path=/"], "folder"),
+    ],
+)
+def test_a_run_is_called_after_its_recipe_or_the_data_that_flags_name(words, name) -> None:
+    assert COMMAND._called(*COMMAND.parse(words), words) == name
 
 
 def test_a_plain_network_is_converted_and_taught_by_itself(run: Path, tmp_path: Path) -> None:

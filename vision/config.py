@@ -250,5 +250,5 @@ class VisionConfig(TrainingConfig):
         if self.baseline and given:
             raise ValueError(
                 "--baseline trains a plain network beside one that is built anew; with "
-                f"--model.{given[0]} say --baseline false"
+                f"--model.{given[0]} leave it out"
             )

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import Dataset
 
-from blnet.files import reason
+from blnet.files import folders_taken_back, reason
 from blnet.vision.augment import training_transform
 from blnet.vision.classes import class_names
 from blnet.vision.config import AugmentConfig, DataConfig
@@ -177,7 +177,8 @@ def _load_cifar(data: DataConfig, evaluation_only: bool) -> Parts:
     kind = datasets.CIFAR10 if data.name == "cifar10" else datasets.CIFAR100
     try:
         # Their batches are pickles; torchvision opens none whose MD5 is not the original's.
-        test = kind(root, train=False, download=data.download)
+        with folders_taken_back(root):
+            test = kind(root, train=False, download=data.download)
         train = test if evaluation_only else kind(root, train=True)
     except (RuntimeError, OSError) as error:
         if data.download:

@@ -17,7 +17,7 @@ from blnet.files import make_folder, reason
 from blnet.training.config import Precision
 from blnet.training.devices import by_first, make_accelerator
 from blnet.training.display import plain_console
-from blnet.training.networks import check_moved, is_foreign
+from blnet.training.networks import add_trust_flag, check_moved, is_foreign
 from blnet.vision import reproduction
 from blnet.vision.classes import check_same_names
 from blnet.vision.config import DataConfig, DataName, VisionConfig
@@ -47,6 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="a .safetensors file, a run's folder (its best network) or a published .pth file",
     )
+    add_trust_flag(parser)
     _add_data_flags(parser.add_argument_group("data, by default what the network was trained on"))
     parser.add_argument(
         "--batch", type=positive, default=_BATCH, metavar="N",
@@ -114,7 +115,7 @@ def _prepared(args: argparse.Namespace) -> list[tuple[Trained, DataConfig, Image
     sets: dict[tuple[DataConfig, Preprocessing], ImageData] = {}
     prepared = []
     for name in args.checkpoints:
-        trained = load_trained(name)
+        trained = load_trained(name, args.trust_source)
         settings = data_settings(trained, vars(args))
         if args.paper:
             reproduction.check_data(settings)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import blnet.vision.models  # noqa: F401  (registers the networks by name)
+from blnet import checkpoint
 from blnet.files import StrPath, reason
 from blnet.meta import meta_twin, run_on_meta
 from blnet.network import BigLittleNet
 from blnet.profiling import Profile, profile
+from blnet.training.checkpoints import BEST, EMA, MODEL
 from blnet.training.networks import load_network
 from blnet.vision.classes import IMAGENET_CLASSES, class_names_of, imagenet_names
 from blnet.vision.config import ModelConfig
@@ -54,12 +56,13 @@ class Trained:
         return _title(self.model, self.extra)
 
 
-def load_trained(source: StrPath) -> Trained:
+def load_trained(source: StrPath, trust_source: bool = False) -> Trained:
     """Return the trained image network of a checkpoint.
 
     Args:
         source: a .safetensors file of ours, the folder of a run, whose best network it is then, of
             one of its checkpoints, or a published .pth file.
+        trust_source: whether code that it names may be imported and called to build it.
 
     Raises:
         ValueError: if it is none of these, is of another task, or contradicts itself.
@@ -70,11 +73,8 @@ def load_trained(source: StrPath) -> Trained:
             f"checkpoint {source} does not exist; name a .safetensors file, a run's folder or a "
             f"published .pth file ({_MAKES_ONE})"
         )
-    model, extra = load_network(source)
-    task = extra.get("task", TASK)
-    if task != TASK:
-        raise ValueError(f"checkpoint {source} was trained for the task {task!r}, not on images; "
-                         f"use 'blnet evaluate {task}'")  # fmt: skip
+    _check_task(Path(source))
+    model, extra = load_network(source, trust_source)
     try:
         preprocessing = preprocessing_of(extra)
         shape = (1, preprocessing.channels, preprocessing.size, preprocessing.size)
@@ -87,6 +87,22 @@ def load_trained(source: StrPath) -> Trained:
     if published and names is None and classes == IMAGENET_CLASSES:
         names = imagenet_names()
     return Trained(str(source), model.float(), extra, preprocessing, classes, names, cost)
+
+
+def _check_task(source: Path) -> None:
+    """Check that a checkpoint is not of another task, whose networks have no names here.
+
+    Raises:
+        ValueError: if it is, or is damaged.
+    """
+    files = [source / name for name in (BEST, EMA, MODEL)] if source.is_dir() else [source]
+    file = next((file for file in files if file.is_file()), source)
+    header = checkpoint.read_header(file) if file.suffix == ".safetensors" else {}
+    extra = header.get("extra")
+    task = extra.get("task", TASK) if isinstance(extra, dict) else TASK
+    if task != TASK:
+        raise ValueError(f"checkpoint {source} was trained for the task {task!r}, not on images; "
+                         f"use 'blnet evaluate {task}' or 'blnet predict {task}'")  # fmt: skip
 
 
 def preprocessing_of(extra: Mapping[str, Any]) -> Preprocessing:

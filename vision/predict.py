@@ -22,6 +22,7 @@ from blnet.training.answers import FORMATS, Answer, Kind, Prediction, most_proba
 from blnet.training.config import TrainingConfig
 from blnet.training.devices import make_accelerator
 from blnet.training.loading import CorruptSample
+from blnet.training.networks import add_trust_flag
 from blnet.vision.classes import labels_of
 from blnet.vision.inference import (
     check_finite,
@@ -52,6 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--checkpoint", metavar="CHECKPOINT",
                         help="a .safetensors file, a run's folder or a published .pth file")  # fmt: skip # noqa: E501
+    add_trust_flag(parser)
     parser.add_argument("--top", type=positive, default=_TOP, metavar="N",
                         help=f"how many classes to name for each picture ({_TOP})")  # fmt: skip
     parser.add_argument("--format", choices=tuple(FORMATS), default="table",
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if args.files.count(STANDARD_INPUT) > 1:
         raise ValueError("FILE - stands for the one picture on the standard input; name it once")
     device = make_accelerator(TrainingConfig(device=args.device)).device
-    trained = load_trained(args.checkpoint)
+    trained = load_trained(args.checkpoint, args.trust_source)
     model = trained.model.to(device)
     files, failed = PICTURES.expand(args.files)
     found = predict(model, trained.extra, files, args.top, args.batch)

@@ -72,9 +72,15 @@ def model_options(config: ModelConfig, classes: int, channels: int) -> dict[str,
 
 
 def build_network(
-    config: ModelConfig, classes: int, preprocessing: Preprocessing
+    config: ModelConfig, classes: int, preprocessing: Preprocessing, trust_source: bool = False
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return the network of a configuration: new, trained before, or converted from a plain one.
+
+    Args:
+        config: which network.
+        classes: how many classes it answers for.
+        preprocessing: of the pictures that it takes.
+        trust_source: whether code that the checkpoint of one trained before names may be called.
 
     Returns:
         The network, and {"name", "options"} that `blnet.registry.build` makes one like it with;
@@ -87,11 +93,11 @@ def build_network(
     source = config.start or config.inherit
     if source is None:
         options = model_options(config, classes, preprocessing.channels)
-        built = registry.build(config.name, **options)
+        built = _built(config.name, options)
         _check_output(built, config.name, preprocessing)
         return built, {"name": config.name, "options": options}
     flag = "--model.start" if config.start else "--model.inherit"
-    found, extra = load_network(source)
+    found, extra = load_network(source, trust_source)
     check_classes(found, extra, classes, preprocessing, f"{flag} {source}")
     _check_output(found, f"{flag} {source}", preprocessing)
     made = extra.get("network") or {}
@@ -107,6 +113,25 @@ def build_network(
             converted.plan, source=made["name"], source_options=made["options"]
         )
     return converted, {}
+
+
+def _built(name: str, options: dict[str, Any]) -> nn.Module:
+    """Return the new network of a name.
+
+    Raises:
+        ValueError: if there is none, or it is a function of the user's that takes no such options.
+    """
+    try:
+        return registry.build(name, **options)
+    except ValueError as error:
+        cause = error.__cause__
+        if not (registry.is_own_code(name) and isinstance(cause, TypeError)):
+            raise
+        given = ", ".join(f"{option}={value}" for option, value in options.items())
+        raise ValueError(
+            f"--model.name {name} fails when it is called as training does it, with {given} "
+            f"({reason(cause)}); have the function take these arguments"
+        ) from cause
 
 
 def _check_output(model: nn.Module, what: str, preprocessing: Preprocessing) -> None:
@@ -210,8 +235,9 @@ class ImageTask(Task):
 
     def build_model(self) -> nn.Module:
         """Return the network."""
+        config = self.config
         network, self._made = build_network(
-            self.config.model, self.classes, self.data.preprocessing
+            config.model, self.classes, self.data.preprocessing, config.trust_source
         )
         return network
 

@@ -7,10 +7,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from blnet.registry import is_big_little
-from blnet.training.checkpoints import BEST
+from blnet.registry import is_big_little, is_own_code
 from blnet.training.command import TrainCommand
-from blnet.training.networks import is_built_again
+from blnet.training.networks import TRUST_SOURCE
 from blnet.vision.config import ModelConfig, VisionConfig
 from blnet.vision.task import ImageTask, describe
 
@@ -20,6 +19,7 @@ class TrainVision(TrainCommand):
 
     kind = "vision"
     config = VisionConfig
+    own_data = ("folder", "npz")
     description = (
         "Train a network on images. Without flags: bL-ResNet-18 on scikit-learn's digits, and "
         "ResNet-18 beside it, in minutes on a CPU."
@@ -44,10 +44,9 @@ class TrainVision(TrainCommand):
 
     def advice(self, config: VisionConfig, folder: Path) -> str:
         """Return what to do with the trained network."""
-        name = config.model.name
-        if config.model.start is None and not is_built_again(name):
-            return f"its weights are in {folder / BEST}; build {name} and fill it: blnet.load"
-        return f"try it: blnet predict vision FILE --checkpoint {shlex.quote(str(folder))}"
+        trusted = config.trust_source or is_own_code(config.model.name)
+        flag = f" {TRUST_SOURCE}" if trusted else ""
+        return f"try it: blnet predict vision FILE --checkpoint {shlex.quote(str(folder))}{flag}"
 
 
 COMMAND = TrainVision()

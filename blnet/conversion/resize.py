@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from blnet.blocks import BlockSpec
 from blnet.conversion.discovery import Call, call_stride
 from blnet.conversion.surgery import (
+    SHORTCUT_NAMES,
     Projection,
     chain,
     convolutions,
@@ -62,7 +63,7 @@ def resized(source: Call, spec: BlockSpec, striding: int, project: Projection) -
     if not fits(made, spec):
         lacking = shortcut is not None and attribute is None
         why = (
-            "it has no attribute named downsample, shortcut or the like to put a shortcut in"
+            f"it has no attribute named {', '.join(SHORTCUT_NAMES)} or such to put a shortcut in"
             if lacking
             else f"its code does not run with widths divided by {spec.narrow} and a stride of "
             f"{spec.stride}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ SHORTCUT_NAMES = (
     "residual_conv", "res_conv", "conv_shortcut", "down", "bypass",
 )  # fmt: skip
 GATE_NAMES = ("se", "se_layer", "se_module", "attn", "attention", "squeeze_excitation", "ca")
+_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _ACTIVATION_HOMES = ("torch.nn.modules.activation", "timm.layers.activations")
 _ACTIVATION_FUNCTIONS: dict[Any, type[nn.Module]] = {
     F.relu: nn.ReLU, F.relu_: nn.ReLU, torch.relu: nn.ReLU, torch.relu_: nn.ReLU,
@@ -46,10 +48,40 @@ def is_activation(module: nn.Module) -> bool:
 def shortcut_name(block: nn.Module) -> str | None:
     """Return the attribute for a block's shortcut (None where it has none to put one in).
 
-    An attribute that is None counts: the block's code then asks for it.
+    An attribute that is None counts: the block's code then asks for it. One of another name than
+    `SHORTCUT_NAMES` is known by what the block's code does with it.
     """
     named = (name for name in SHORTCUT_NAMES if hasattr(block, name))
-    return next((n for n in named if isinstance(getattr(block, n), nn.Module | None)), None)
+    found = next((n for n in named if isinstance(getattr(block, n), nn.Module | None)), None)
+    return found or _unnamed_shortcut(block)
+
+
+def _unnamed_shortcut(block: nn.Module) -> str | None:
+    """Return the attribute of another name that a block's code uses as its shortcut, or None.
+
+    It is the only layer of its kind that runs on the block's input and whose result is added, or,
+    where the input itself is added, the only attribute that is None.
+    """
+    graph = trace_own_code(block)
+    if graph is None:
+        return None
+    taken = next((node for node in graph.nodes if node.op == "placeholder"), None)
+    calls = [node for node in graph.nodes if node.op in ("call_function", "call_method")]
+    terms = [term for add in calls if add.target in _ADDS for term in add.all_input_nodes]
+    if taken in terms:
+        own = {**vars(block), **block._modules}
+        names = {n for n, part in own.items() if part is None and n[0] != "_"} - {*GATE_NAMES}
+    else:
+        called = [term for term in terms if term.op == "call_module" and term.args == (taken,)]
+        names = {str(n.target) for n in called if _may_be_shortcut(block, str(n.target))}
+    return names.pop() if len(names) == 1 else None
+
+
+def _may_be_shortcut(block: nn.Module, name: str) -> bool:
+    """Return whether a layer of a block is no more than a convolution with what goes with one."""
+    parts = [*block.get_submodule(name).modules()]
+    convs = [part for part in parts if isinstance(part, nn.Conv2d)]
+    return "." not in name and len(convs) <= 1 and not any(map(is_activation, parts))
 
 
 def shortcut_of(block: nn.Module) -> nn.Module | None:

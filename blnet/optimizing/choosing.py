@@ -34,6 +34,7 @@ TOLERANCES = {
     torch.bfloat16: 1e-1,
 }
 
+Say = Callable[[str], None]
 Built = dict[tuple[str, bool], Run]  # engine's name, whether on two streams -> its run
 
 
@@ -151,6 +152,7 @@ def choose(
     reference: Tensor,
     dtype: torch.dtype,
     seconds: float,
+    say: Say | None = None,
 ) -> Choice:
     """Build the candidates, check them, time them in turns, and return the fastest.
 
@@ -161,7 +163,9 @@ def choose(
         reference: what the original network gives for them.
         dtype: the network's precision.
         seconds: for everything.
+        say: is told in a line what begins; None for nobody.
     """
+    say = say or (lambda line: None)
     end = time.monotonic() + seconds
     clock = _clock(inputs[0].device.type)
     trials, running = [], []
@@ -177,6 +181,7 @@ def choose(
         if reason:
             trials.append(Trial(candidate.name, note=reason, late=late))
             continue
+        say(f"building {candidate.name}")
         build = partial(candidate.build, network, copies(inputs), built)
         found = _try(candidate.name, build, copies(inputs), reference, dtype, left, clock)
         if isinstance(found, Trial):
@@ -186,7 +191,7 @@ def choose(
             trial = found.trial
             found.trial = _captured_apart(trial, first.setdefault(candidate.key, trial))
             running.append(found)
-    _time_in_turns(running, copies(inputs), clock, end)
+    _time_in_turns(running, copies(inputs), clock, end, say)
     trials += [_settled(one) for one in running]
     best = min(running, key=lambda one: statistics.median(one.times), default=None)
     order = {candidate.name: place for place, candidate in enumerate(tried)}
@@ -284,10 +289,13 @@ def _time_in_turns(
     inputs: Inputs,
     clock: Callable[[Callable[[], Any]], float],
     end: float,
+    say: Say,
 ) -> None:
     """Time all that are within reach of the fastest, in turns, so that noise hits all alike."""
     fastest = min((one.times[0] for one in running), default=0.0)
     near = [one for one in running if one.times[0] <= LEASH * fastest]
+    if near:
+        say(f"timing {'; '.join(one.trial.engine for one in near)}")
     end = min(end, time.monotonic() + ROUNDS_SECONDS)
     for _ in range(ROUNDS):
         for one in near:

@@ -87,7 +87,8 @@ def engine(name: str) -> Engine:
     for found in ENGINES:
         if found.name == name:
             return found
-    raise ValueError(f"engine must be 'auto' or one of {', '.join(engine_names())}, got {name!r}")
+    told = ", ".join(map(repr, engine_names()))  # in quotes: a name may hold a comma
+    raise ValueError(f"engine must be 'auto' or one of {told}, got {name!r}")
 
 
 def copies(inputs: Inputs) -> Inputs:

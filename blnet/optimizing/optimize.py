@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from blnet.optimizing.choosing import (
     BASELINE,
     TOLERANCES,
     Choice,
+    Say,
     candidates,
     choose,
     difference,
@@ -58,6 +59,7 @@ def optimize(
     seconds: float = SECONDS,
     recompute: bool = False,
     without: Collection[str] = (),
+    say: Say | None = None,
 ) -> nn.Module:
     """Return a network that computes what this one computes, faster.
 
@@ -85,6 +87,8 @@ def optimize(
         recompute: training only: compute normalised maps again in the backward pass rather than
             keep them.
         without: training only: names of ops to leave out, for debugging.
+        say: inference only: is told in a line, as work begins, which engines are built and timed,
+            `print` say; None for silence.
 
     Returns:
         For inference an :class:`~blnet.optimizing.network.OptimizedNetwork`, for training a copy
@@ -103,10 +107,10 @@ def optimize(
             "was made of"
         )
     if mode == "train":
-        kept = example_input is None and precision is None and seconds == SECONDS
+        kept = example_input is None and precision is None and seconds == SECONDS and say is None
         if not kept or (graph, engine, other_inputs) != ("auto", "auto", "eager"):
             raise ValueError(
-                "example_input, precision, graph, engine, other_inputs and seconds are for "
+                "example_input, precision, graph, engine, other_inputs, seconds and say are for "
                 "mode='inference'; leave them out, and use torch.autocast to train in another "
                 "precision"
             )
@@ -122,7 +126,14 @@ def optimize(
         raise ValueError(f"seconds must be a number above 0, got {seconds!r}")
     with autocast_switched(False):  # engines are built for one precision, and checked in it
         return _for_inference(
-            model, _tensors(example_input), _dtype(precision), graph, engine, other_inputs, seconds
+            model,
+            _tensors(example_input),
+            _dtype(precision),
+            graph,
+            engine,
+            other_inputs,
+            seconds,
+            say,
         )
 
 
@@ -134,6 +145,7 @@ def _for_inference(
     engine: str,
     other_inputs: OtherInputs,
     seconds: float,
+    say: Say | None,
 ) -> OptimizedNetwork:
     device, own = _home(model)
     dtype = precision or own
@@ -152,7 +164,7 @@ def _for_inference(
     inputs = _cast(example, precision)
     tried = candidates(device.type, engine, graph)
     with device_guard(inputs[0]):  # engines are built and timed on the current device
-        choice = choose(tried, network, inputs, reference, dtype, seconds)
+        choice = choose(tried, network, inputs, reference, dtype, seconds, say)
     if choice.run is None:
         _fall_back(choice, network, inputs, engine, graph)
     report.engine, report.trials = choice.name, choice.trials
@@ -170,7 +182,8 @@ def _for_inference(
 def _tensors(example: Tensor | Sequence[Tensor] | None) -> Inputs:
     if example is None:
         return ()
-    tensors = (example,) if isinstance(example, Tensor) else tuple(example)
+    several = example if isinstance(example, Iterable) else ()
+    tensors = (example,) if isinstance(example, Tensor) else tuple(several)
     if not tensors or not all(isinstance(x, Tensor) for x in tensors):
         got = " ".join(repr(example).split())
         raise ValueError(

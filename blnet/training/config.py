@@ -18,6 +18,7 @@ FREE = frozenset(
     {
         "accumulate",  # with the number of devices it gives the micro-batch, which is compared
         "baseline",
+        "trust_source",
         "recompute",
         "output",
         "resume",
@@ -135,7 +136,8 @@ class TrainingConfig:
         deterministic: whether a GPU may use deterministic algorithms only, which are slower.
         device: auto (a GPU if there is one), cpu or cuda.
         workers: data loading processes on each device; none chooses for the device.
-        output: folder of the run; none for results/<task>-<recipe>-<date-time>.
+        output: folder of the run; none for results/<task>-<recipe>-<date-time>, where
+            flags name the data with theirs in place of the recipe.
         resume: never starts anew; auto goes on with what is in the output folder, if anything.
         evaluate_epochs: epochs from one evaluation to the next; the last one ends with one as well.
         checkpoint_minutes: minutes between checkpoints; each evaluation ends with one.
@@ -143,6 +145,8 @@ class TrainingConfig:
         keep: checkpoints kept beside the best network.
         log_steps: steps between lines of metrics.jsonl.
         tensorboard: whether to write TensorBoard's event files as well.
+        trust_source: whether the code that a checkpoint to start from or a teacher names,
+            package.module:function, is imported and called where its network was made by it.
     """
 
     epochs: int = 30
@@ -171,6 +175,7 @@ class TrainingConfig:
     keep: int = 2
     log_steps: int = 20
     tensorboard: bool = True
+    trust_source: bool = False
 
     def check(self) -> None:
         """Check every value.

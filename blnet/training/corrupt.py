@@ -80,7 +80,8 @@ class CorruptLog:
             if count > MOST * samples:
                 raise ValueError(
                     f"{count} of the {samples} {part} {self._unit} cannot be read, more than "
-                    f"{MOST:.0%}, {one.name} among them ({one.reason}); mend or remove them"
+                    f"{MOST:.0%}, {one.name} among them ({one.reason}); mend or replace them "
+                    "and go on with --resume auto, or remove them and begin anew"
                 )
 
     @property

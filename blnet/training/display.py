@@ -86,7 +86,7 @@ class Display:
             rate: samples a second.
             seconds_left: of the whole run.
         """
-        parts = [f"epoch {epoch}", f"loss {loss:.4f}"]
+        parts = [f"epoch {epoch}", f"training: loss {loss:.4f}"]
         if accuracy is not None:
             parts.append(f"accuracy {accuracy:.2%}")
         parts += [f"{rate:,.0f} {self.unit}/s", f"{clock(seconds_left)} left"]
@@ -107,6 +107,11 @@ def clock(seconds: float) -> str:
     hours, minutes = divmod(whole // 60, 60)
     start = f"{hours}:{minutes:02d}" if hours else f"{minutes}"
     return f"{start}:{whole % 60:02d}"
+
+
+def counted(count: int, what: str) -> str:
+    """Return how many of something there are: "1 epoch", "2 epochs"."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def plain_console() -> Console:

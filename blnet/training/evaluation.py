@@ -11,8 +11,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from blnet.training.corrupt import CorruptLog
 from blnet.training.loading import Corrupt, Loaded, Loader
+from blnet.training.stopping import Stopper
 from blnet.training.task import Task, to_device
+
+LOOKED_AT = 5000  # samples at most that are opened before a run's first step
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,38 @@ def evaluate(
     seconds = time.monotonic() - start
     values = {"loss": loss / samples, **values}
     return Findings(values, int(samples), int(samples + unread), corrupt, seconds, waited)
+
+
+def look_ahead(
+    task: Task,
+    loader: Loader,
+    accelerator: Accelerator,
+    batch_size: int,
+    log: CorruptLog,
+    stopper: Stopper,
+) -> None:
+    """Open what a run will evaluate on, if that is not much, until it is asked to stop.
+
+    Too many that cannot be read would else end it after an epoch, which may have taken hours.
+
+    Args:
+        task: the task.
+        loader: of the evaluation data.
+        accelerator: the devices; each opens its share.
+        batch_size: samples that are opened at once.
+        log: takes what cannot be read.
+        stopper: knows whether to stop.
+
+    Raises:
+        ValueError: if more than 1 % cannot be read, or a loading process dies.
+    """
+    if loader.is_stream or len(task.eval_data) > LOOKED_AT:
+        return
+    for loaded in _batches(task, loader, accelerator, batch_size):
+        if stopper.signal:
+            break
+        log.add(loaded.corrupt, "evaluation", len(task.eval_data))
+    log.share()
 
 
 def _batches(task: Task, loader: Loader, accelerator: Accelerator, size: int) -> Iterator[Loaded]:

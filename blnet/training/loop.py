@@ -23,7 +23,7 @@ from blnet.training.config import TrainingConfig
 from blnet.training.corrupt import CorruptLog
 from blnet.training.devices import by_first, choose_workers, seed_all
 from blnet.training.display import Display
-from blnet.training.evaluation import Findings, evaluate
+from blnet.training.evaluation import Findings, evaluate, look_ahead
 from blnet.training.failures import in_words, of_batch
 from blnet.training.journal import METRICS, Journal, read_rows
 from blnet.training.loading import Layout, Loaded, Loader, mixed_seed
@@ -150,6 +150,9 @@ class Trainer:
         )
         self._saved_at = time.monotonic()
         with self._stopper, self._failures_told():
+            if not self.progress.step:
+                look_ahead(self.task, self._eval_loader, self.accelerator,
+                           self.layout.micro_batch, self._corrupt, self._stopper)  # fmt: skip
             while not self.is_finished:
                 self._train_epoch()
                 self._end_epoch()

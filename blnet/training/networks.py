@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -13,32 +14,38 @@ from blnet.files import StrPath
 from blnet.official import load_official
 from blnet.training.checkpoints import BEST, EMA, MODEL
 
-_LIBRARIES = ("torchvision", "timm")
+TRUST_SOURCE = "--trust-source"
 
 
-def is_built_again(name: str) -> bool:
-    """Return whether `load_network` builds a network of this name for the weights of a run.
+def add_trust_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that lets a checkpoint name code to import and call."""
+    parser.add_argument(
+        TRUST_SOURCE,
+        action="store_true",
+        help="import and call the code that a checkpoint names, package.module:function, where "
+        "its network was made by it",
+    )
 
-    Else a file of weights could run any function of any module: os:system, say.
-    """
-    library, colon, _ = name.partition(":")
-    return not colon or library in _LIBRARIES
 
-
-def load_network(name: StrPath) -> tuple[nn.Module, dict[str, Any]]:
+def load_network(
+    name: StrPath, trust_source: bool | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """Return a trained network on the CPU, in evaluation mode, and what its checkpoint says of it.
 
     Args:
         name: a checkpoint of ours (.safetensors), the folder of a run, whose best network it is
             then, that of one of its checkpoints, whose network, averaged where it has an average,
             it is then, or a published checkpoint (.pth).
+        trust_source: whether a network that "package.module:function" made may be built again by
+            importing and calling that; None where users have no flag to say so.
 
     Returns:
         The network, and what the run that trained it wrote beside the weights; {} for a published
         checkpoint or a file that no run wrote.
 
     Raises:
-        ValueError: if it is none of these, or its network cannot be built again.
+        ValueError: if it is none of these, its network cannot be built again, or the code that
+            builds it is not trusted.
         OSError: if the file cannot be read.
     """
     path = Path(name)
@@ -53,8 +60,9 @@ def load_network(name: StrPath) -> tuple[nn.Module, dict[str, Any]]:
     header = checkpoint.read_header(path)
     extra = header.get("extra")
     extra = extra if isinstance(extra, dict) else {}
-    twin = _twin(path, extra) if header.get("kind") == "weights" else None
-    return checkpoint.load(path, twin), extra
+    _check_trusted(path, header, trust_source)
+    twin = _twin(extra) if header["kind"] == "weights" else None
+    return checkpoint.load(path, twin, trust_source=bool(trust_source)), extra
 
 
 def is_foreign(
@@ -99,16 +107,29 @@ def check_moved(
         )
 
 
-def _twin(path: Path, extra: dict[str, Any]) -> nn.Module | None:
+def _check_trusted(path: Path, header: dict[str, Any], trust_source: bool | None) -> None:
+    """Check that a checkpoint names no code to import and call, or that it is trusted.
+
+    Raises:
+        ValueError: if neither.
+    """
+    named = {"converted": ("plan", "source"), "weights": ("extra", "network", "name")}
+    found: Any = header
+    for key in named.get(header["kind"], ("",)):  # ours need their configuration alone
+        found = found.get(key) if isinstance(found, dict) else None
+    if not trust_source and isinstance(found, str) and registry.is_own_code(found):
+        advice = f"add {TRUST_SOURCE} if you trust the file"
+        raise ValueError(
+            f"{path} holds a network that {found} made, and rebuilding it would import and call "
+            f"that; {'choose another network' if trust_source is None else advice}"
+        )
+
+
+def _twin(extra: dict[str, Any]) -> nn.Module | None:
     """Return a new network of the kind that a checkpoint of weights alone was trained as."""
     network = extra.get("network")
     if not isinstance(network, dict) or not isinstance(network.get("name"), str):
         return None
     name, options = network["name"], network.get("options")
-    if not is_built_again(name):
-        raise ValueError(
-            f"{path} was trained as {name}, and rebuilding it would import and call that; build "
-            "the network yourself and fill it: blnet.load(path, model)"
-        )
     options = options if isinstance(options, dict) else {}
     return registry.build(name, **{k: v for k, v in options.items() if k not in checkpoint.UNREAD})

@@ -191,21 +191,35 @@ def parse(
         SystemExit: after --help and --print-config, and with status 2 if a value is wrong.
     """
     known = sorted(path.stem for path in recipes.glob("*.yaml"))
-    parser = _make_parser(kind, prog, description)
+    fields = dict(_fields(kind))
+    name, others = _split_recipe(_completed(words, fields), default)
+    path = _recipe_file(name, recipes, known)
+    values = _read_recipe(path, fields)
+    parser = _make_parser(prog, description, fields, (path.stem, values))
     parser.add_argument(
         "--recipe",
         action="config",
         help=f"a recipe: {', '.join(known)}, or a YAML file; flags change what it says "
         f"(default: {default})",
     )
-    name, others = _split_recipe(_completed(words, parser.fields), default)
-    path = _recipe_file(name, recipes, known)
-    empty = not _check_recipe(path, parser.fields)
-    values = parser.parse_args(others if empty else [f"--recipe={path}", *others])
-    return _built(kind, values), path.stem
+    found = parser.parse_args([f"--recipe={path}", *others] if values else others)
+    return _built(kind, found), path.stem
 
 
-def _make_parser(kind: Any, prog: str, description: str) -> _Parser:
+def given(kind: type[Any], words: Sequence[str]) -> set[str]:
+    """Return the dotted names of the fields that flags set, whatever the recipe says of them.
+
+    Raises:
+        ValueError: if there is no such flag.
+    """
+    completed = _completed(words, dict(_fields(kind)))
+    return {word[2:].partition("=")[0] for word in completed if word.startswith("--")}
+
+
+def _make_parser(
+    prog: str, description: str, fields: dict[str, _Field], recipe: tuple[str, dict[str, Any]]
+) -> _Parser:
+    """Return the parser; the help says what a recipe, of some name, makes of the fields."""
     parser = _Parser(
         prog=prog,
         usage="%(prog)s [--recipe NAME] [--FLAG VALUE ...]",
@@ -213,18 +227,29 @@ def _make_parser(kind: Any, prog: str, description: str) -> _Parser:
         allow_abbrev=False,
         formatter_class=_Formatter,
     )
-    parser.fields = dict(_fields(kind))
+    parser.fields = fields
     groups: dict[str, Any] = {}
     for name, field in parser.fields.items():
         if field.group not in groups:
             groups[field.group] = parser.add_argument_group(field.group.rstrip("."))
-        text = field.help.rstrip(".")
-        default = str(field.default).lower() if field.kind is bool else field.default
-        told = "" if field.default in (None, []) else f" (default: {default})"
+        text = field.help.rstrip(".") + _told_values(name, field, *recipe)
         groups[field.group].add_argument(
-            f"--{name}", type=field.kind, default=field.default, help=text + told
+            f"--{name}", type=field.kind, default=field.default, help=text
         )
     return parser
+
+
+def _told_values(name: str, field: _Field, recipe: str, values: dict[str, Any]) -> str:
+    """Return what a field's help says of its default, and of the value that a recipe gives it."""
+    told = [] if field.default in (None, []) else [f"default: {_written(field.default)}"]
+    if name in values and values[name] != field.default:
+        told.append(f"recipe {recipe}: {_written(values[name])}")
+    return f" ({'; '.join(told)})" if told else ""
+
+
+def _written(value: Any) -> Any:
+    """Return a value as flags take it."""
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def _built(kind: Any, values: Any) -> Any:
@@ -263,8 +288,8 @@ def _recipe_file(name: str, recipes: Path, known: list[str]) -> Path:
     )
 
 
-def _check_recipe(path: Path, fields: dict[str, _Field]) -> bool:
-    """Check that a recipe sets what there is, and return whether it sets anything."""
+def _read_recipe(path: Path, fields: dict[str, _Field]) -> dict[str, Any]:
+    """Return what a recipe sets, by dotted names, all of which there are."""
     try:
         found = yaml.safe_load(path.read_bytes())
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -272,12 +297,13 @@ def _check_recipe(path: Path, fields: dict[str, _Field]) -> bool:
         why = f"line {mark.line + 1}: {problem}" if mark and problem else reason(error)
         raise ValueError(f"--recipe {path} cannot be read as YAML ({why})") from error
     if found is None:
-        return False
+        return {}
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise ValueError(
             f"--recipe {path} must be lines such as 'epochs: 30'; --print-config prints one"
         )
-    for name, value in flat(found).items():
+    values = flat(found)
+    for name, value in values.items():
         if any(known.startswith(f"{name}.") for known in fields):
             raise ValueError(f"--recipe {path} gives {name} a value, which is a group of settings; "
                              "set those, each on a line of its own below it")  # fmt: skip
@@ -287,4 +313,4 @@ def _check_recipe(path: Path, fields: dict[str, _Field]) -> bool:
         if value is None and type(None) not in _parts(fields[name].kind):
             raise ValueError(f"--recipe {path} gives {name} no value; it must be "
                              f"{fields[name].wanted()}")  # fmt: skip
-    return True
+    return values

@@ -142,7 +142,7 @@ class Reporter:
         )
         self.display.spoken()
         self.display.say(
-            f"epoch {progress.epoch}/{self.config.epochs}  training loss {trained.loss:.4f}  "
+            f"epoch {progress.epoch}/{self.config.epochs}  training: loss {trained.loss:.4f}  "
             f"{'' if found is None else _shown(found, best)}"
             f"{rate:,.0f} {self.task.unit}/s, {waiting:.0%} of the time waiting for data"
         )
@@ -164,6 +164,9 @@ def _account(found: Findings) -> dict[str, float]:
 
 
 def _shown(found: Findings, best: bool) -> str:
-    """Return what an evaluation found, for an epoch's line."""
-    values = "  ".join(f"{name} {value:.4f}" for name, value in found.values.items())
+    """Return what an evaluation found, for an epoch's line; all but the loss are shares."""
+    values = "  ".join(
+        f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2%}"
+        for name, value in found.values.items()
+    )
     return f"evaluation: {values}{' (best)' if best else ''}  "

@@ -20,7 +20,7 @@ from blnet.limits import out_of_memory
 from blnet.training.checkpoints import BEST, CheckpointFolder
 from blnet.training.config import TrainingConfig
 from blnet.training.devices import by_first, let_cudnn_search, make_accelerator
-from blnet.training.display import Display, clock
+from blnet.training.display import Display, clock, counted
 from blnet.training.journal import PLOT, Journal, plot, read_rows
 from blnet.training.loop import Trainer
 from blnet.training.reporting import Summary
@@ -31,9 +31,9 @@ LOCK = ".lock"  # in the folder of a run; whoever trains there holds it
 _PACKAGES = ("torch", "torchvision", "torchaudio", "timm", "accelerate", "numpy")
 
 
-def default_folder(task: str, recipe: str) -> Path:
-    """Return the folder of a run that was given none."""
-    return Path("results") / f"{task}-{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+def default_folder(task: str, name: str) -> Path:
+    """Return the folder of a run that was given none; its recipe or its data give the name."""
+    return Path("results") / f"{task}-{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def run(
@@ -42,6 +42,7 @@ def run(
     folder: Path,
     accelerator: Accelerator | None = None,
     console: Console | None = None,
+    command: str | None = None,
 ) -> Summary:
     """Train a task's network in a folder, and write the record of it.
 
@@ -51,6 +52,7 @@ def run(
         folder: the run's folder; it is made.
         accelerator: the devices; None for those that the configuration asks for.
         console: where the progress is shown; None for standard output.
+        command: what trains this network, for the record; None for this process's own command.
 
     Returns:
         What the run came to; at once if it was finished before.
@@ -72,7 +74,7 @@ def run(
             if trainer.is_finished:
                 return trainer.summary()
             try:
-                summary = _recorded(trainer)
+                summary = _recorded(trainer, command)
             except Exception as error:  # stopped or failed: what there is, is drawn
                 if not _is_disk_full(error):
                     _draw(trainer)
@@ -99,11 +101,11 @@ def _make_trainer(
         ) from error
 
 
-def _recorded(trainer: Trainer) -> Summary:
+def _recorded(trainer: Trainer, command: str | None) -> Summary:
     """Train to the end, with a journal."""
     accelerator, config, progress = trainer.accelerator, trainer.config, trainer.progress
     journal = Journal(trainer.folder, accelerator.is_main_process, config.tensorboard)
-    facts = head(trainer)
+    facts = head(trainer, command)
     try:
         by_first(lambda: journal.begin(progress.step, progress.epoch), accelerator)
         by_first(lambda: _write_head(trainer, journal, facts), accelerator)
@@ -228,21 +230,23 @@ def _has_ended_epoch(folder: Path) -> bool:
     return (folder / BEST).exists() or any(read_rows(folder, "epoch"))
 
 
-def head(trainer: Trainer) -> dict[str, str]:
+def head(trainer: Trainer, command: str | None = None) -> dict[str, str]:
     """Return the head of the log: command, versions, device, seed, network and data."""
     config, layout = trainer.config, trainer.layout
     found = collect("cpu" if trainer.device.type == "cpu" else None)
     versions = ", ".join(f"{n} {found.packages[n]}" for n in _PACKAGES if n in found.packages)
     devices = f"{layout.devices} x " if layout.devices > 1 else ""
+    threads = counted(found.threads, "thread")
     parts = [f"batch {config.batch_size}"]
     if layout.devices > 1 or layout.accumulate > 1:
         parts.append(
             f"{layout.devices} x {layout.accumulate} micro-batches of {layout.micro_batch}"
         )
-    parts += [f"{config.epochs} epochs of {trainer.steps} steps", f"seed {config.seed}"]
+    parts.append(f"{counted(config.epochs, 'epoch')} of {counted(trainer.steps, 'step')}")
+    parts.append(f"seed {config.seed}")
     facts = {
-        "command": command_line(),
-        "device": f"{devices}{found.device} ({found.threads} threads), {config.precision}",
+        "command": command or command_line(),
+        "device": f"{devices}{found.device} ({threads}), {config.precision}",
         "versions": f"Python {found.python}, {versions}",
         **trainer.task.facts(trainer.state.network),
         "run": ", ".join(parts),

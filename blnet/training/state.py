@@ -119,7 +119,7 @@ class RunState:
         name = self.config.distillation.teacher
         if name is None:
             return None
-        teacher = self.task.as_teacher(*load_network(name))
+        teacher = self.task.as_teacher(*load_network(name, self.config.trust_source))
         return self._placed(teacher.requires_grad_(False)).eval()
 
     def _resume(self) -> dict[str, Any]:
