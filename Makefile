@@ -7,7 +7,8 @@ INSTALLED := $(VENV)/.installed
 # cores, as some tests wait for others to start or end; each takes up to 3 GB.
 TEST_ENV := OMP_NUM_THREADS=1
 PROCESSES := $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 3 ? cores + 1 : 4)))
-PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(PROCESSES) --timeout 600
+# Who is done takes tests from others, as some take a minute and most no time.
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal --timeout 600
 
 .PHONY: help bench test test-deep lint format types unit interpreter gpu clean
 .DEFAULT_GOAL := help
@@ -15,11 +16,12 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(PROCESSES) --timeout 600
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
 
+# Without byte code (--no-compile) of all that is installed: Python makes it of what is imported.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 	  { echo "blnet needs Python 3.11 to 3.13; name one with: make PYTHON=python3.12 ..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[all,dev]'
 	touch $@
 
 bench: $(INSTALLED)  ## measure Big-Little networks against ResNet-50 (ARGS="--full" for more)
