@@ -16,7 +16,7 @@ from torch import Tensor
 
 from blnet.files import StrPath, reason
 from blnet.speech.containers import missing_bytes, mp3_samples, ogg_fault
-from blnet.speech.files import open_file
+from blnet.speech.files import open_file, split_name
 
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
 _BLOCK = 1 << 16  # frames that are decoded at once while streaming
@@ -27,6 +27,7 @@ _TOLERANCE = 0.01  # seconds; times in manifests are rounded
 _UNKNOWN_FRAMES = 1 << 60  # where FLAC does not know, libsndfile says the largest number there is
 _WRITE_ANEW = "write it anew, to a file and not to a pipe"
 _NO_LENGTH = f"its header does not say how long it is; {_WRITE_ANEW}"
+_REMEMBERED = 100_000  # files of which this process knows that they are whole
 _LOUDEST = 1e15  # of full scale; what is louder by far has no power spectrum in float32
 
 
@@ -137,8 +138,7 @@ def _opened(file: StrPath) -> Iterator[soundfile.SoundFile]:
     """Open a recording; whatever is wrong with it, now or later, becomes an AudioError."""
     try:
         with open_file(file) as data:
-            _check_bytes(file, data)
-            counted, said = mp3_samples(data)
+            counted, said = _checked(file, data)
             if said and said < _MP3_LEAST * (counted - _MP3_MISCOUNT):
                 raise AudioError(file, _joined(said, counted))
             data.seek(0)
@@ -238,6 +238,25 @@ def _check_length(file: StrPath, sound: soundfile.SoundFile, promised: int, foun
         raise AudioError(
             file, f"it is {fault}: {promised:,} samples were promised, and {found:,} are there"
         )
+
+
+_whole: dict[tuple[object, ...], tuple[int, int]] = {}
+
+
+def _checked(file: StrPath, data: BinaryIO) -> tuple[int, int]:
+    """Check a file's bytes, and return what `mp3_samples` does.
+
+    A file is looked through once: parts of a long one are read again and again in training.
+    """
+    path, member = split_name(file)
+    found = os.stat(path)
+    key = (path, member, found.st_ino, found.st_size, found.st_mtime_ns)
+    if key not in _whole:
+        _check_bytes(file, data)
+        if len(_whole) >= _REMEMBERED:
+            _whole.clear()
+        _whole[key] = mp3_samples(data)
+    return _whole[key]
 
 
 def _check_bytes(file: StrPath, data: BinaryIO) -> None:

@@ -173,7 +173,7 @@ def ogg_fault(data: BinaryIO) -> str | None:
         begun = begun or not marks & _FIRST
         if granule:  # behind the headers, a recorded broadcast goes on with any number
             expected[stream] = number + 1
-    return _DAMAGED if b"OggS" in head + data.read() else None
+    return _DAMAGED if b"OggS\0" in head + data.read() else None
 
 
 def _ogg_checksum(page: bytes) -> bytes:

@@ -89,7 +89,7 @@ def _parted(utterances: Sequence[Utterance], chosen: Sequence[bool]) -> Pair:
 
 def _listed(one: Utterance) -> tuple[str, str]:
     """Return what tells whether a recording is listed twice."""
-    return one.name, one.label
+    return one.key, one.label
 
 
 def _share_of(names: Sequence[str], share: float, seed: int) -> set[str]:

@@ -60,19 +60,22 @@ class Standardized(nn.Conv2d):
         return F.conv2d(x, weight / scale, self.bias)
 
 
-@pytest.mark.parametrize("engine", ["pytorch", "compile", "onnxruntime", None])
+@pytest.mark.parametrize("engine", ["pytorch", "compile", "onnxruntime"])
 @pytest.mark.parametrize("model", [Rows(), nn.Sequential(Standardized(3, 8, 3), nn.ReLU())])
-def test_code_that_wants_the_usual_layout(model: nn.Module, engine: str | None) -> None:
+def test_code_that_wants_the_usual_layout(model: nn.Module, engine: str) -> None:
     if engine == "onnxruntime":
         pytest.importorskip("onnxruntime")
     model, images = model.eval(), torch.randn(2, 3, 8, 8)
-    if engine is None:
-        fast = blnet.optimize(model)
-    else:
-        fast = blnet.optimize(model, example_input=images, engine=engine)
+    fast = blnet.optimize(model, example_input=images, engine=engine)
     with torch.no_grad():
         for x in (images, images[:1], images.contiguous(memory_format=torch.channels_last)):
             torch.testing.assert_close(fast(x), model(x.contiguous()), rtol=1e-4, atol=1e-5)
+
+
+def test_without_an_example_it_is_told_how_to_run() -> None:
+    fast = blnet.optimize(Rows().eval())
+    with pytest.raises(RuntimeError, match=r"Rows takes maps for rows .* give .* example_input"):
+        fast(torch.randn(2, 3, 8, 8))
 
 
 def test_other_code_keeps_channels_last() -> None:

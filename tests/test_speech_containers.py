@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from blnet.speech import audio
 from blnet.speech.audio import AudioError, audio_seconds, read_audio, stream_audio
 from blnet.speech.testing import without_length
 
@@ -300,3 +301,20 @@ def test_a_wave64_file_with_other_chunks_is_read_and_a_spoilt_one_ends(tmp_path:
     assert "1,000 bytes more than are there" in refusals(path)[0]
     path.write_bytes(whole[:place] + b"junk" + bytes(40))  # a length of 0 leads nowhere
     refusals(path)
+
+
+@pytest.mark.parametrize("kind", ["OGG", "MP3"])
+def test_a_file_is_looked_through_once_until_it_is_another(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hour-long recordings are read in parts, thousands of times."""
+    looked = []
+    monkeypatch.setattr(audio, "mp3_samples", lambda data: looked.append(data) or (0, 0))
+    path = tmp_path / "long.audio"
+    path.write_bytes(encoded(TONE, kind))
+    for start in (0.0, 1.0, 2.0):
+        read_audio(path, RATE, start, start + 1)
+    assert len(looked) == 1
+    path.write_bytes(encoded(TONE[:RATE], kind))
+    assert audio_seconds(path) < 2
+    assert len(looked) == 2

@@ -152,6 +152,16 @@ def test_what_is_listed_twice_is_in_one_part(copies, seed):
     assert (set(train), set(held)) == tuple(map(set, hold_out(once, 0.3, seed)))
 
 
+def test_a_path_may_be_spelled_in_two_ways(tmp_path):
+    said_twice = [
+        Utterance(f"{tmp_path}{between}{number}.wav", 1.0, label="a")
+        for number in range(4)
+        for between in ("/", "/./")
+    ]
+    train, held = hold_out(said_twice, 0.5, 0)
+    assert not {one.key for one in train} & {one.key for one in held}
+
+
 def test_a_share_that_divides_evenly_is_not_rounded_up():
     assert len(hold_out([said("a", number=n) for n in range(100)], 0.07, 0)[1]) == 7
 

@@ -31,7 +31,7 @@ from blnet.training.journal import METRICS, PLOT, RUN, read_rows
 from blnet.training.loading import Loader, mixed_seed, shuffled_batches
 from blnet.training.optimization import make_schedule
 from blnet.training.progress import RunProgress
-from blnet.training.run import describe, run
+from blnet.training.run import default_folder, describe, run
 from blnet.training.state import INIT_SEED, STEP_SEED
 from blnet.training.task import Batch
 from blnet.training.testing import TinyTask, check_same_weights, tiny_config, train_tiny, weights
@@ -328,6 +328,20 @@ def test_too_much_to_evaluate_on_is_not_looked_at_before(
     assert list(read_rows(tmp_path / "run", "train"))
 
 
+def test_looking_at_it_before_takes_no_longer_than_it_may_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("blnet.training.evaluation.SILENT_SECONDS", 0.0)
+    train_tiny(str(tmp_path / "run"), {"evaluation": 24}, epochs=1)
+    told = "opening the 24 evaluation blobs before the first step"
+    assert capsys.readouterr().out.count(told) == 1
+    monkeypatch.setattr("blnet.training.evaluation.LOOK_SECONDS", 0.0)
+    with pytest.raises(ValueError, match=r"1 of the 24 evaluation blobs"):
+        train_tiny(str(tmp_path / "late"), {"evaluation": 24, "unread": (3,)}, epochs=1)
+    assert list(read_rows(tmp_path / "late", "train"))
+    assert told not in capsys.readouterr().out
+
+
 def test_shares_are_told_in_percent_and_of_what_they_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -434,3 +448,9 @@ def test_an_evaluation_leaves_the_mode_as_it_was_and_names_what_is_corrupt() -> 
     task.eval_data.corrupt = tuple(range(7))
     with pytest.raises(ValueError, match="no sample that could be read"):
         evaluate(task, model, Loader(task.eval_data, task.collate), accelerator, 3)
+
+
+def test_the_name_of_a_folder_is_not_too_long_for_one() -> None:
+    name = default_folder("vision", "ä" * 200).name
+    assert len(name.encode()) < 150
+    assert name.startswith("vision-ää")

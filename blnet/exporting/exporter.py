@@ -103,6 +103,6 @@ def _opened(format: Format, path: Path) -> Runner:
         return format.open(path)
     except Exception as error:  # a runtime's own
         raise ParityError(
-            f"the written file cannot be opened ({reason(error)}); report it, and try another "
-            "--format"
+            f"the written file cannot be opened ({reason(error)}); report it, and try --static or "
+            "another --format"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, Literal, NoReturn
 
@@ -12,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from blnet.modes import autocast_is_on, autocast_switched
 from blnet.optimizing.engines import Inputs, Run, name_of
-from blnet.optimizing.layout import channels_last, is_transformed, lay_out, layout_of
+from blnet.optimizing.layout import channels_last, is_transformed, layout_of
 from blnet.optimizing.report import Report
 
 OtherInputs = Literal["eager", "error"]
@@ -85,11 +84,11 @@ class OptimizedNetwork(nn.Module):
         except RuntimeError as error:
             if self._lay is not channels_last or "view size" not in str(error):
                 raise
-        # Code that takes maps for rows, by `view`, runs in the usual layout only.
-        network = copy.deepcopy(self.network)  # a CUDA graph reads the weights where they are
-        lay_out(network, last=False)
-        self.network, self._lay = network, layout_of(network)
-        return self._layer_by_layer(given, known)
+            raise RuntimeError(
+                f"{type(self.network).__name__} takes maps for rows by `view`, which channels-last "
+                "layout does not allow; give blnet.optimize an example_input, on which it tries "
+                "the layout, or call reshape there"
+            ) from error
 
     def _run_engine(self, run: Run, inputs: Inputs) -> Any:
         """Return the engine's result in the dtype of the original's."""

@@ -16,7 +16,9 @@ from blnet.training.loading import Corrupt, Loaded, Loader
 from blnet.training.stopping import Stopper
 from blnet.training.task import Task, to_device
 
-LOOKED_AT = 5000  # samples at most that are opened before a run's first step
+# What a run opens of its evaluation data before its first step: samples and seconds at most. It
+# says so where that takes longer than one waits without a word.
+LOOKED_AT, LOOK_SECONDS, SILENT_SECONDS = 5000, 60.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,9 @@ def look_ahead(
     batch_size: int,
     log: CorruptLog,
     stopper: Stopper,
+    say: Callable[[str], None],
 ) -> None:
-    """Open what a run will evaluate on, if that is not much, until it is asked to stop.
+    """Open what a run will evaluate on, if that is not much, for a minute at most.
 
     Too many that cannot be read would else end it after an epoch, which may have taken hours.
 
@@ -125,15 +128,21 @@ def look_ahead(
         batch_size: samples that are opened at once.
         log: takes what cannot be read.
         stopper: knows whether to stop.
+        say: tells of it where it takes long.
 
     Raises:
         ValueError: if more than 1 % cannot be read, or a loading process dies.
     """
     if loader.is_stream or len(task.eval_data) > LOOKED_AT:
         return
+    begin, silent = time.monotonic(), True
     for loaded in _batches(task, loader, accelerator, batch_size):
-        if stopper.signal:
+        seconds = time.monotonic() - begin
+        if stopper.signal or seconds > LOOK_SECONDS:
             break
+        if silent and seconds > SILENT_SECONDS:
+            say(f"opening the {len(task.eval_data):,} evaluation {task.unit} before the first step")
+            silent = False
         log.add(loaded.corrupt, "evaluation", len(task.eval_data))
     log.share()
 

@@ -152,7 +152,8 @@ class Trainer:
         with self._stopper, self._failures_told():
             if not self.progress.step:
                 look_ahead(self.task, self._eval_loader, self.accelerator,
-                           self.layout.micro_batch, self._corrupt, self._stopper)  # fmt: skip
+                           self.layout.micro_batch, self._corrupt, self._stopper,
+                           self.display.say)  # fmt: skip
             while not self.is_finished:
                 self._train_epoch()
                 self._end_epoch()

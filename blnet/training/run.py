@@ -28,12 +28,14 @@ from blnet.training.stopping import Interrupted
 from blnet.training.task import Task
 
 LOCK = ".lock"  # in the folder of a run; whoever trains there holds it
+_LONGEST_NAME = 100  # bytes; file systems take some 255 in all
 _PACKAGES = ("torch", "torchvision", "torchaudio", "timm", "accelerate", "numpy")
 
 
 def default_folder(task: str, name: str) -> Path:
     """Return the folder of a run that was given none; its recipe or its data give the name."""
-    return Path("results") / f"{task}-{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    short = os.fsencode(name)[:_LONGEST_NAME].decode(errors="ignore")
+    return Path("results") / f"{task}-{short}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def run(
