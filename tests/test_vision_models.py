@@ -16,6 +16,7 @@ import blnet
 import blnet.vision
 from blnet import registry
 from blnet.blocks import ResidualBlock
+from blnet.meta import run_on_meta
 from blnet.network import BigLittleNet
 from blnet.vision import models
 
@@ -180,7 +181,7 @@ def test_every_builder_takes_every_option(name, alpha, beta, branches):
         config = model.config
         assert (config.alpha, config.beta, config.branches) == (alpha, beta, branches)
         assert (config.num_classes, config.in_channels, config.stem) == (classes, channels, stem)
-        out = model.eval()(torch.empty(2, channels, *size, device="meta"))
+        out = run_on_meta(model, (2, channels, *size))
         assert out.shape == (2, classes or config.widths[-1])
 
 

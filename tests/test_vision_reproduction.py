@@ -221,10 +221,10 @@ def test_an_official_checkpoint_on_imagenets_folders(imagenet, tmp_path, capsys,
 def quickly(load):
     """Load a network without profiling it; the forward pass of these tests is none."""
 
-    def loaded(source):
+    def loaded(*source):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(BigLittleNet, "forward", FORWARD)
-            return load(source)
+            return load(*source)
 
     return loaded
 
