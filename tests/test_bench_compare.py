@@ -65,7 +65,7 @@ def random_groups(draw: np.random.Generator) -> list[tuple[int, int, float]]:
 
 def test_identical_code_fails_less_than_once_in_a_hundred_runs() -> None:
     # 10 to 63 pairs, 8 to 60 rounds; a machine that is 8 % faster or slower from run to run.
-    draw, failed, runs = np.random.default_rng(0), 0, 600
+    draw, failed, runs = np.random.default_rng(0), 0, 1000
     for _ in range(runs):
         groups = random_groups(draw)
         old, new = (
@@ -73,8 +73,8 @@ def test_identical_code_fails_less_than_once_in_a_hundred_runs() -> None:
             for _ in range(2)
         )
         failed += not compare(old, new, 0.05, resamples=20).passed
-    # Were it once in a hundred, 1 or none of 600 would be seen in 1 of 58 such tests.
-    assert failed <= 1
+    # Were it once in a hundred, 3 or fewer of 1000 would be seen in 1 of 100 such tests.
+    assert failed <= 3
 
 
 def test_the_committed_results_do_not_differ_from_themselves() -> None:

@@ -16,8 +16,7 @@ from blnet.files import StrPath, reason
 from blnet.meta import meta_twin, run_on_meta
 from blnet.network import BigLittleNet
 from blnet.profiling import Profile, profile
-from blnet.training.checkpoints import BEST, EMA, MODEL
-from blnet.training.networks import load_network
+from blnet.training.networks import checkpoint_file, load_network
 from blnet.vision.classes import IMAGENET_CLASSES, class_names_of, imagenet_names
 from blnet.vision.config import ModelConfig
 from blnet.vision.preprocessing import IMAGENET, Preprocessing
@@ -95,8 +94,7 @@ def _check_task(source: Path) -> None:
     Raises:
         ValueError: if it is, or is damaged.
     """
-    files = [source / name for name in (BEST, EMA, MODEL)] if source.is_dir() else [source]
-    file = next((file for file in files if file.is_file()), source)
+    file = checkpoint_file(source)
     header = checkpoint.read_header(file) if file.suffix == ".safetensors" else {}
     extra = header.get("extra")
     task = extra.get("task", TASK) if isinstance(extra, dict) else TASK

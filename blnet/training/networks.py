@@ -27,6 +27,22 @@ def add_trust_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def checkpoint_file(name: StrPath) -> Path:
+    """Return the file that `load_network` reads: of a folder the best network in it.
+
+    Raises:
+        ValueError: if it is a folder without any.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        return path
+    held = [path / file for file in (BEST, EMA, MODEL) if (path / file).is_file()]
+    if not held:
+        raise ValueError(f"{path} is a folder without {BEST}; name a run's folder, one of its "
+                         "checkpoints or a file")  # fmt: skip
+    return held[0]
+
+
 def load_network(
     name: StrPath, trust_source: bool | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -48,13 +64,7 @@ def load_network(
             builds it is not trusted.
         OSError: if the file cannot be read.
     """
-    path = Path(name)
-    if path.is_dir():
-        held = [path / file for file in (BEST, EMA, MODEL) if (path / file).is_file()]
-        if not held:
-            raise ValueError(f"{path} is a folder without {BEST}; name a run's folder, one of its "
-                             "checkpoints or a file")  # fmt: skip
-        path = held[0]
+    path = checkpoint_file(name)
     if path.suffix != ".safetensors":
         return load_official(path).eval(), {}
     header = checkpoint.read_header(path)
