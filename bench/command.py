@@ -17,6 +17,7 @@ from blnet.bench.results import Results
 from blnet.bench.settings import Settings, check_writable, resolve
 from blnet.bench.studies import SCALES, goes_on
 
+MARKS = {"*": "only with --full", "+": "at batch 1 only with --full", "-": "not installed"}
 NEEDED = ("pytest", "pytest_benchmark", "rich", "sklearn", "torchvision", "PIL")
 
 
@@ -123,11 +124,13 @@ def _listing(settings: Settings) -> str:
     lines += [f"  {name:<24}{text}" for name, (_, text) in SUITES.items()]
     lines.append("networks of this run:")
     lines += [f"  {s.label:<24}compared with {s.baseline}" for s in networks.specs(settings)]
+    legend = ", ".join(f"{mark} {text}" for mark, text in MARKS.items())
+    lines.append(f"rungs on {settings.device} ({legend}):")
     dtype = settings.dtype or "float32"
     quick = {rung.name for rung in rungs(settings.device, dtype=dtype)}
     always = {rung.name for rung in rungs(settings.device, dtype=dtype, batch=1)}
-    lines.append(f"rungs on {settings.device} (* only with --full, + at batch 1 only with --full):")
     for rung in rungs(settings.device, full=True):
-        mark = "" if rung.name in always else " +" if rung.name in quick else " *"
-        lines.append(f"  {rung.name + mark:<24}{rung.description}")
+        mark = "" if rung.name in always else "+" if rung.name in quick else "*"
+        mark = mark if rung.is_installed() else "-"
+        lines.append(f"  {f'{rung.name} {mark}':<24}{rung.description}")
     return "\n".join(lines)

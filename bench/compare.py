@@ -32,8 +32,9 @@ like slower code.
 What has no time in the new run fails a gate if it raised, is wrong, was skipped, was dropped for
 times that are slower, or is gone: the new run was asked for it and says nothing of it
 (`blnet.bench.missing`). So do a group without any pair, and a run that was interrupted. What the
-new run was not asked for (other suites or networks, a quick run after a full one) fails nothing,
-but all that only the old run has is counted.
+new run was not asked for (other suites or networks, a quick run after a full one), or says that it
+left out on purpose (`Results.left_out`), fails nothing, but all that only the old run has is
+counted.
 
 What differs between two runs of one implementation but not between its rounds, such as where its
 buffers lie, is in no sample: a threshold must stay above it, and 5 % is little for ops of a few

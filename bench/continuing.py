@@ -8,6 +8,7 @@ from typing import Any
 from blnet.bench.catalogue import SUITES
 from blnet.bench.results import Results, read_json
 from blnet.bench.settings import RESULTS, Settings
+from blnet.wording import counted
 
 # What must be as it was, or the two halves of the run could not be compared.
 SAME = (
@@ -101,13 +102,15 @@ def take_over(results: Results, before: Results) -> None:
     results.networks += before.networks
     results.ceilings |= before.ceilings
     results.layers |= {key: found for key, found in before.layers.items() if key in finished}
+    results.left_out |= {key: found for key, found in before.left_out.items() if key in finished}
     results.seconds = before.seconds
     results.command = before.command
     date = results.environment["date"]
     results.environment = dict(before.environment)
     results.notes[:0] = [
         *before.notes,
-        f"the run was interrupted and went on {date}, with {len(finished)} groups measured before",
+        f"the run was interrupted and went on {date}, with {counted(len(finished), 'group')} "
+        "measured before",
     ]
 
 

@@ -129,7 +129,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 def _add_studies(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the studies, which train networks."""
-    add = parser.add_argument_group("studies (accuracy, conversion)").add_argument
+    add = parser.add_argument_group("studies (accuracy, conversion, speech)").add_argument
     add(
         "--scale",
         choices=tuple(SCALES),

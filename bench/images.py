@@ -18,6 +18,7 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 # Shares of a picture's shorter side that a crop may take.
 CROP_RANGE = (0.5, 1.0)
+MOST_PICTURES = 64  # of a folder: a batch may use each more than once
 
 
 def sample_pictures() -> list[Image.Image]:
@@ -27,12 +28,11 @@ def sample_pictures() -> list[Image.Image]:
     return [Image.fromarray(array) for array in load_sample_images().images]
 
 
-def folder_pictures(folder: str | Path, limit: int = 64) -> list[Image.Image]:
-    """Return the pictures of a folder, by name, as RGB.
+def folder_pictures(folder: str | Path) -> list[Image.Image]:
+    """Return the first pictures of a folder, by name, as RGB.
 
     Args:
         folder: a folder with .jpg, .png and other pictures; its sub-folders are read as well.
-        limit: at most so many are read.
 
     Raises:
         ValueError: if it is no folder, holds no picture, or none of its pictures can be read.
@@ -46,7 +46,7 @@ def folder_pictures(folder: str | Path, limit: int = 64) -> list[Image.Image]:
             f"--images {folder} holds no pictures; put some ({', '.join(SUFFIXES[:4])}, ...) there"
         )
     pictures, unreadable = [], []
-    for path in paths[:limit]:
+    for path in paths[:MOST_PICTURES]:
         try:
             with Image.open(path) as picture:
                 pictures.append(picture.convert("RGB"))

@@ -95,7 +95,7 @@ def mean(samples: Sequence[float]) -> Mean:
     return Mean(float(values.mean()), width, runs)
 
 
-def median_ratio(above: Sequence[float], below: Sequence[float], seed: int = 0) -> Ratio:
+def median_ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
     """Return median(above) / median(below) with a 95 % percentile bootstrap interval.
 
     Of fewer than `LEAST_ROUNDS` rounds there is no interval.
@@ -108,7 +108,6 @@ def median_ratio(above: Sequence[float], below: Sequence[float], seed: int = 0) 
     Args:
         above: times of the baseline, seconds, one a round.
         below: times of the implementation, seconds, of the same rounds.
-        seed: of the resampling, so that the same samples give the same interval.
 
     Raises:
         ValueError: if the two have no round in common.
@@ -116,17 +115,18 @@ def median_ratio(above: Sequence[float], below: Sequence[float], seed: int = 0) 
     rounds = min(len(above), len(below))
     if rounds == 0:
         raise ValueError("a ratio needs one round at least that both implementations ran in")
-    return _median_ratio(tuple(above[:rounds]), tuple(below[:rounds]), seed)
+    return _median_ratio(tuple(above[:rounds]), tuple(below[:rounds]))
 
 
 # A report has the same ratio in its summary, its tables and its plots: a page of 26 committed runs
 # asks for 4,717, of which 1,508 differ, and took three times as long without this.
 @functools.lru_cache(maxsize=4096)
-def _median_ratio(above: tuple[float, ...], below: tuple[float, ...], seed: int) -> Ratio:
+def _median_ratio(above: tuple[float, ...], below: tuple[float, ...]) -> Ratio:
     top, bottom = np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
     rounds = len(above)
     value = float(np.median(top) / np.median(bottom))
-    draw, ratios = np.random.default_rng(seed), []
+    # A seed, so that the same samples give the same interval.
+    draw, ratios = np.random.default_rng(0), []
     part = max(1, _AT_ONCE // rounds)  # of the resamples: all of a long run's would fill the memory
     for done in range(0, RESAMPLES, part):
         picks = draw.integers(rounds, size=(min(part, RESAMPLES - done), rounds))

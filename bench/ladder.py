@@ -85,6 +85,10 @@ class Rung:
             return False
         if self.compiles and batch == 1 and _runs_onnx(device, dtype):
             return False
+        return self.is_installed()
+
+    def is_installed(self) -> bool:
+        """Return whether its package is installed, where it needs one that no extra installs."""
         return not self.package or importlib.util.find_spec(self.package) is not None
 
 

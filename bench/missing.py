@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from blnet.bench.catalogue import OF_ANY_NETWORK
+from blnet.bench.continuing import group_key
 from blnet.bench.results import FAILED, LATE, LEASHED, REPLAYS, Measurement, Results
 from blnet.bench.settings import Settings
 
 Key = tuple[str, str, str, str]
 Part = tuple[str, str]  # suite and group
 Asked = Callable[[Key], bool]
+Kind = Literal["lost", "left out", "gone", "only old", "only new"]
 NETWORKS = ("models", "model", "branchings", "baseline")  # settings that choose networks
 
 
@@ -26,10 +28,10 @@ class Missing:
         group: name of the group.
         family: what it computes.
         implementation: its name.
-        kind: "lost" if the new run has it without a time, "gone" if it lacks it although it was
-            asked for it, else the run that has it.
+        kind: "lost" if the new run has it without a time, "left out" if it says that it lacks it on
+            purpose, "gone" if it lacks it although it was asked for it, else the run that has it.
         status: what the new run says of a lost one; "" for the others.
-        note: why it has no time.
+        note: why it has no time, or was left out.
         slower: whether it is ours and was dropped for a time that is slower than the old one by
             more than the threshold, and than its controls became, or for a build that took more
             than twice as long.
@@ -40,7 +42,7 @@ class Missing:
     group: str
     family: str
     implementation: str
-    kind: Literal["lost", "gone", "only old", "only new"]
+    kind: Kind
     status: str = ""
     note: str = ""
     slower: bool = False
@@ -124,9 +126,16 @@ def missing(
             slower = lost.status == "dropped" and key not in controls and slower
             found.append(Missing(*key, "lost", lost.status, lost.note, slower, elsewhere))
         elif key not in after:
-            gone = wanted(key)
-            found.append(Missing(*key, "gone" if gone else "only old", elsewhere=elsewhere))
+            reason = _left_out(new, key)
+            kind: Kind = "left out" if reason else "gone" if wanted(key) else "only old"
+            found.append(Missing(*key, kind, note=reason, elsewhere=elsewhere))
     return found + [Missing(*key, "only new") for key in after if key not in before]
+
+
+def _left_out(new: Results, key: Key) -> str:
+    """Return why the new run left something out on purpose; "" if it says nothing of it."""
+    suite, group, _, implementation = key
+    return new.left_out.get(group_key(suite, group), {}).get(implementation, "")
 
 
 def lost_groups(
@@ -138,5 +147,6 @@ def lost_groups(
     """Return the old run's groups of which no pair is left, of those that the new run took."""
     there = {(m.suite, m.group) for m in new.measurements}
     left = {key[:2] for key in before.keys() & after.keys()}
-    groups = dict.fromkeys(key[:2] for key in before if key[:2] in there or wanted(key))
+    missed = [key for key in before if not _left_out(new, key)]
+    groups = dict.fromkeys(key[:2] for key in missed if key[:2] in there or wanted(key))
     return [group for group in groups if group not in left]

@@ -235,6 +235,7 @@ class Results:
         ceilings: rates measured in the run, such as "copy_bandwidth" in bytes/s.
         layers: suite and batch, such as "models, batch 8" -> label of a network -> its layers.
         finished: "SUITE, GROUP" of every group that was measured to its end.
+        left_out: "SUITE, GROUP" -> implementations that it lacks on purpose -> why.
         notes: sentences for the reader about the whole run.
         seconds: how long it took.
         interrupted: whether it was stopped before its end.
@@ -249,6 +250,7 @@ class Results:
     ceilings: dict[str, float] = field(default_factory=dict)
     layers: dict[str, dict[str, list[Layer]]] = field(default_factory=dict)
     finished: list[str] = field(default_factory=list)
+    left_out: dict[str, dict[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     interrupted: bool = False

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from blnet.bench.networks import known
 from blnet.bench.results import write_text
 from blnet.environment import collect, command_line
+from blnet.wording import counted
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,9 @@ def main(words: Sequence[str] | None = None) -> None:
     if dist.get_rank() == 0:
         environment = collect()
         print(
-            f"{environment.device}, {environment.threads} threads and {args.batch} images of "
-            f"{args.size}x{args.size} pixels a process, medians of {args.rounds} rounds:\n"
+            f"{environment.device}, {counted(environment.threads, 'thread')} and "
+            f"{counted(args.batch, 'image')} of {args.size}x{args.size} pixels a process, medians "
+            f"of {counted(args.rounds, 'round')}:\n"
         )
         print(text(found))
         if args.json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -253,6 +253,11 @@ class Session:
         """Add a sentence for the reader about the whole run, once."""
         if text not in self.results.notes:
             self.results.notes.append(text)
+
+    def leave_out(self, suite: str, group: str, names: Iterable[str], reason: str) -> None:
+        """Note what a group does not measure on purpose, so that no comparison misses it."""
+        self.note(reason)
+        self.results.left_out[group_key(suite, group)] = dict.fromkeys(names, reason)
 
     def _study(self, study: Any, measurements: list[Measurement]) -> None:
         """Let a suite train; each run is kept as soon as it is finished."""

@@ -61,7 +61,7 @@ SCALES = {
     "cifar10": Scale("cifar10", "CIFAR-10, 32x32 pixels: a GPU, minutes a run", (), True),
     "cifar10_cpu": Scale(
         "cifar10_cpu",
-        "CIFAR-10, networks of a quarter of the width: ten minutes a run on a CPU",
+        "CIFAR-10, a quarter of the width: up to half an hour a run on a CPU",
         ("--model.width=0.25",),
         True,
     ),

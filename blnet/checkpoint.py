@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 from blnet import registry
 from blnet.files import StrPath, reason, written_aside
-from blnet.keys import misfits
+from blnet.keys import misfits, shapes_of
 from blnet.network import BigLittleConfig, BigLittleNet
 
 FORMAT = "blnet-checkpoint"
@@ -150,7 +150,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         with torch.device("meta"):
             rebuilt = BigLittleNet(model.config)
         # A network whose classifier was exchanged, say, is no longer what its configuration says.
-        if _shapes(rebuilt) == _shapes(model) and _has_layers_of(model, rebuilt):
+        if shapes_of(rebuilt) == shapes_of(model) and _has_layers_of(model, rebuilt):
             return {"kind": "big-little", "config": dataclasses.asdict(model.config)}
     # One of ours with one branch can be converted like any other plain network.
     plan = getattr(model, "plan", None)
@@ -172,7 +172,7 @@ def _is_as_converted(model: nn.Module, plan: dict[str, Any]) -> bool:
         rebuilt = _reconverted_on_meta(json.dumps(plan))
     except Exception:  # a foreign source is refused; others may raise anything on the meta device
         return True
-    return _shapes(rebuilt) == _shapes(model) and _has_layers_of(model, rebuilt)
+    return shapes_of(rebuilt) == shapes_of(model) and _has_layers_of(model, rebuilt)
 
 
 @functools.lru_cache(maxsize=1)  # a run saves one network time and again
@@ -207,10 +207,6 @@ def _is_of_kind(layer: nn.Module, other: nn.Module) -> bool:
 
 def _settings_of(layer: nn.Module) -> str:
     return re.sub(r"(momentum|inplace)=[^,]*", "", layer.extra_repr())
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
 @contextlib.contextmanager

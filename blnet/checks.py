@@ -20,6 +20,25 @@ def check_count(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
+def flag_of(setting: str) -> str:
+    """Return the flag of a setting: "--data.eval-path" of "data.eval_path"."""
+    return f"--{setting.replace('_', '-')}"
+
+
+def check_flag_choice(flag: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise a ValueError unless what a flag was given is one of the choices."""
+    if value not in choices:
+        raise ValueError(
+            f"{flag} {value!r} is unknown; choose one of {', '.join(map(str, choices))}"
+        )
+
+
+def check_flag_count(flag: str, value: int | None) -> None:
+    """Raise a ValueError unless a flag was left out or given a number of at least 1."""
+    if value is not None and value < 1:
+        raise ValueError(f"{flag} must be at least 1, got {value}; leave it out for the default")
+
+
 def finite(text: str) -> float:
     """Return a finite number, for argparse.
 

@@ -191,7 +191,9 @@ def _run(name: str, words: Sequence[str], debug: bool) -> int:
         if hasattr(module, "main"):
             return int(module.main(words))
         parser = Parser(
-            prog=f"blnet {name}", description=f"{description[0].upper()}{description[1:]}."
+            prog=f"blnet {name}",
+            description=f"{description[0].upper()}{description[1:]}.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,  # an epilog's examples are lines
         )
         module.configure(parser)
         status = module.run(parser.parse_args(words))

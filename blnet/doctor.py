@@ -16,6 +16,7 @@ from typing import Any
 
 from blnet.environment import Environment, collect, versions
 from blnet.files import reason
+from blnet.wording import counted
 
 # Extra -> what it brings: (distribution on PyPI, import name).
 EXTRAS = {
@@ -188,7 +189,8 @@ def _facts(environment: Environment) -> list[tuple[str, Any]]:
         facts.append(("driver", f"{environment.driver or 'unknown'}, {capability}"))
     facts.append(("CUDA or ROCm", environment.cuda or "this PyTorch is built for CPUs only"))
     facts.append(("CPU", f"{environment.cpu}, {environment.cpu_features}"))
-    facts.append(("cores", f"{environment.cores}, PyTorch uses {environment.threads} threads"))
+    threads = counted(environment.threads, "thread")
+    facts.append(("cores", f"{environment.cores}, PyTorch uses {threads}"))
     if environment.memory:
         facts.append(("memory", f"{environment.memory / 1e9:.0f} GB"))
     if environment.load is not None:

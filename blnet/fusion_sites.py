@@ -15,9 +15,8 @@ from torch import fx, nn
 
 from blnet.expand_merge import fused_tail, hooked, why_not_fusable
 from blnet.kernels import merge
-from blnet.tracing import takes_one_argument_each, trace_own_code
+from blnet.tracing import ADDS, takes_one_argument_each, trace_own_code
 
-_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _ADDS_IN_PLACE = (operator.iadd, "add_")
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 _IN_PLACE_OPERATORS = [name for name in dir(operator) if name.startswith("i")]
@@ -90,7 +89,7 @@ def _is_merge(node: fx.Node) -> bool:
 
 
 def _is_add(node: fx.Node) -> bool:
-    if node.op not in ("call_function", "call_method") or node.target not in _ADDS:
+    if node.op not in ("call_function", "call_method") or node.target not in ADDS:
         return False
     nodes = [argument for argument in node.args if isinstance(argument, fx.Node)]
     return len(nodes) == 2 and not node.kwargs  # no constant, no alpha

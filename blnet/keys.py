@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 KEYS_SHOWN = 12
 _PREFIX = "module."
@@ -76,6 +76,11 @@ def misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
         ],
     }
     return "; ".join(f"{name}: {listed(keys)}" for name, keys in faults.items() if keys)
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter and buffer by its key."""
+    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
 
 
 def kind(tensor: Tensor) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from blnet import registry
-from blnet.checks import positive
+from blnet.checks import flag_of, positive
 from blnet.conversion import convert
 from blnet.conversion.command import parse_classes, parse_size
 from blnet.training.networks import add_trust_flag, load_network
@@ -54,7 +54,7 @@ def load_source(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     given = {name: value for name, value in given.items() if value is not None}
     if source not in registry.names() and (Path(source).exists() or _is_path(source)):
         if given:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            flags = ", ".join(map(flag_of, given))
             raise ValueError(f"{source} is a trained network, which is what it is; leave out "
                              f"{flags}")  # fmt: skip
         if not Path(source).exists():

@@ -17,6 +17,9 @@ from torch.overrides import TorchFunctionMode
 from blnet.limits import out_of_memory
 from blnet.modes import AUTOCAST_DEVICES, autocast_switched
 
+# What an addition calls in a graph: functions, and methods by name.
+ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
+
 
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Return a copy of a network.

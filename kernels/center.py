@@ -18,6 +18,7 @@ from blnet.kernels.launch import (
     Specialization,
     allocate,
     ceil_divide,
+    channels_last,
     device_guard,
     known,
     next_power_of_2,
@@ -75,7 +76,7 @@ def estimated_center(x: torch.Tensor) -> torch.Tensor:
     like = x.new_empty(0, dtype=torch.float32)
     if known(rows * channels == 0):
         return like.new_zeros(channels)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = channels_last(x)
     center = allocate(like, (channels,), torch.contiguous_format)
     launch = center_launch(rows, channels, x.element_size())
     with device_guard(x):

@@ -162,7 +162,6 @@ def _worst(actual: Results, expected: Results) -> float:
 def check_all(
     device: str,
     dtypes: Sequence[torch.dtype] = KERNEL_DTYPES,
-    layouts: Sequence[str] = testing.LAYOUTS,
     ops: Sequence[Op] | None = None,
     jobs: int = 1,
 ) -> Iterator[Row]:
@@ -171,7 +170,6 @@ def check_all(
     Args:
         device: "cpu", "cuda" or "cuda:1".
         dtypes: which dtypes.
-        layouts: which layouts.
         ops: which ops; None for all.
         jobs: processes that share the work, where all of ``ops`` are of the catalogue. On a GPU
             nearly all of it is compiling.
@@ -181,7 +179,7 @@ def check_all(
         for op in ops:
             for dtype in dtypes:
                 for shape in op.shapes:
-                    for layout in layouts:
+                    for layout in testing.LAYOUTS:
                         yield check_row(op, dtype, layout, shape, device)
         return
     # All layouts of a case share what is compiled, so they stay together.
@@ -191,7 +189,7 @@ def check_all(
         for dtype in dtypes
         for number in range(len(op.shapes))
     ]
-    run = partial(_check_case, layouts=tuple(layouts), device=device)
+    run = partial(_check_case, device=device)
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ProcessPoolExecutor(
         jobs, context, initializer=torch.set_num_threads, initargs=(1,)
@@ -200,9 +198,8 @@ def check_all(
             yield from rows
 
 
-def _check_case(
-    case: tuple[str, torch.dtype, int], layouts: tuple[str, ...], device: str
-) -> list[Row]:
+def _check_case(case: tuple[str, torch.dtype, int], device: str) -> list[Row]:
     name, dtype, number = case
     op = next(op for op in OPS if op.name == name)
-    return [check_row(op, dtype, layout, op.shapes[number], device) for layout in layouts]
+    shape = op.shapes[number]
+    return [check_row(op, dtype, layout, shape, device) for layout in testing.LAYOUTS]

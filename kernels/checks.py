@@ -98,9 +98,7 @@ def check_merge_sizes(op: str, big: torch.Tensor, little: torch.Tensor) -> None:
             )
 
 
-def check_vector(
-    op: str, name: str, value: object, channels: int, like: torch.Tensor, device: bool = True
-) -> None:
+def check_vector(op: str, name: str, value: object, channels: int, like: torch.Tensor) -> None:
     """Check that an optional argument holds one floating-point number for every channel.
 
     Args:
@@ -109,7 +107,6 @@ def check_vector(
         value: the argument; None passes.
         channels: how many it must hold.
         like: the tensor whose device it must be on.
-        device: False leaves the device unchecked.
 
     Raises:
         ValueError: if it is not a tensor of shape (channels,), of a float dtype, on that device.
@@ -126,7 +123,7 @@ def check_vector(
             f"{op}: {name} must hold one floating-point number for each of {channels} channels, "
             f"got shape {tuple(value.shape)} of {value.dtype}; pass shape ({channels},)"
         )
-    if device and value.device != like.device:
+    if value.device != like.device:
         raise ValueError(
             f"{op}: {name} is on {str(value.device)!r} and the map on {str(like.device)!r}; "
             "move one with .to(device)"

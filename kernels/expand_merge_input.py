@@ -28,6 +28,7 @@ from blnet.kernels.launch import (
     Specialization,
     allocate,
     ceil_divide,
+    channels_last,
     device_guard,
     known,
     memory_format_of,
@@ -167,10 +168,6 @@ def _input_kernel(
 # The launcher and the registered op -----------------------------------------------------------
 
 
-def _last(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
-
-
 def _input(
     grad: torch.Tensor,
     out: torch.Tensor | None,
@@ -194,7 +191,7 @@ def _input(
     flags = {"RELU": out is not None, "HAS_SCALE": scale is not None, "STATISTICS": statistics}
     choice = choose("expand_merge input", problem.key(upsampling=False), x.device)
     launch = input_launch(problem, choice, **flags)
-    x, grad, weight = _last(x), _last(grad), weight.contiguous()
+    x, grad, weight = channels_last(x), channels_last(grad), weight.contiguous()
     # What is absent is never read.
     vectors = [
         weight if v is None else v.contiguous() for v in (scale, offset, unit, constant, center)
@@ -202,7 +199,7 @@ def _input(
     with device_guard(dx):
         wrap_triton(_input_kernel)[launch.grid](
             p_grad=grad,
-            p_out=grad if out is None else _last(out),
+            p_out=grad if out is None else channels_last(out),
             p_x=x,
             p_weight=weight,
             p_scale=vectors[0],

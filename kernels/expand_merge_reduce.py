@@ -28,6 +28,7 @@ from blnet.kernels.launch import (
     Specialization,
     allocate,
     ceil_divide,
+    channels_last,
     device_guard,
     known,
     memory_format_of,
@@ -229,10 +230,6 @@ def _reduce_kernel(
 # The launcher and the registered op -----------------------------------------------------------
 
 
-def _last(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
-
-
 def _reduce(
     grad: torch.Tensor,
     out: torch.Tensor | None,
@@ -261,12 +258,12 @@ def _reduce(
     sums = allocate(center, (parts, channels), flat)
     size_products = (parts, channels, channels_in) if needs_products else (1, 0, 0)
     products = allocate(center, size_products, flat)
-    grad = _last(grad)
+    grad = channels_last(grad)
     with device_guard(grad):
         wrap_triton(_reduce_kernel)[launch.grid](
             p_grad=grad,
-            p_out=grad if out is None else _last(out),
-            p_x=_last(x),
+            p_out=grad if out is None else channels_last(out),
+            p_x=channels_last(x),
             p_center=center,
             p_products=products,
             p_sums=sums,

@@ -16,6 +16,7 @@ import torch
 
 INT32_LIMIT = 2**31
 _LARGEST_TILE = 2**16  # elements
+_NARROWEST = 16  # channels of a tile; narrower maps are not split
 # Whole-number ratios up to this are compiled in: index arithmetic by constants, unrolled windows.
 LARGEST_CONSTANT_RATIO = 4
 
@@ -93,24 +94,23 @@ def whole_ratio(size: int, size_big: int) -> int:
     return 0
 
 
-def inner_block(inner: int, largest: int = 256, smallest: int = 16) -> int:
+def inner_block(inner: int, largest: int = 256) -> int:
     """Choose how many channels a tile spans.
 
     The largest power of two that leaves at most one lane in eight idle: 96 channels take tiles
-    of 32, not one of 128 with a quarter of its lanes masked. Below ``smallest`` a lane's 16-byte
+    of 32, not one of 128 with a quarter of its lanes masked. Below 16 channels a lane's 16-byte
     access would no longer be full, so narrow maps take one tile, masked.
 
     Args:
         inner: number of channels; 1 for contiguous maps.
         largest: upper bound on the answer, a power of two.
-        smallest: narrowest tile worth splitting into, a power of two.
     """
     block = min(next_power_of_2(inner), largest)
-    while block > smallest:
+    while block > _NARROWEST:
         if ceil_divide(inner, block) * block * 8 <= inner * 9:
             return block
         block //= 2
-    return min(next_power_of_2(inner), largest) if inner < smallest else block
+    return min(next_power_of_2(inner), largest) if inner < _NARROWEST else block
 
 
 def memory_format_of(tensor: torch.Tensor) -> torch.memory_format:
@@ -122,6 +122,11 @@ def memory_format_of(tensor: torch.Tensor) -> torch.memory_format:
     if tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
         return torch.channels_last
     return torch.contiguous_format
+
+
+def channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a map in channels-last layout, a copy only where it has another."""
+    return tensor.contiguous(memory_format=torch.channels_last)
 
 
 def allocate(

@@ -45,6 +45,7 @@ from blnet.kernels.launch import (
     Specialization,
     allocate,
     ceil_divide,
+    channels_last,
     device_guard,
     fits_int32,
     known,
@@ -202,7 +203,7 @@ def shares(x: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Te
         Shapes (parts, K) and (parts, K, K), float32; the latter on and above the diagonal only.
     """
     rows, channels = row_count(x), x.shape[1]
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = channels_last(x)
     choice = choose("moments", moments_key(rows, channels, x.element_size()), x.device)
     launch = moments_launch(rows, channels, x.element_size(), choice)
     parts = launch.grid[1]

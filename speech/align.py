@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from blnet.checks import flag_of
 from blnet.files import make_folder
 from blnet.speech.alignment import FrameLabels, align, expand, fill_blanks
 from blnet.speech.config import DataConfig
@@ -23,8 +24,7 @@ from blnet.speech.measurement import check_corrupt, say, usable
 from blnet.speech.recordings import Recordings
 from blnet.speech.tasks import make_target
 from blnet.training.answers import shown
-from blnet.training.config import TrainingConfig
-from blnet.training.devices import make_accelerator
+from blnet.training.devices import add_device_flag, device_of
 
 PROG = "blnet align"
 SILENCE = 0.3  # seconds; longer stretches without a character keep some silence
@@ -36,15 +36,13 @@ _EXAMPLES = """examples:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.epilog = _EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("checkpoint", metavar="CHECKPOINT",
                         help="a .safetensors file or a run's folder, of --task ctc")  # fmt: skip
     parser.add_argument("--output", metavar="DIR", required=True, help="folder of the labels")
     parser.add_argument("--silence", type=float, default=SILENCE, metavar="S",
                         help="longest stretch without a character that is divided between its "
                         f"neighbours, seconds ({SILENCE:g})")  # fmt: skip
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                        help="auto is a GPU if there is one")  # fmt: skip
+    add_device_flag(parser)
     add_data_flags(parser)
 
 
@@ -57,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     make_folder(args.output)
     config = configuration(trained, settings)
     data = load_data(settings, config.task, make_target(config))
-    trained.to(make_accelerator(TrainingConfig(device=args.device)).device)
+    trained.to(device_of(args))
     corrupt: list[tuple[str, str]] = []
     sets = (data.train, data.evaluation)
     _check_names(sets)
@@ -80,7 +78,7 @@ def _advice(data: DataConfig, labels: str) -> str:
     plain = dataclasses.asdict(DataConfig())
     chosen = dataclasses.asdict(dataclasses.replace(data, download=False, labels=labels))
     words = [
-        f"--data.{name.replace('_', '-')}={value}"
+        f"{flag_of(f'data.{name}')}={value}"
         for name, value in chosen.items()
         if value != plain[name]
     ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, get_args
 
+from blnet.checks import check_flag_choice, check_flag_count, flag_of
 from blnet.training.config import TrainingConfig
 
 TaskName = Literal["keyword", "ctc", "frame"]
@@ -74,13 +75,10 @@ class DataConfig:
 
     def check(self) -> None:
         """Raise a ValueError that names the first setting that makes no sense."""
-        _check_choice("--data.name", self.name, get_args(DataName))
+        check_flag_choice("--data.name", self.name, get_args(DataName))
         _check_range("--data.sample-rate", self.sample_rate, 4000, 192_000)
         for field in ("limit", "train_items", "eval_items"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ValueError(f"--data.{field.replace('_', '-')} must be at least 1, got "
-                                 f"{value}; leave it out for the default")  # fmt: skip
+            check_flag_count(flag_of(f"data.{field}"), getattr(self, field))
         if not 0 < self.holdout < 1:
             raise ValueError(
                 f"--data.holdout must lie between 0 and 1, got {self.holdout}; "
@@ -124,7 +122,7 @@ class FeatureConfig:
         _check_range("--features.bins", self.bins, 8, 512)
         _check_range("--features.window", self.window, 0.002, 1)
         _check_range("--features.hop", self.hop, 0.001, 1)
-        _check_choice("--features.normalize", self.normalize, get_args(Normalize))
+        check_flag_choice("--features.normalize", self.normalize, get_args(Normalize))
         if self.hop > self.window:
             raise ValueError(
                 f"--features.hop {self.hop:g} is longer than --features.window {self.window:g}, "
@@ -172,7 +170,7 @@ class AugmentConfig:
             "time_width": (0.001, 60),
         }
         for field, (low, high) in bounds.items():
-            _check_range(f"--augment.{field.replace('_', '-')}", getattr(self, field), low, high)
+            _check_range(flag_of(f"augment.{field}"), getattr(self, field), low, high)
         if self.speed and not Fraction(self.speed).limit_denominator(SPEED_DENOMINATOR):
             raise ValueError(
                 f"--augment.speed {self.speed:g} changes nothing; give 0, or "
@@ -240,7 +238,7 @@ class SpeechConfig(TrainingConfig):
             ValueError: if one is out of range; it names the flag.
         """
         super().check()
-        _check_choice("--task", self.task, get_args(TaskName))
+        check_flag_choice("--task", self.task, get_args(TaskName))
         self.data.check()
         self.features.check()
         self.augment.check()
@@ -252,13 +250,6 @@ class SpeechConfig(TrainingConfig):
                 "--baseline trains a plain network beside one that is built anew; with "
                 "--model.start leave it out"
             )
-
-
-def _check_choice(flag: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"{flag} {value!r} is unknown; choose one of {', '.join(map(str, choices))}"
-        )
 
 
 def _check_range(flag: str, value: float, low: float, high: float) -> None:

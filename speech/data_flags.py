@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from blnet.checks import positive
+from blnet.checks import flag_of, positive
 from blnet.speech.config import DataConfig, DataName
 from blnet.speech.inference import Trained
 from blnet.training.networks import check_moved, is_foreign
@@ -51,7 +51,7 @@ def given_words(given: Mapping[str, Any]) -> list[str]:
         word
         for field, value in fields.items()
         if value is not None and field != "download"
-        for word in (f"--{_FLAGS.get(field, field).replace('_', '-')}", str(value))
+        for word in (flag_of(_FLAGS.get(field, field)), str(value))
     ]
 
 

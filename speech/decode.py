@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
+from blnet.checks import check_flag_choice
 from blnet.files import StrPath
 from blnet.speech.hypotheses import (
     Collapse,
@@ -119,8 +120,7 @@ def make_decoder(
         ValueError: if the settings contradict each other, or the language model cannot be read.
         OSError: if the language model is not there.
     """
-    if name not in ("auto", "greedy", "beam"):
-        raise ValueError(f"--decoder {name!r} is unknown; choose one of auto, greedy, beam")
+    check_flag_choice("--decoder", name, get_args(DecoderName))
     if width is not None and width < 1:
         raise ValueError(f"--beam-width must be 1 or more, got {width}")
     plain = language_model is None and width is None

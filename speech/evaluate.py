@@ -26,7 +26,6 @@ from blnet.speech.measurement import Line, Measurement, measure
 from blnet.speech.tasks import make_target, make_task
 from blnet.speech.transcribe import add_decoder_flags, check_no_decoder, decoder_of
 from blnet.training.answers import shown
-from blnet.training.config import TrainingConfig
 from blnet.training.confusion import (
     CONFUSION,
     PER_CLASS,
@@ -35,7 +34,7 @@ from blnet.training.confusion import (
     write_confusion,
     write_per_class,
 )
-from blnet.training.devices import make_accelerator
+from blnet.training.devices import add_device_flag, device_of
 from blnet.training.display import plain_console
 
 RESULTS, TRANSCRIPTS = "results.json", "transcripts.csv"
@@ -71,7 +70,6 @@ class Evaluation:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.epilog = _EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "checkpoints", nargs="+", metavar="CHECKPOINT",
         help="a .safetensors file or a run's folder (its best network)",
@@ -80,8 +78,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_decoder_flags(parser)
     parser.add_argument("--batch", type=positive, default=_BATCH, metavar="N",
                         help=f"recordings taken at once ({_BATCH})")  # fmt: skip
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                        help="auto is a GPU if there is one")  # fmt: skip
+    add_device_flag(parser)
     parser.add_argument(
         "--output", metavar="DIR",
         help="write results.json there, and per_class.csv, confusion.csv and confusion.png, or "
@@ -91,7 +88,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate every checkpoint, print the table and write the files that were asked for."""
-    device = make_accelerator(TrainingConfig(device=args.device)).device
+    device = device_of(args)
     if args.output is not None:
         make_folder(args.output)
     loaded = [load_trained(name) for name in args.checkpoints]  # whatever is wrong shows first

@@ -22,7 +22,7 @@ from blnet.speech.features import LogMel
 from blnet.speech.network import SpeechNet
 from blnet.speech.task import describe
 from blnet.speech.text import Alphabet
-from blnet.training.networks import load_network
+from blnet.training.networks import load_network, trained_task
 
 TASK = "speech"
 _MAKES_ONE = "'blnet train speech' makes one"
@@ -153,15 +153,16 @@ def load_trained(
         raise FileNotFoundError(f"checkpoint {source} does not exist; name a .safetensors file or "
                                 f"a run's folder ({_MAKES_ONE})")  # fmt: skip
     try:
-        model, extra = load_network(source)
+        task = trained_task(source) or TASK
+        model, extra = load_network(source) if task == TASK else (None, {})
     except ValueError as error:
         if str(source) in str(error):
             raise
         raise ValueError(f"checkpoint {source} cannot be used: {error}") from error
     if not isinstance(model, SpeechNet):
-        task = extra.get("task") or "vision"
+        other = task if task != TASK else "vision"
         raise ValueError(f"checkpoint {source} was not trained on speech; use 'blnet evaluate "
-                         f"{task}' or 'blnet predict {task}'")  # fmt: skip
+                         f"{other}' or 'blnet predict {other}'")  # fmt: skip
     try:
         trained = Trained(str(source), model.float().eval(), *_described(model, extra), extra)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

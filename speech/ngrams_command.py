@@ -31,7 +31,6 @@ _EXAMPLES = """examples:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.epilog = _EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("checkpoint", metavar="CHECKPOINT",
                         help="the network that is to use it, of --task ctc or frame: a "
                         ".safetensors file or a run's folder")  # fmt: skip

@@ -8,17 +8,15 @@ from itertools import islice
 
 from torch import Tensor
 
-from blnet.checks import positive
 from blnet.speech.audio import AUDIO_ENDINGS, AudioError, audio_seconds, read_audio
 from blnet.speech.inference import Trained, load_trained
-from blnet.training.answers import FORMATS, Answer, Kind, Prediction, most_probable, shown
-from blnet.training.config import TrainingConfig
-from blnet.training.devices import make_accelerator
+from blnet.training.answers import TOP, Answer, Kind, Prediction, most_probable, shown
+from blnet.training.devices import device_of
 
 PROG = "blnet predict speech"
 RECORDINGS = Kind(PROG, "recording", "recordings", AUDIO_ENDINGS,
                   "name recordings (WAV, FLAC, OGG, MP3) or folders that hold some")  # fmt: skip
-_BATCH, _TOP = 16, 5
+_BATCH = 16
 _EXAMPLES = """examples:
   blnet predict speech yes.wav no.wav --checkpoint results/words
   blnet predict speech recordings/ --checkpoint results/words --top 3 --format csv"""
@@ -27,29 +25,19 @@ _EXAMPLES = """examples:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.epilog = _EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "files", nargs="+", metavar="FILE",
         help="a recording, a folder of them (all below it), or archive.zip::member",
     )  # fmt: skip
     parser.add_argument("--checkpoint", metavar="CHECKPOINT",
                         help="a .safetensors file or a run's folder")  # fmt: skip
-    parser.add_argument("--top", type=positive, default=_TOP, metavar="N",
-                        help=f"how many words to name for each recording ({_TOP})")  # fmt: skip
-    parser.add_argument("--format", choices=tuple(FORMATS), default="table",
-                        help="how to print it (table)")  # fmt: skip
-    parser.add_argument("--output", metavar="FILE",
-                        help="write it to FILE instead of the standard output")  # fmt: skip
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                        help="auto is a GPU if there is one")  # fmt: skip
-    parser.add_argument("--batch", type=positive, default=_BATCH, metavar="N",
-                        help=f"recordings taken at once ({_BATCH})")  # fmt: skip
+    RECORDINGS.add_flags(parser, "words", _BATCH)
 
 
 def run(args: argparse.Namespace) -> int:
     """Tell every recording's word, print or write it; return 0, or 1 if one could not be read."""
     trained = load_trained(args.checkpoint, ("keyword",))
-    trained.to(make_accelerator(TrainingConfig(device=args.device)).device)
+    trained.to(device_of(args))
     files, failed = RECORDINGS.expand(args.files)
     unread = RECORDINGS.answer(
         predict(trained, files, args.top, args.batch), args.format, args.output
@@ -58,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def predict(
-    trained: Trained, files: Iterable[str], top: int = _TOP, batch_size: int = _BATCH
+    trained: Trained, files: Iterable[str], top: int = TOP, batch_size: int = _BATCH
 ) -> Iterator[Answer]:
     """Yield what a keyword network says of each recording, in their order.
 

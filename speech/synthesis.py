@@ -114,25 +114,6 @@ class Synthesizer:
         return 0  # go on
 
 
-def synthesize(
-    text: str, voice: str = "en-us", rate: int = 175, pitch: int = 50
-) -> tuple[NDArray[np.float32], int]:
-    """Return a text as sound, and its sample rate; by the same `Synthesizer` every time.
-
-    Args:
-        text: what to say.
-        voice: as `Synthesizer.speak` takes it.
-        rate: words a minute, 80 to 450.
-        pitch: 0 to 99.
-
-    Raises:
-        ImportError: if the package espeakng-loader is missing.
-        ValueError: if the voice is unknown, or a number is out of range.
-    """
-    synthesizer = _shared()
-    return synthesizer.speak(text, voice, rate, pitch), synthesizer.sample_rate
-
-
 @functools.cache
 def languages() -> tuple[str, ...]:
     """Return the languages and accents that eSpeak NG has: "en-us", "en-gb-scotland", "de", ...
@@ -156,11 +137,6 @@ def variants() -> tuple[str, ...]:
     """
     _, data = _installed()
     return tuple(sorted(path.name for path in (Path(data) / "voices" / "!v").iterdir()))
-
-
-@functools.cache
-def _shared() -> Synthesizer:
-    return Synthesizer()
 
 
 def _installed() -> tuple[str, str]:

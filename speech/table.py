@@ -7,11 +7,8 @@ from our own networks whenever the table is printed.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import io
 import json
-import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,9 +17,9 @@ from typing import Any
 import torch
 
 from blnet.checks import positive
-from blnet.files import written_aside
 from blnet.profiling import profile
 from blnet.speech.models import bl_resnet22, resnet22
+from blnet.tables import add_flags, as_csv, put
 
 BINS, CHANNELS, FRAMES = 64, 3, 100
 SOURCE = (
@@ -181,32 +178,17 @@ def as_json(rows: Sequence[Row], source: str) -> str:
     return json.dumps(table, indent=2) + "\n"
 
 
-def as_csv(rows: Sequence[Row], source: str) -> str:
-    """Return the table as CSV with a line of column names; the source has no place in it."""
-    out = io.StringIO()
-    columns = [field.name for field in dataclasses.fields(Row)]
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(row) for row in rows)
-    return out.getvalue()
-
-
 FORMATS: dict[str, Callable[[Sequence[Row], str], str]] = {
     "text": as_text,
     "markdown": as_markdown,
     "json": as_json,
-    "csv": as_csv,
+    "csv": lambda rows, _: as_csv(rows),  # which has no place for the source
 }
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument(
-        "--format", choices=tuple(FORMATS), default="text", help="how to print it (default: text)"
-    )
-    parser.add_argument(
-        "--output", metavar="FILE", help="write it to FILE instead of the standard output"
-    )
+    add_flags(parser, FORMATS)
     parser.add_argument(
         "--frames", type=positive, default=FRAMES, metavar="N",
         help=f"frames, 10 ms each, that MACs are counted for (default: {FRAMES}, a second)",
@@ -222,10 +204,5 @@ def run(args: argparse.Namespace) -> int:
     source = SOURCE.format(
         frames=args.frames, seconds=args.frames / 100, reduction=args.time_reduction
     )
-    text = FORMATS[args.format](recount(args.frames, args.time_reduction), source)
-    if args.output is None:
-        sys.stdout.write(text)
-        return 0
-    with written_aside(args.output) as aside:
-        aside.write_text(text, encoding="utf-8")
+    put(FORMATS[args.format](recount(args.frames, args.time_reduction), source), args.output)
     return 0

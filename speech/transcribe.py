@@ -27,8 +27,7 @@ from blnet.speech.predict import RECORDINGS as _RECORDINGS
 from blnet.speech.text import BLANK
 from blnet.speech.windows import WordStream, plan, windows
 from blnet.training.answers import shown
-from blnet.training.config import TrainingConfig
-from blnet.training.devices import make_accelerator
+from blnet.training.devices import add_device_flag, device_of
 
 PROG = "blnet transcribe"
 RECORDINGS = dataclasses.replace(_RECORDINGS, prog=PROG)
@@ -82,7 +81,6 @@ class Transcript:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.epilog = _EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "files", nargs="+", metavar="FILE",
         help="a recording of any length, a folder of them, or archive.zip::member",
@@ -93,8 +91,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
                         help="text, or JSON with each word's time (text)")  # fmt: skip
     parser.add_argument("--output", metavar="FILE",
                         help="write it to FILE instead of the standard output")  # fmt: skip
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                        help="auto is a GPU if there is one")  # fmt: skip
+    add_device_flag(parser)
     parser.add_argument("--window", type=_seconds, default=WINDOW, metavar="S",
                         help=f"seconds that go through the network at once ({WINDOW:g})")  # fmt: skip # noqa: E501
     parser.add_argument("--overlap", type=_seconds, default=OVERLAP, metavar="S",
@@ -156,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
     trained = load_trained(args.checkpoint, ("ctc", "frame"))
     plan(args.window, args.overlap, trained.features.sample_rate, trained.step, trained.lacking)
     decoder = decoder_of(args, trained)
-    trained.to(make_accelerator(TrainingConfig(device=args.device)).device)
+    trained.to(device_of(args))
     files, failed = RECORDINGS.expand(args.files)
     print(f"{PROG}: {trained.title}, decoder: {decoder.title}", file=sys.stderr)
 

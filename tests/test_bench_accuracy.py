@@ -20,6 +20,7 @@ from blnet.bench.catalogue import STUDIES, SUITES, default_suites
 from blnet.bench.flags import parse_settings
 from blnet.bench.intervals import mean
 from blnet.bench.report import csv_text, html_page, markdown, print_tables
+from blnet.bench.report.cells import device_of
 from blnet.bench.results import Measurement, Results, read_json, write_json
 from blnet.bench.session import Session
 from blnet.bench.settings import Settings
@@ -108,7 +109,7 @@ def test_tables_files_and_plot(tmp_path: Path) -> None:
     out = Console(file=io.StringIO(), width=140)
     print_tables(found, out)
     shown = out.file.getvalue()
-    assert f"; {found.environment['cpu']}, {found.environment['threads']} threads" in shown
+    assert f"; {device_of(found)}" in shown
     assert "92.00" in shown
     assert "+2.00" in shown
     text = markdown(found)

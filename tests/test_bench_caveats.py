@@ -225,12 +225,15 @@ def test_a_network_that_passes_its_bound_is_told(results: Results) -> None:
 # ---------------------------------------------------------------------------- where and how much
 
 
-def test_an_op_s_table_says_where_and_at_which_batch(results: Results) -> None:
-    results.environment["cpu"] = "Some CPU"
+@pytest.mark.parametrize(("threads", "said"), [(1, "1 thread"), (2, "2 threads")])
+def test_an_op_s_table_says_where_and_at_which_batch(
+    threads: int, said: str, results: Results
+) -> None:
+    results.environment |= {"cpu": "Some CPU", "threads": threads}
     results.measurements = list(results.of("merge"))
     results.measurements[1].facts["batch"] = 4  # halved, and the table must not hide it
     terminal, text, page = said_of(results)
-    where = f"Some CPU, {results.environment['threads']} threads, float32"
+    where = f"Some CPU, {said}, float32"
     assert f"merge; {where}" in terminal
     assert f"## merge {where}." in text
     assert f"{where}." in page
@@ -241,6 +244,7 @@ def test_an_op_s_table_says_where_and_at_which_batch(results: Results) -> None:
 
 def test_the_precision_of_an_op_is_its_own(results: Results) -> None:
     results.settings["dtype"] = "bfloat16"
+    results.environment["threads"] = 2
     results.measurements = list(results.of("merge"))
     assert all("threads, bfloat16" in text for text in said_of(results))
     for m in results.measurements:

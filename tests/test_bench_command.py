@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -38,6 +39,18 @@ def test_list_measures_nothing(capsys, tmp_path, monkeypatch) -> None:
     for name in (*SUITES, "bl_resnet50 a4 b4", "compile, frozen", "compile, tuned *"):
         assert name in text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("found", "listed"), [(None, "  openvino -"), (object(), "  openvino  ")])
+def test_list_tells_what_is_not_installed(found, listed, capsys, monkeypatch) -> None:
+    look = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: found if name == "openvino" else look(name, *rest),
+    )
+    assert main(["bench", "--list", "--device", "cpu"]) == 0
+    assert listed in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

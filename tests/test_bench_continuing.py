@@ -73,7 +73,9 @@ def test_a_run_goes_on_with_the_groups_that_are_left(tmp_path: Path) -> None:
         session._groups["two, first"][0].__class__("two", "second", "f", "one")
     )
     second = TwoGroups()
+    before.left_out = {f"two, {group}": {"another": "it is slow"} for group in GROUPS}
     again = session_of(tmp_path, before=before)
+    assert again.results.left_out == {"two, first": {"another": "it is slow"}}
     samples = again.measured(second, Case("first", "f", "one")).samples
     assert samples == before.measurements[0].samples
     again.measured(second, Case("second", "f", "one"))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from blnet.bench import ladder, networks
 from blnet.bench.images import make_batch, sample_pictures
 from blnet.bench.measure import relative_error
+from blnet.bench.results import Results
 from blnet.bench.session import Session
 from blnet.bench.settings import Settings, resolve
 from blnet.bench.suites import test_models as models
@@ -154,8 +155,11 @@ def test_a_quick_run_says_that_batch_1_was_not_compiled(monkeypatch: pytest.Monk
         session = Session(Settings(device="cpu", full=full))
         for batch in session.settings.batches * 2:
             taken = models.ladder(session.settings, batch)
-            models.group_of("models", "g", session, taken, found, torch.ones(batch, 3, 32, 32))
+            name = models.group_name(batch)
+            models.group_of("models", name, session, taken, found, torch.ones(batch, 3, 32, 32))
         assert session.results.notes.count(models.NOT_COMPILED) == (not full)
+        said = {} if full else {"models, batch 1": {"compile, frozen": models.NOT_COMPILED}}
+        assert Results.from_dict(session.results.as_dict()).left_out == said
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -104,6 +104,30 @@ def test_what_the_new_run_no_longer_declares_fails_the_gate_and_is_counted() -> 
     assert compare(new, old, 0.05).passed, "what is new was never measured before"
 
 
+def test_what_the_new_run_leaves_out_on_purpose_is_told_and_fails_no_gate() -> None:
+    old, new = run_of([steady(4, 24)]), without(run_of([steady(4, 24)]), 2, 3)
+    new.left_out = {"suite, group 0": {"way 2": "it is slow", "way 3": "it is slow"}}
+    comparison = compare(old, new, 0.05)
+    assert [missing.kind for missing in comparison.missing] == ["left out", "left out"]
+    assert comparison.passed
+    text = comparison_markdown(comparison)
+    assert "- left out by the new run: suite, group 0, family, way 3: it is slow" in text
+    assert "; 2 left out by the new run on purpose." in conclusion(comparison)
+    assert shown_missing(comparison) == comparison.missing
+    del new.left_out["suite, group 0"]["way 3"]
+    comparison = compare(old, new, 0.05)
+    assert [missing.kind for missing in comparison.missing] == ["left out", "gone"]
+    assert not comparison.passed, "the other one is gone without a word"
+
+
+def test_a_group_that_is_left_out_on_purpose_is_not_lost() -> None:
+    old, new = run_of([steady(3, 24)] * 2), run_of([steady(3, 24)])
+    new.left_out = {"suite, group 1": {f"way {number}": "slow" for number in range(3)}}
+    comparison = compare(old, new, 0.05)
+    assert comparison.lost_groups == []
+    assert comparison.passed
+
+
 def two_networks() -> Results:
     """A group of two networks on two rungs each."""
     found = run_of([steady(4, 24)])

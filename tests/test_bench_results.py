@@ -265,8 +265,22 @@ def test_csv_has_a_line_for_each_measurement(results) -> None:
     assert (float(last["speedup"]), float(last["realised"])) == pytest.approx((2.0, 1.0))
     assert float(rows[2]["realised"]) == pytest.approx(0.625)
     assert float(last["speedup_low"]) <= float(last["speedup"]) <= float(last["speedup_high"])
-    assert [row["speedup"] for row in (rows[0], rows[1], rows[5], rows[7])] == [""] * 4
+    assert [row["speedup"] for row in (rows[0], rows[1], rows[5], rows[8])] == [""] * 4
     assert (rows[4]["status"], rows[4]["p50_ms"]) == ("wrong", "")
+
+
+def test_csv_names_the_device_and_has_the_speed_ups_of_ops(results) -> None:
+    results.environment |= {"cpu": "Some CPU", "threads": 1}
+    rows = list(csv.DictReader(io.StringIO(report.csv_text(results))))
+    assert {row["device"] for row in rows} == {"Some CPU, 1 thread"}
+    eager, compiled, ours = (row for row in rows if row["suite"] == "merge")
+    for row, speedup in ((eager, 0.5), (ours, 2.0)):
+        ends = [float(row[f"speedup{end}"]) for end in ("_low", "", "_high")]
+        assert ends == pytest.approx([speedup] * 3)
+        assert row["realised"] == ""
+    assert compiled["speedup"] == "", "the fastest baseline, which the others are held against"
+    results.settings["device"], results.environment["device"] = "cuda", "Some GPU"
+    assert report.csv_text(results).splitlines()[1].startswith("Some GPU,models,batch 1,")
 
 
 def test_an_empty_run_has_a_report(results) -> None:

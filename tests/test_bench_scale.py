@@ -33,7 +33,7 @@ def test_two_processes_share_their_gradients(tmp_path) -> None:
     assert found["gradient_bytes"] == 4 * 11_689_512  # torchvision's count of ResNet-18
     assert min(found["alone"], found["shared"], found["exchange"]) > 0
     assert "| resnet18 | 2 | 46.8 |" in done.stdout
-    said = "1 threads and 2 images of 32x32 pixels a process, medians of 2 rounds:"
+    said = "1 thread and 2 images of 32x32 pixels a process, medians of 2 rounds:"
     assert f"{kept['environment']['device']}, {said}" in done.stdout
 
 

@@ -103,12 +103,14 @@ def test_a_wrong_gradient_gets_no_time(
     assert statuses["resnet18", "fused"] == "wrong"
 
 
-def test_sizes_at_which_gradients_are_rounding_are_refused() -> None:
-    found = run(Session(dataclasses.replace(SMALL, size=32, models=("resnet18",))))
+@pytest.mark.parametrize(("batch", "values"), [(1, "1 value"), (2, "2 values")])
+def test_sizes_at_which_gradients_are_rounding_are_refused(batch: int, values: str) -> None:
+    small = dataclasses.replace(SMALL, size=32, models=("resnet18",), batch=batch)
+    found = run(Session(small))
     assert {m.status for m in found} == {"error"}
     assert {m.note for m in found} == {
-        "ValueError: a batch norm has 2 values of each channel, whose gradients are rounding and "
-        "cannot be checked; train with a larger --batch or --size"
+        f"ValueError: a batch norm has {values} of each channel, whose gradients are rounding "
+        "and cannot be checked; train with a larger --batch or --size"
     }
     suite._check_values(torch.nn.BatchNorm2d(3), (torch.ones(4, 3, 1, 1),))
 

@@ -162,7 +162,7 @@ def test_a_file_that_exists_is_replaced_only_when_asked(
 
 
 def loaded_weights(
-    weights: object, folder: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...] = ()
+    weights: object, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, torch.Tensor]:
     """What `--weights` has put into the plain network by the time it is converted."""
     path = folder / "weights.pth"
@@ -175,7 +175,7 @@ def loaded_weights(
 
     monkeypatch.setattr("blnet.conversion.command.convert", convert)
     words = ["convert", "torchvision:resnet18", "--inherit-weights", "--weights", str(path)]
-    assert main([*words, *options]) == 2
+    assert main(words) == 2
     return found
 
 

@@ -109,3 +109,15 @@ def test_training_ends_with_a_command_that_works(
     assert main([*TRAIN, "--model.name=their_nets:make", "--output=run", "--resume=auto"]) == 0
     told = capsys.readouterr().out
     assert told.endswith("blnet predict vision FILE --checkpoint run --trust-source\n")
+
+
+def test_a_teacher_s_code_is_not_the_trained_network_s(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*COMMANDS["teacher"]("run"), "--trust-source"]) == 0
+    assert capsys.readouterr().out.endswith("blnet predict vision FILE --checkpoint taught\n")
+    assert main(["predict", "vision", "a.png", "--checkpoint", "taught"]) == 0
+    for command in ("start", "inherit"):
+        assert main([*COMMANDS[command]("run"), "--trust-source"]) == 0
+        told = capsys.readouterr().out
+        assert told.endswith(f"blnet predict vision FILE --checkpoint {command} --trust-source\n")

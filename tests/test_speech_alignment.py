@@ -31,9 +31,9 @@ def random_output(frames, seed, classes=5):
     return (torch.randn(frames, classes, generator=generator) * 3).log_softmax(-1)
 
 
-def certain(labels, classes=5):
+def certain(labels):
     """Log probabilities of a network that has no doubt."""
-    return torch.nn.functional.one_hot(labels, classes).float().clamp(min=1e-4).log()
+    return torch.nn.functional.one_hot(labels, 5).float().clamp(min=1e-4).log()
 
 
 def characters(labels):

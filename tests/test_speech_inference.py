@@ -142,6 +142,16 @@ def test_a_network_for_images(refused, tmp_path, command):
     )
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_network_for_images_whose_weights_alone_are_kept(refused, tmp_path, command):
+    net = tmp_path / "net.safetensors"
+    blnet.save(torch.nn.Linear(2, 2), net, task="vision", network={"name": "resnet18"})
+    assert refused(command, net) == (
+        f"checkpoint {net} was not trained on speech; use 'blnet evaluate vision' or "
+        "'blnet predict vision'"
+    )
+
+
 @pytest.mark.parametrize(
     ("command", "head", "use"),
     [

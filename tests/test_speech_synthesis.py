@@ -1,5 +1,6 @@
 """Speech synthesis and the embedded corpus: voices, the same bytes again, and the cache."""
 
+import functools
 import os
 import sys
 import zipfile
@@ -16,7 +17,7 @@ from blnet.speech.data import load_data
 from blnet.speech.features import LogMel
 from blnet.speech.manifest import read_manifest
 from blnet.speech.spoken import PARTS, Recipe, voices_of_parts, write_corpus
-from blnet.speech.synthesis import Synthesizer, languages, synthesize, variants
+from blnet.speech.synthesis import Synthesizer, languages, variants
 from blnet.speech.task_ctc import Spelling
 from blnet.speech.text import Alphabet
 from blnet.speech.train import COMMAND
@@ -31,6 +32,16 @@ def cache(tmp_path, monkeypatch):
     """Give an empty folder for corpora, which every test here writes to."""
     monkeypatch.setenv("BLNET_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@functools.cache
+def synthesizer():
+    return Synthesizer()
+
+
+def synthesize(*arguments, **named):
+    one = synthesizer()
+    return one.speak(*arguments, **named), one.sample_rate
 
 
 def seconds(*arguments, **named):

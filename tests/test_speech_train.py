@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from blnet import checkpoint
 from blnet.checkpoint import read_header
 from blnet.cli import main
 from blnet.speech.alignment import FrameLabels
@@ -222,6 +223,21 @@ def test_what_does_not_fit_is_one_sentence(
     assert said.format(**made) in told
     assert told.count("\n") == 1
     assert told.startswith("blnet train speech: error: ")
+
+
+@pytest.mark.parametrize("flag", ["--model.start", "--distillation.teacher"])
+def test_a_network_of_another_task_is_refused(
+    flag: str, corpus: Any, tmp_path: Path, capsys: Any
+) -> None:
+    made = {"name": "resnext50_32x4d", "options": {}}
+    path = tmp_path / "best.safetensors"
+    checkpoint.save(torch.nn.Linear(2, 2), path, task="vision", network=made)
+    words = [f"{flag}={tmp_path}", f"--output={tmp_path / 'out'}"]
+    assert main([*tiny_flags(corpus("keyword"), "keyword"), *words]) == 2
+    assert capsys.readouterr().err == (
+        f"blnet train speech: error: {flag} {tmp_path} holds a vision network where one for "
+        "speech is needed; name a run of 'blnet train speech'\n"
+    )
 
 
 def test_a_teacher_of_other_words_is_refused(runs: Runs, corpus: Any) -> None:

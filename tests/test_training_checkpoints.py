@@ -26,7 +26,7 @@ from blnet.training.checkpoints import (
     restore_optimizer,
 )
 from blnet.training.config import OptimizerConfig
-from blnet.training.networks import load_network
+from blnet.training.networks import check_task, load_network, trained_task
 from blnet.training.optimization import make_optimizer
 
 SAVED = Saved({"step": 3}, {"epochs": 2}, {}, {"scale": 2.0})
@@ -271,3 +271,18 @@ def test_a_network_that_cannot_be_found_says_what_to_do(tmp_path: Path) -> None:
     folder.save_best(network(), {"network": {"name": "os:system", "options": {}}})
     with pytest.raises(ValueError, match=r"rebuilding it would import and call that"):
         load_network(tmp_path)
+
+
+def test_a_network_of_another_task_is_said_to_be_one(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.save_best(network(), {"task": "vision", "network": {"name": "unknown", "options": {}}})
+    assert trained_task(tmp_path) == "vision"
+    check_task(tmp_path, "vision", "--flag")
+    told = "--flag .* holds a vision network where one for speech is needed; name a run of 'blnet "
+    with pytest.raises(ValueError, match=told):
+        check_task(tmp_path, "speech", "--flag")
+    for extra in ({}, {"task": None}):
+        folder.save_best(network(), extra)
+        assert trained_task(tmp_path) is None
+        check_task(tmp_path, "speech", "--flag")
+    check_task(tmp_path / "published.pth", "vision", "--flag")

@@ -116,9 +116,9 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
 
 
-def rates(config: ScheduleConfig, epochs: int, steps: int, lr: float = 1.0) -> list[float]:
-    optimizer = make_optimizer(network(), OptimizerConfig(lr=lr))
-    schedule = make_schedule(optimizer, config, lr, epochs, steps)
+def rates(config: ScheduleConfig, epochs: int, steps: int) -> list[float]:
+    optimizer = make_optimizer(network(), OptimizerConfig(lr=1.0))
+    schedule = make_schedule(optimizer, config, 1.0, epochs, steps)
     found = []
     for step in range(epochs * steps):
         schedule.step_update(step)

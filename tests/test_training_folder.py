@@ -14,6 +14,7 @@ import torch
 from blnet.training.checkpoints import BEST, CheckpointFolder, Saved
 from blnet.training.config import OptimizerConfig
 from blnet.training.journal import METRICS, read_rows
+from blnet.training.run import default_folder
 from blnet.training.testing import report_tiny, train_tiny, weights
 
 Launch = Callable[..., Any]
@@ -135,3 +136,9 @@ def test_a_checkpoint_of_another_network_is_left_alone(tmp_path: Path) -> None:
         train_tiny(str(tmp_path / "run"), {"norm": False}, epochs=1)
     after = weights(tmp_path / "run")
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_name_of_a_folder_is_not_too_long_for_one() -> None:
+    name = default_folder("vision", "ä" * 200).name
+    assert len(name.encode()) < 150
+    assert name.startswith("vision-ää")

@@ -16,9 +16,10 @@ from rich.console import Console
 from blnet.training.config import TrainingConfig
 from blnet.training.corrupt import CorruptLog
 from blnet.training.devices import make_accelerator
-from blnet.training.display import Display, clock, counted
+from blnet.training.display import Display, clock
 from blnet.training.journal import METRICS, PLOT, Journal, plot, read_rows
 from blnet.training.loading import Corrupt
+from blnet.wording import counted
 
 
 @pytest.fixture

@@ -273,8 +273,8 @@ def trained(name):
 
 
 @cache
-def some_images(count=2, size=64):
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+def some_images():
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
 @lru_cache(maxsize=1)

@@ -1,94 +1,39 @@
 """Shards: every image once where it counts, the same order in every run, and going on anywhere."""
 
-import io
 import itertools
 import pickle
 import random
-import tarfile
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from blnet.training.loading import CorruptSample, Loader, Stream, mixed_seed
+from blnet.training.loading import Loader, Stream, mixed_seed
 from blnet.vision.augment import training_transform
 from blnet.vision.config import AugmentConfig, DataConfig
 from blnet.vision.data import load_data
-from blnet.vision.preprocessing import Preprocessing
-from blnet.vision.shards import ShardStream
+from blnet.vision.testing_shards import (
+    CLASSES,
+    SMALL,
+    all_of,
+    collate,
+    first,
+    number_of,
+    pairs,
+    stream,
+    write_shard,
+    write_shards,
+)
 
 pytest.importorskip("webdataset", reason="webdataset is not installed")
 
-OWN = Preprocessing(8, 1.0, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-CLASSES = 7
-VARIED = training_transform(AugmentConfig(flip=0.5, color_jitter=0.3), OWN)
-
-
-def encoded(number, kind="PNG"):
-    """Return a picture whose green tells its number and whose left half is brighter."""
-    pixels = np.zeros((8, 8, 3), np.uint8)
-    pixels[..., 1] = number
-    pixels[:, :4, 0] = 200
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def write_shard(path, files, mode="w"):
-    with tarfile.open(path, mode) as shard:
-        for name, content in files:
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            shard.addfile(entry, io.BytesIO(content))
-    return path
-
-
-def pairs(numbers):
-    for number in numbers:
-        yield f"{number:06}.png", encoded(number)
-        yield f"{number:06}.cls", str(number % CLASSES).encode()
-
-
-def write_shards(folder, counts):
-    """Write shards of so many images each, numbered through; return the pattern of them all."""
-    first = 0
-    for place, count in enumerate(counts):
-        write_shard(folder / f"part-{place}.tar", pairs(range(first, first + count)))
-        first += count
-    return str(folder / f"part-{{0..{len(counts) - 1}}}.tar")
-
-
-def stream(pattern, training=True, transform=OWN, **options):
-    options = {"seed": 3, "buffer": 5, **options}
-    return ShardStream(pattern, 100, CLASSES, OWN.convert, transform, training=training, **options)
-
-
-def number(sample):
-    image, label = sample
-    found = int(image[1, 0, 0])
-    assert label == found % CLASSES
-    return found
-
-
-def first(part, count, epoch=0, reader=0, readers=1, skip=0):
-    """Return the first samples that a reader gives."""
-    return list(itertools.islice(part.read(epoch, reader, readers, skip), count))
-
-
-def all_of(part):
-    return list(part.read(0, 0, 1, 0))
+VARIED = training_transform(AugmentConfig(flip=0.5, color_jitter=0.3), SMALL)
 
 
 def same(one, two):
     return len(one) == len(two) and all(
         torch.equal(a, b) and c == d for (a, c), (b, d) in zip(one, two, strict=True)
     )
-
-
-def collate(samples):
-    images, labels = zip(*samples, strict=True)
-    return {"images": torch.stack(images), "labels": torch.tensor(labels)}
 
 
 # Evaluation ------------------------------------------------------------------------------------
@@ -98,7 +43,7 @@ def collate(samples):
 @pytest.mark.parametrize("counts", [[3, 5, 2, 4], [6]])
 def test_evaluation_sees_every_image_once(tmp_path, readers, counts):
     part = stream(write_shards(tmp_path, counts), training=False)
-    shares = [[number(x) for x in part.read(0, reader, readers)] for reader in range(readers)]
+    shares = [[number_of(x) for x in part.read(0, reader, readers)] for reader in range(readers)]
     assert sorted(itertools.chain(*shares)) == list(range(sum(counts)))
 
 
@@ -119,7 +64,7 @@ def test_loading_processes_and_devices_see_every_image_once(tmp_path, monkeypatc
 
 def test_a_shard_goes_to_one_reader(tmp_path):
     part = stream(write_shards(tmp_path, [3, 3, 3, 3]), training=False)
-    assert [number(sample) for sample in part.read(0, 1, 2)] == [3, 4, 5, 9, 10, 11]
+    assert [number_of(sample) for sample in part.read(0, 1, 2)] == [3, 4, 5, 9, 10, 11]
 
 
 # Training --------------------------------------------------------------------------------------
@@ -136,7 +81,7 @@ def test_a_pass_of_training_sees_every_image_once(tmp_path, counts, readers):
         own = 20 // readers
         if len(counts) >= readers:
             own = sum(counts[int(url[-5])] for url in first_shards(part)[reader::readers])
-        seen += [number(sample) for sample in first(part, own, 0, reader, readers)]
+        seen += [number_of(sample) for sample in first(part, own, 0, reader, readers)]
     assert sorted(seen) == list(range(20))
 
 
@@ -149,20 +94,20 @@ def first_shards(part):
 
 def test_training_never_ends_and_shuffles(tmp_path):
     pattern = write_shards(tmp_path, [5, 5, 5])
-    found = [number(sample) for sample in first(stream(pattern), 150)]
+    found = [number_of(sample) for sample in first(stream(pattern), 150)]
     assert set(found) == set(range(15))
     counts = np.bincount(found)
     assert counts.min() >= 9
     assert counts.max() <= 11
     assert found[:15] != sorted(found[:15])
     assert found[:15] != found[15:30]
-    whole = [number(sample) for sample in first(stream(pattern, buffer=100), 150)]
+    whole = [number_of(sample) for sample in first(stream(pattern, buffer=100), 150)]
     assert whole != found
 
 
 def test_every_pass_has_an_order_of_its_own(tmp_path):
     part = stream(write_shards(tmp_path, [1] * 6), buffer=1)
-    found = [number(sample) for sample in first(part, 12)]
+    found = [number_of(sample) for sample in first(part, 12)]
     assert sorted(found[:6]) == sorted(found[6:]) == list(range(6))
     assert found[:6] != found[6:]
 
@@ -174,7 +119,7 @@ def test_the_buffer_draws_anew_for_every_seed_epoch_and_reader(tmp_path):
     orders = []
     for seed, epoch, reader in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]:
         part = stream(str(tmp_path / "part-{0..1}.tar"), seed=seed)
-        orders.append(tuple(number(sample) for sample in first(part, 10, epoch, reader, 2)))
+        orders.append(tuple(number_of(sample) for sample in first(part, 10, epoch, reader, 2)))
     assert len(set(orders)) == 4
 
 
@@ -183,7 +128,7 @@ def test_the_order_is_that_of_the_seed_the_epoch_and_the_reader(tmp_path):
 
     def run(epoch=0, reader=0, readers=1, **options):
         part = stream(pattern, **options)
-        return [number(sample) for sample in first(part, 30, epoch, reader, readers)]
+        return [number_of(sample) for sample in first(part, 30, epoch, reader, readers)]
 
     once = run()
     random.seed(99)  # what the process drew before does not count
@@ -214,7 +159,7 @@ def test_skipping_gives_the_rest_without_decoding(tmp_path, skip, training):
 
     def convert(picture):
         decoded.append(picture)
-        return OWN.convert(picture)
+        return SMALL.convert(picture)
 
     part.convert = convert
     assert same(first(part, 14 - skip, 2, 0, 1, skip), whole[skip:])
@@ -241,152 +186,6 @@ def test_a_stream_survives_pickling(tmp_path):
     assert same(first(pickle.loads(pickle.dumps(part)), 10), first(part, 10))
 
 
-# What cannot be read ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("files", "words"),
-    [
-        ({"x.png": b"no picture", "x.cls": b"1"}, "not a picture"),
-        ({"x.png": encoded(1)[:60], "x.cls": b"1"}, ""),
-        ({"x.png": b"", "x.cls": b"1"}, "empty"),
-        ({"x.cls": b"1"}, "has no picture"),
-        ({"x.png": encoded(1)}, "not a class from 0 to 6"),
-        ({"x.png": encoded(1), "x.cls": b"7"}, "'7', not a class from 0 to 6"),
-        ({"x.png": encoded(1), "x.cls": b"-1"}, "'-1', not a class"),
-        ({"x.png": encoded(1), "x.cls": b"cat\xff"}, "not a class"),
-        ({"x.png": encoded(1), "x.cls": b"9" * 5000}, "not a class"),
-    ],
-)
-@pytest.mark.parametrize("training", [False, True])
-def test_a_sample_that_cannot_be_read_is_told(tmp_path, files, words, training):
-    path = write_shard(tmp_path / "a.tar", [*files.items(), *pairs([1, 2])])
-    found = first(stream(str(path), training=training, buffer=1), 3)
-    corrupt = [sample for sample in found if isinstance(sample, CorruptSample)]
-    assert [(sample.name, words in sample.reason) for sample in corrupt] == [(f"{path}/x", True)]
-    assert sorted(number(sample) for sample in found if sample not in corrupt) == [1, 2]
-
-
-def test_other_files_and_endings(tmp_path):
-    files = [
-        ("a/1.JPG", encoded(0, "JPEG")), ("a/1.cls", b" 3\n"), ("a/1.json", b"{}"),
-        ("a/2.jpeg", encoded(0, "JPEG")), ("a/2.cls", b"4"),
-        ("b/1.webp", encoded(0, "WEBP")), ("b/1.cls", b"5"),
-    ]  # fmt: skip
-    path = write_shard(tmp_path / "a.tar", files)
-    assert [label for _, label in all_of(stream(str(path), training=False))] == [3, 4, 5]
-
-
-CUTS = [0, 100, 512, 700, 3 * 1024, 3 * 1024 + 200, 4 * 1024]
-
-
-@pytest.mark.parametrize("left", CUTS)
-def test_a_shard_that_breaks_off_is_told_once(tmp_path, left):
-    """A pair takes four blocks of 512 bytes; the cuts are in files, headers and between them.
-
-    The last sample before the break is left out, since another of its files may have followed.
-    """
-    pattern = write_shards(tmp_path, [5, 5])
-    broken = tmp_path / "part-0.tar"
-    broken.write_bytes(broken.read_bytes()[:left])
-    before = max(0, (left - 1) // 2048)
-    found = first(stream(pattern, buffer=1), before + 6)  # a pass
-    corrupt = [sample for sample in found if isinstance(sample, CorruptSample)]
-    assert [sample.name for sample in corrupt] == [str(broken)]
-    assert "breaks off or cannot be opened" in corrupt[0].reason
-    assert "0x" not in corrupt[0].reason
-    assert str(broken) not in corrupt[0].reason  # once is enough
-    whole = {number(sample) for sample in found if sample not in corrupt}
-    assert whole == {*range(before), *range(5, 10)}
-
-
-@pytest.mark.parametrize("left", CUTS)
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_evaluation_without_the_rest_of_a_shard_is_none(tmp_path, left, workers):
-    """A figure would be of nobody knows how many samples."""
-    pattern = write_shards(tmp_path, [5, 5])
-    broken = tmp_path / "part-1.tar"
-    broken.write_bytes(broken.read_bytes()[:left])
-    loader = Loader(stream(pattern, training=False), collate, workers=workers)
-    with pytest.raises(ValueError, match=r"part-1.tar: the shard breaks off or") as error:
-        list(loader.stream(3, epoch=0))
-    assert "\n" not in str(error.value)
-
-
-def test_a_damaged_header_in_the_midst_is_told(tmp_path):
-    """Python's tarfile takes it for the end."""
-    path = write_shard(tmp_path / "a.tar", pairs(range(20)))
-    content = bytearray(path.read_bytes())
-    content[4096 + 2 : 4096 + 5] = b"xyz"
-    path.write_bytes(content)
-    found = first(stream(str(path), buffer=1), 3)
-    (damaged,) = {sample.reason for sample in found if isinstance(sample, CorruptSample)}
-    assert "damaged header" in damaged
-    with pytest.raises(ValueError, match="damaged header"):
-        all_of(stream(str(path), training=False))
-
-
-def test_a_shard_that_is_gone_meanwhile_is_told(tmp_path):
-    part = stream(write_shards(tmp_path, [2, 2]), training=False)
-    (tmp_path / "part-0.tar").unlink()
-    with pytest.raises(ValueError, match=r"part-0.tar: .*No such file"):
-        all_of(part)
-
-
-@pytest.mark.parametrize("command", ["cat {}; exit 3", "head -c 3000 {}", "false"])
-def test_a_command_that_fails_is_told(tmp_path, command):
-    write_shards(tmp_path, [3])
-    url = "pipe:" + command.format(tmp_path / "part-0.tar")
-    part = stream(url, training=False).read(0, 0, 1)
-    good = []
-    with pytest.raises(ValueError, match="the shard breaks off or cannot be opened") as error:  # noqa: PT012 - it fails after some
-        for sample in part:
-            good.append(number(sample))
-    assert str(error.value).startswith(f"--data.path: {url}: ")
-    if command.endswith("exit 3"):  # how much is read before the failure is seen, is a race
-        assert good == [0, 1, 2][: len(good)]
-    else:
-        assert good == ([0] if command.startswith("head") else [])
-
-
-def test_what_a_command_prints_is_read(tmp_path):
-    write_shards(tmp_path, [3])
-    found = all_of(stream(f"pipe:cat {tmp_path / 'part-0.tar'}", training=False))
-    assert [number(sample) for sample in found] == [0, 1, 2]
-
-
-def test_a_command_may_print_more_than_is_needed(tmp_path):
-    """Zeros follow the end marker; a command whose output nobody reads would fail."""
-    path = write_shard(tmp_path / "a.tar", pairs([1]))
-    path.write_bytes(path.read_bytes() + bytes(1_000_000))
-    assert [number(sample) for sample in all_of(stream(f"pipe:cat {path}", training=False))] == [1]
-
-
-def test_leaving_a_command_early_is_quiet(tmp_path):
-    write_shard(tmp_path / "a.tar", pairs(range(200)))
-    part = stream(f"pipe:cat {tmp_path / 'a.tar'}", training=False).read(0, 0, 1)
-    assert number(next(part)) == 0
-    part.close()
-
-
-@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
-def test_compressed_shards(tmp_path, kind):
-    path = write_shard(tmp_path / f"a.tar.{kind}", pairs(range(100)), mode=f"w:{kind}")
-    assert [number(sample) for sample in all_of(stream(str(path), training=False))] == list(
-        range(100)
-    )
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="the shard breaks off"):
-        all_of(stream(str(path), training=False))
-
-
-@pytest.mark.parametrize("counts", [[0], [0, 0, 0]])
-def test_shards_without_samples_do_not_turn_for_ever(tmp_path, counts):
-    with pytest.raises(ValueError, match="shards hold too few samples"):
-        first(stream(write_shards(tmp_path, counts)), 1)
-
-
 # Configuration ---------------------------------------------------------------------------------
 
 
@@ -409,11 +208,11 @@ def test_load_data_gives_streams(tmp_path):
     assert same(all_of(data.evaluation), all_of(data.evaluation))
     left = [int(image[0, 0, 0]) for image, _ in first(data.train, 40)]
     assert set(left) == {0, 200}  # some are flipped
-    order = [number(sample) for sample in first(data.train, 40)]
+    order = [number_of(sample) for sample in first(data.train, 40)]
     other = load_data(config(tmp_path), seed=2)
-    assert order != [number(sample) for sample in first(other.train, 40)]
+    assert order != [number_of(sample) for sample in first(other.train, 40)]
     again = load_data(config(tmp_path), seed=1)
-    assert order == [number(sample) for sample in first(again.train, 40)]
+    assert order == [number_of(sample) for sample in first(again.train, 40)]
 
 
 def test_evaluation_alone_needs_no_training_shards(tmp_path):

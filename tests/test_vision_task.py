@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Subset
 
+from blnet import checkpoint
 from blnet.checkpoint import read_header
 from blnet.cli import main
 from blnet.training.config import DistillationConfig
@@ -72,16 +73,18 @@ def test_the_plain_network_s_figure_stands_beside(run: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("bl_resnet18", "blnet predict vision FILE --checkpoint run"),
-        ("timm:resnet18", "blnet predict vision FILE --checkpoint run"),
-        ("own.nets:make", "blnet predict vision FILE --checkpoint run --trust-source"),
-    ],
+    ("name", "flag"),
+    [("bl_resnet18", ""), ("timm:resnet18", ""), ("own.nets:make", " --trust-source")],
 )
-def test_a_network_of_ones_own_module_is_said_to_be_trusted(name: str, said: str) -> None:
-    config = VisionConfig(model=ModelConfig(name=name))
-    assert f"try it: {said}" == COMMAND.advice(config, Path("run"))
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_network_of_ones_own_module_is_said_to_be_trusted(
+    name: str, flag: str, trusted: bool, tmp_path: Path
+) -> None:
+    made = {"name": name, "options": {}}
+    checkpoint.save(nn.Linear(2, 2), tmp_path / "best.safetensors", network=made)
+    config = VisionConfig(trust_source=trusted)  # of a teacher, which may be another's code
+    said = f"try it: blnet predict vision FILE --checkpoint {tmp_path}{flag}"
+    assert said == COMMAND.advice(config, tmp_path)
 
 
 def test_a_plain_network_has_no_baseline(tmp_path: Path) -> None:
@@ -120,6 +123,17 @@ def test_wrong_input_is_one_sentence(words, said, run, tmp_path, monkeypatch, ca
     assert said in told
     assert told.count("\n") == 1
     assert told.startswith("blnet train vision: error: ")
+
+
+@pytest.mark.parametrize("flag", ["model.start", "model.inherit", "distillation.teacher"])
+def test_a_network_of_another_task_is_refused(flag: str, tmp_path: Path, capsys) -> None:
+    made = {"name": "bl_resnet22", "options": {}}
+    checkpoint.save(nn.Linear(2, 2), tmp_path / "best.safetensors", task="speech", network=made)
+    assert train("--baseline=false", f"--{flag}={tmp_path}", f"--output={tmp_path / 'new'}") == 2
+    assert capsys.readouterr().err == (
+        f"blnet train vision: error: --{flag} {tmp_path} holds a speech network where one for "
+        "vision is needed; name a run of 'blnet train vision'\n"
+    )
 
 
 def test_a_network_goes_on_from_another_s_weights(run: Path, tmp_path: Path) -> None:

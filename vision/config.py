@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from blnet.checks import check_flag_choice, check_flag_count, flag_of
 from blnet.training.config import TrainingConfig
 from blnet.vision.preprocessing import LARGEST_SIDE
 
@@ -73,9 +74,9 @@ class DataConfig:
 
     def check(self) -> None:
         """Raise a ValueError that names the first setting that makes no sense."""
-        _check_choice("--data.name", self.name, get_args(DataName))
+        check_flag_choice("--data.name", self.name, get_args(DataName))
         for field in ("size", "limit", "train_images", "eval_images", "classes"):
-            _check_count(_flag("data", field), getattr(self, field))
+            check_flag_count(flag_of(f"data.{field}"), getattr(self, field))
         if self.size is not None and self.size > LARGEST_SIDE:
             raise ValueError(
                 f"--data.size must be at most {LARGEST_SIDE} pixels, got {self.size}; take 224"
@@ -106,8 +107,8 @@ class DataConfig:
         for field, sets in _READ_BY.items():
             if field in given and getattr(self, field) and self.name not in sets:
                 raise ValueError(
-                    f"{_flag('data', field)} is not read with --data.name {self.name}, only with "
-                    f"{', '.join(sets)}; leave it out, or name one of those"
+                    f"{flag_of(f'data.{field}')} is not read with --data.name {self.name}, only "
+                    f"with {', '.join(sets)}; leave it out, or name one of those"
                 )
         official = self.name in ("cifar10", "cifar100") and not str(self.path).endswith(".npz")
         if "eval_path" in given and self.eval_path and official:
@@ -150,7 +151,7 @@ class AugmentConfig:
 
     def check(self) -> None:
         """Raise a ValueError that names the first setting that makes no sense."""
-        _check_choice("--augment.crop", self.crop, get_args(Crop))
+        check_flag_choice("--augment.crop", self.crop, get_args(Crop))
         if not 0 < self.scale_min <= 1:
             raise ValueError(
                 f"--augment.scale-min must be above 0 and at most 1, got {self.scale_min}; "
@@ -171,21 +172,7 @@ class AugmentConfig:
             value = getattr(self, field)
             if not (low <= value <= high and math.isfinite(value)):
                 wanted = f"from {low} to {high}" if math.isfinite(high) else f"{low} or more"
-                raise ValueError(f"{_flag('augment', field)} must be {wanted}, got {value}")
-
-
-def _flag(group: str, field: str) -> str:
-    return f"--{group}.{field.replace('_', '-')}"
-
-
-def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{flag} {value!r} is unknown; choose one of {', '.join(choices)}")
-
-
-def _check_count(flag: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"{flag} must be at least 1, got {value}; leave it out for the default")
+                raise ValueError(f"{flag_of(f'augment.{field}')} must be {wanted}, got {value}")
 
 
 @dataclass(frozen=True)

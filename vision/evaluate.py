@@ -15,7 +15,7 @@ from blnet.checks import positive
 from blnet.environment import collect
 from blnet.files import make_folder, reason
 from blnet.training.config import Precision
-from blnet.training.devices import by_first, make_accelerator
+from blnet.training.devices import add_device_flag, by_first, make_accelerator
 from blnet.training.display import plain_console
 from blnet.training.networks import add_trust_flag, check_moved, is_foreign
 from blnet.vision import reproduction
@@ -40,7 +40,6 @@ _EXAMPLES = """examples:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.epilog = _EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "checkpoints",
         nargs="+",
@@ -53,8 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--batch", type=positive, default=_BATCH, metavar="N",
         help=f"images that a device takes at once ({_BATCH})",
     )  # fmt: skip
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                        help="auto is a GPU if there is one")  # fmt: skip
+    add_device_flag(parser)
     parser.add_argument("--workers", type=int, metavar="N",
                         help="processes that load images for each device (chosen for it)")  # fmt: skip # noqa: E501
     parser.add_argument("--precision", choices=get_args(Precision), default="fp32",

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import blnet.vision.models  # noqa: F401  (registers the networks by name)
-from blnet import checkpoint
 from blnet.files import StrPath, reason
 from blnet.meta import meta_twin, run_on_meta
 from blnet.network import BigLittleNet
 from blnet.profiling import Profile, profile
-from blnet.training.networks import checkpoint_file, load_network
+from blnet.training.networks import load_network, trained_task
 from blnet.vision.classes import IMAGENET_CLASSES, class_names_of, imagenet_names
 from blnet.vision.config import ModelConfig
 from blnet.vision.preprocessing import IMAGENET, Preprocessing
@@ -94,11 +93,8 @@ def _check_task(source: Path) -> None:
     Raises:
         ValueError: if it is, or is damaged.
     """
-    file = checkpoint_file(source)
-    header = checkpoint.read_header(file) if file.suffix == ".safetensors" else {}
-    extra = header.get("extra")
-    task = extra.get("task", TASK) if isinstance(extra, dict) else TASK
-    if task != TASK:
+    task = trained_task(source)
+    if task not in (None, TASK):
         raise ValueError(f"checkpoint {source} was trained for the task {task!r}, not on images; "
                          f"use 'blnet evaluate {task}' or 'blnet predict {task}'")  # fmt: skip
 

@@ -14,27 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blnet.checks import positive
 from blnet.environment import core_count
 from blnet.files import StrPath, reason
 from blnet.limits import out_of_memory
-from blnet.training.answers import FORMATS, Answer, Kind, Prediction, most_probable, shown
-from blnet.training.config import TrainingConfig
-from blnet.training.devices import make_accelerator
+from blnet.training.answers import TOP, Answer, Kind, Prediction, most_probable, shown
+from blnet.training.devices import device_of
 from blnet.training.loading import CorruptSample
 from blnet.training.networks import add_trust_flag
 from blnet.vision.classes import labels_of
-from blnet.vision.inference import (
-    check_finite,
-    load_trained,
-    preprocessing_of,
-)
+from blnet.vision.inference import check_finite, load_trained, preprocessing_of
 from blnet.vision.preprocessing import Preprocessing
 from blnet.vision.sources import PICTURE_ENDINGS, decode, read
 
 PROG = "blnet predict vision"
 STANDARD_INPUT = "-"
-_BATCH, _TOP = 32, 5
+_BATCH = 32
 PICTURES = Kind(PROG, "picture", "pictures", PICTURE_ENDINGS,
                 "name pictures (JPEG, PNG, ...) or folders that hold some")  # fmt: skip
 _EXAMPLES = """examples:
@@ -46,7 +40,6 @@ _EXAMPLES = """examples:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.epilog = _EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "files", nargs="+", metavar="FILE",
         help="a picture, a folder of them (all below it), or - for one on the standard input",
@@ -54,16 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="CHECKPOINT",
                         help="a .safetensors file, a run's folder or a published .pth file")  # fmt: skip # noqa: E501
     add_trust_flag(parser)
-    parser.add_argument("--top", type=positive, default=_TOP, metavar="N",
-                        help=f"how many classes to name for each picture ({_TOP})")  # fmt: skip
-    parser.add_argument("--format", choices=tuple(FORMATS), default="table",
-                        help="how to print it (table)")  # fmt: skip
-    parser.add_argument("--output", metavar="FILE",
-                        help="write it to FILE instead of the standard output")  # fmt: skip
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                        help="auto is a GPU if there is one")  # fmt: skip
-    parser.add_argument("--batch", type=positive, default=_BATCH, metavar="N",
-                        help=f"pictures taken at once ({_BATCH})")  # fmt: skip
+    PICTURES.add_flags(parser, "classes", _BATCH)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
                          "makes one")  # fmt: skip
     if args.files.count(STANDARD_INPUT) > 1:
         raise ValueError("FILE - stands for the one picture on the standard input; name it once")
-    device = make_accelerator(TrainingConfig(device=args.device)).device
+    device = device_of(args)
     trained = load_trained(args.checkpoint, args.trust_source)
     model = trained.model.to(device)
     files, failed = PICTURES.expand(args.files)
@@ -87,7 +71,7 @@ def predict(
     model: nn.Module,
     extra: Mapping[str, Any],
     files: Iterable[StrPath],
-    top: int = _TOP,
+    top: int = TOP,
     batch_size: int = _BATCH,
 ) -> Iterator[Answer]:
     """Yield what a network says of each picture, in their order; a batch of them is in memory.

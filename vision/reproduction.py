@@ -15,6 +15,7 @@ from torch import nn
 from torchvision.models import ResNet
 
 from blnet import registry
+from blnet.keys import shapes_of
 from blnet.network import BigLittleNet
 from blnet.vision.classes import IMAGENET_CLASSES
 from blnet.vision.config import DataConfig
@@ -146,11 +147,7 @@ def _is_plain(model: nn.Module, name: str) -> bool:
         ours = cast("BigLittleNet", _reference(f"bl_{name}", None, None)).config
         mine = model.config
         return dataclasses.replace(mine, alpha=ours.alpha, beta=ours.beta) == ours
-    return isinstance(model, ResNet) and _shapes(model) == _shapes(_reference(name, None, None))
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    return isinstance(model, ResNet) and shapes_of(model) == shapes_of(_reference(name, None, None))
 
 
 @cache

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from blnet.checks import flag_of
 from blnet.files import reason
 from blnet.training.loading import CorruptSample, mixed_seed
 from blnet.vision.config import DataConfig
@@ -189,7 +190,7 @@ def check_stream(data: DataConfig, evaluation_only: bool) -> None:
         needed["train_images"] = "the number of images in an epoch, which a stream does not know"
     for field, meaning in needed.items():
         if getattr(data, field) is None:
-            flag = f"--data.{field.replace('_', '-')}"
+            flag = flag_of(f"data.{field}")
             raise ValueError(f"{flag} is missing; webdataset needs it: {meaning}")
     if data.limit is not None:
         raise ValueError(

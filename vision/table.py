@@ -7,11 +7,8 @@ Parameters and MACs are counted anew from our own networks whenever the table is
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import io
 import json
-import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +18,8 @@ import torch
 
 import blnet.vision.models  # noqa: F401  (registers the networks by name)
 from blnet import registry
-from blnet.files import written_aside
 from blnet.profiling import profile
+from blnet.tables import add_flags, as_csv, put
 
 INPUT_SIZE = (1, 3, 224, 224)
 PAPER = "paper"
@@ -241,36 +238,16 @@ def as_json(rows: Sequence[Row]) -> str:
     return json.dumps(table, indent=2) + "\n"
 
 
-def as_csv(rows: Sequence[Row]) -> str:
-    """Return the table as CSV with a line of column names."""
-    out = io.StringIO()
-    columns = [field.name for field in dataclasses.fields(Row)]
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(row) for row in rows)
-    return out.getvalue()
-
-
 FORMATS = {"text": as_text, "markdown": as_markdown, "json": as_json, "csv": as_csv}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument(
-        "--format", choices=tuple(FORMATS), default="text", help="how to print it (default: text)"
-    )
-    parser.add_argument(
-        "--output", metavar="FILE", help="write it to FILE instead of the standard output"
-    )
+    add_flags(parser, FORMATS)
     parser.epilog = "'blnet table --speech' prints the table of the paper's acoustic models."
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, or write it whole to a file, and return the exit status."""
-    render = FORMATS[args.format]
-    if args.output is None:
-        sys.stdout.write(render(recount()))
-        return 0
-    with written_aside(args.output) as aside:
-        aside.write_text(render(recount()), encoding="utf-8")
+    put(FORMATS[args.format](recount()), args.output)
     return 0

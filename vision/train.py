@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from blnet.registry import is_big_little, is_own_code
+from blnet.registry import is_big_little
 from blnet.training.command import TrainCommand
-from blnet.training.networks import TRUST_SOURCE
+from blnet.training.networks import TRUST_SOURCE, needs_trust
 from blnet.vision.config import ModelConfig, VisionConfig
 from blnet.vision.task import ImageTask, describe
 
@@ -44,8 +44,8 @@ class TrainVision(TrainCommand):
 
     def advice(self, config: VisionConfig, folder: Path) -> str:
         """Return what to do with the trained network."""
-        trusted = config.trust_source or is_own_code(config.model.name)
-        flag = f" {TRUST_SOURCE}" if trusted else ""
+        # Code that the flag was given for may have been a teacher's alone.
+        flag = f" {TRUST_SOURCE}" if needs_trust(folder) else ""
         return f"try it: blnet predict vision FILE --checkpoint {shlex.quote(str(folder))}{flag}"
 
 

@@ -9,6 +9,7 @@ from blnet.bench import accuracy
 from blnet.bench.intervals import LEAST_ROUNDS, Ratio
 from blnet.bench.results import Measurement, Network, Results
 from blnet.bench.summary import BatchRow, ModelRow, ShareRow
+from blnet.wording import counted
 
 NOTHING = "-"
 GAINS = "what the speed-up is made of [95 %]"
@@ -156,7 +157,7 @@ def device_of(results: Results) -> str:
     where = results.environment
     if results.settings["device"] == "cuda":
         return str(where["device"])
-    return f"{where['cpu']}, {where['threads']} threads"
+    return f"{where['cpu']}, {counted(where['threads'], 'thread')}"
 
 
 def measured_on(results: Results, unit: str = "images") -> str:

@@ -14,6 +14,7 @@ from blnet.bench.report.cells import NOTHING, interval_text, milliseconds
 from blnet.bench.report.markdown import table
 from blnet.bench.report.terminal import rich_table
 from blnet.bench.results import FAILED
+from blnet.wording import counted
 
 FEW = 24  # rows that a table shows without --all, whether they changed or not
 HEADER = ["suite, group", "implementation", "old, ms", "new, ms", "ratio [95 %]"]
@@ -24,9 +25,10 @@ SLOWER = "lost their time because they are far slower now"
 FAILS = "lost their time because they fail now"
 SKIPPED = "lost their time because they are skipped now"
 DROPPED = "dropped by the new run, which fails no gate"
+LEFT_OUT = "left out by the new run on purpose"
 GONE = "gone without a word from the new run (if that is meant, measure the old one again)"
 ONLY_OLD = "in the old run alone"
-REASONS = (SLOWER, FAILS, SKIPPED, DROPPED, GONE, ONLY_OLD)
+REASONS = (SLOWER, FAILS, SKIPPED, DROPPED, LEFT_OUT, GONE, ONLY_OLD)
 TITLE = "New time over old"
 SHIFT_TITLE = "How much the controls moved: ways to run the same that are not ours"
 STYLES = {"slower": "bold red", "faster": "green", "unclear": "yellow", "too few": "yellow"}
@@ -49,7 +51,8 @@ def print_comparison(comparison: Comparison, console: Console, everything: bool 
             made.add_row(*map(Text, _cells(row)), style=STYLES.get(row.verdict, ""))
         console.print(made)
     if len(rows) < len(comparison.rows):
-        text = f"and {len(comparison.rows) - len(rows)} rows more without a change (--all)"
+        rest = counted(len(comparison.rows) - len(rows), "row")
+        text = f"and {rest} more without a change (--all)"
         console.print(text, markup=False, highlight=False)
     shifts = _shown_shifts(comparison, rows)
     if shifts:
@@ -147,6 +150,7 @@ def _reason(missing: Missing) -> str:
     if missing.slower:
         return SLOWER
     found = {"gone": GONE, "only old": ONLY_OLD, "skipped": SKIPPED, "dropped": DROPPED}
+    found["left out"] = LEFT_OUT
     return found.get(missing.status or missing.kind, FAILS if missing.status in FAILED else "")
 
 
@@ -190,6 +194,8 @@ def _missing_text(missing: Missing) -> str:
         return f"lost its time: {name}: {missing.status}" + (
             f", {missing.note}" if missing.note else ""
         )
+    if missing.kind == "left out":
+        return f"left out by the new run: {name}: {missing.note}"
     if missing.kind == "gone":
         return f"gone without a word from the new run: {name}"
     return f"{missing.kind.removeprefix('only ')} run only: {name}"

@@ -5,10 +5,14 @@ from __future__ import annotations
 import csv
 import io
 
+from blnet.bench.intervals import Ratio
+from blnet.bench.missing import Key, key_of
+from blnet.bench.report.cells import device_of
 from blnet.bench.results import Results
-from blnet.bench.summary import NETWORK_SUITES, BatchRow, model_rows
+from blnet.bench.summary import NETWORK_SUITES, model_rows, op_rows, op_suites
 
 CSV_COLUMNS = (
+    "device",
     "suite",
     "group",
     "family",
@@ -44,14 +48,10 @@ CSV_COLUMNS = (
 def csv_text(results: Results) -> str:
     """Return one line for each measurement.
 
-    A network's speed-up and realised speed-up stand in the line of its fastest rung of each batch.
+    A network's speed-up and realised speed-up stand in the line of its fastest rung of each batch;
+    an op's speed-up in the line of each implementation but the fastest baseline.
     """
-    gains: dict[tuple[str, str, str, str], BatchRow] = {
-        (suite, found.group, row.network.label, found.rung): found
-        for suite in NETWORK_SUITES
-        for row in model_rows(results, suite)
-        for found in row.batches.values()
-    }
+    gains, device = _gains(results), device_of(results)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
@@ -61,12 +61,12 @@ def csv_text(results: Results) -> str:
         facts = [m.facts.get(key) for key in ("batch", "network", "alpha", "beta", "pass")]
         writer.writerow(
             [
-                *(m.suite, m.group, m.family, m.implementation, m.status),
+                *(device, m.suite, m.group, m.family, m.implementation, m.status),
                 *facts,
                 len(m.samples),
                 *quantiles,
                 batch / m.median if m.timed and batch else "",
-                *_csv_gain(gains.get((m.suite, m.group, m.family, m.implementation))),
+                *gains.get(key_of(m), (None,) * 4),
                 m.facts.get("bytes"),
                 m.check.error if m.check else "",
                 m.peak_memory,
@@ -78,8 +78,23 @@ def csv_text(results: Results) -> str:
     return text.getvalue()
 
 
-def _csv_gain(row: BatchRow | None) -> list[float | None]:
-    if row is None or row.speedup is None:
-        return [None] * 4
-    realised = row.realised.value if row.realised else None
-    return [row.speedup.value, row.speedup.low, row.speedup.high, realised]
+def _gains(results: Results) -> dict[Key, tuple[float | None, ...]]:
+    """Return the speed-ups that the report has, their ends and realised ones."""
+    gains = {
+        (suite, found.group, row.network.label, found.rung): _cells(found.speedup, found.realised)
+        for suite in NETWORK_SUITES
+        for row in model_rows(results, suite)
+        for found in row.batches.values()
+    }
+    return gains | {
+        key_of(row.measurement): _cells(row.speedup)
+        for suite in op_suites(results)
+        for row in op_rows(results, suite)
+        if not row.fastest_baseline
+    }
+
+
+def _cells(speedup: Ratio | None, realised: Ratio | None = None) -> tuple[float | None, ...]:
+    if speedup is None:
+        return (None,) * 4
+    return (speedup.value, speedup.low, speedup.high, realised.value if realised else None)

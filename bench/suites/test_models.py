@@ -98,8 +98,9 @@ def group_of(
         inputs: the batch, float32.
     """
     settings = session.settings
-    if any(rung not in rungs for rung in ladder(settings, None)):
-        session.note(NOT_COMPILED)
+    left_out = [rung.name for rung in ladder(settings, None) if rung not in rungs]
+    if left_out:
+        session.leave_out(suite, name, left_out, NOT_COMPILED)
     ready = inputs.to(settings.device, settings.torch_dtype)
     shared = dict.fromkeys(rung.replays for rung in rungs if rung.replays)
     runs: dict[str, Runs] = {spec.label: dict(shared) for spec in found.specs}

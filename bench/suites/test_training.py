@@ -28,6 +28,7 @@ from blnet.bench.session import Case, Session
 from blnet.bench.settings import Settings
 from blnet.optimizing.engines import compiled
 from blnet.optimizing.training import OPS, optimize_training
+from blnet.wording import counted
 
 NAME = "training"
 # Of the logits and of the logarithms of all gradients' norms. The gradients themselves differ by
@@ -171,10 +172,20 @@ def _backward(logits: Tensor, model: nn.Module) -> Iterator[Tensor]:
 
 def _reference(model: nn.Module, images: Tensor) -> list[Tensor]:
     exact = copy.deepcopy(model).double().train()
-    for module in exact.modules():
+    return list(_backward(exact(images.double()), exact))
+
+
+def _check_batch(model: nn.Module, images: Tensor) -> None:
+    """Check that every batch norm of a network has values enough in a batch of images.
+
+    Raises:
+        ValueError: if one has not.
+    """
+    shapes = copy.deepcopy(model).to("meta").train()
+    for module in shapes.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.register_forward_pre_hook(_check_values)
-    return list(_backward(exact(images.double()), exact))
+    shapes(images.to("meta"))
 
 
 def _check_values(norm: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -189,8 +200,8 @@ def _check_values(norm: nn.Module, inputs: tuple[Tensor]) -> None:
     values = inputs[0].numel() // inputs[0].shape[1]
     if values < LEAST_VALUES:
         raise ValueError(
-            f"a batch norm has {values} values of each channel, whose gradients are rounding and "
-            "cannot be checked; train with a larger --batch or --size"
+            f"a batch norm has {counted(values, 'value')} of each channel, whose gradients are "
+            "rounding and cannot be checked; train with a larger --batch or --size"
         )
 
 
@@ -214,6 +225,7 @@ def _implementation(
     precision = partial(torch.autocast, device, dtype, enabled=dtype is not torch.float32)
 
     def make() -> Call:
+        _check_batch(found.model(spec), images)
         own = _network(found.model(spec), rung)
         own.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         run: Callable[[Tensor], Tensor] = own

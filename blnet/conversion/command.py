@@ -11,6 +11,7 @@ from torch import nn
 
 from blnet import registry
 from blnet.checkpoint import save
+from blnet.checks import flag_of
 from blnet.conversion.converter import convert
 from blnet.conversion.plan import ConversionPlan
 from blnet.files import read_weights, reason
@@ -33,7 +34,6 @@ _EXAMPLES = """examples:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.epilog = _EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "network",
         nargs="?",
@@ -122,7 +122,7 @@ def _check_official(args: argparse.Namespace) -> None:
     settings = ("alpha", "beta", "branches", "num_classes", "weights", "inherit_weights")
     given = [name for name in settings if getattr(args, name) not in (None, False)]
     if given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        flags = ", ".join(map(flag_of, given))
         raise ValueError(f"--official takes its settings from the file; leave out {flags}")
     if args.output is None:
         raise ValueError("--official needs --output FILE.safetensors to write the network to")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from blnet.conversion.surgery import chain, execution_order, is_norm
+from blnet.keys import shapes_of
 
 
 def reset(module: nn.Module) -> None:
@@ -55,7 +56,7 @@ def move_shortcut(old: nn.Module | None, new: nn.Module | None) -> bool:
     if not taken:
         return True
     fits = len(given) == len(taken) and all(
-        _shapes(a) == _shapes(b) for a, b in zip(given, taken, strict=True)
+        shapes_of(a) == shapes_of(b) for a, b in zip(given, taken, strict=True)
     )
     for before, after in zip(given, taken, strict=True) if fits else ():
         after.load_state_dict(before.state_dict())
@@ -65,7 +66,3 @@ def move_shortcut(old: nn.Module | None, new: nn.Module | None) -> bool:
 def _with_weights(shortcut: nn.Module | None) -> list[nn.Module]:
     parts = shortcut.modules() if shortcut is not None else ()
     return [part for part in parts if any(True for _ in part.parameters(recurse=False))]
-
-
-def _shapes(part: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in part.state_dict().items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +13,13 @@ from torch import Tensor, fx, nn
 
 from blnet.blocks import BlockSpec, is_strided
 from blnet.meta import meta_twin, run_on_meta
-from blnet.tracing import trace_own_code
+from blnet.tracing import ADDS, trace_own_code
 
 SHORTCUT_NAMES = (
     "downsample", "shortcut", "skip", "skip_connection", "proj", "projection", "identity",
     "residual_conv", "res_conv", "conv_shortcut", "down", "bypass",
 )  # fmt: skip
 GATE_NAMES = ("se", "se_layer", "se_module", "attn", "attention", "squeeze_excitation", "ca")
-_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _ACTIVATION_HOMES = ("torch.nn.modules.activation", "timm.layers.activations")
 _ACTIVATION_FUNCTIONS: dict[Any, type[nn.Module]] = {
     F.relu: nn.ReLU, F.relu_: nn.ReLU, torch.relu: nn.ReLU, torch.relu_: nn.ReLU,
@@ -67,7 +65,7 @@ def _unnamed_shortcut(block: nn.Module) -> str | None:
         return None
     taken = next((node for node in graph.nodes if node.op == "placeholder"), None)
     calls = [node for node in graph.nodes if node.op in ("call_function", "call_method")]
-    terms = [term for add in calls if add.target in _ADDS for term in add.all_input_nodes]
+    terms = [term for add in calls if add.target in ADDS for term in add.all_input_nodes]
     if taken in terms:
         own = {**vars(block), **block._modules}
         names = {n for n, part in own.items() if part is None and n[0] != "_"} - {*GATE_NAMES}

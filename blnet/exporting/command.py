@@ -20,7 +20,6 @@ _EXAMPLES = """examples:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.epilog = _EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_source_flags(parser)
     parser.add_argument("--output", metavar="FILE", required=True, help="the file to write")
     parser.add_argument("--format", choices=tuple(FORMATS), default="onnx",

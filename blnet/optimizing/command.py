@@ -26,7 +26,6 @@ _ENGINES = ", ".join(map(repr, engine_names()))
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.epilog = _EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_source_flags(parser)
     parser.add_argument("--batch", type=positive, default=1, help="inputs at once (1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where (a GPU if there is one)")

@@ -73,9 +73,9 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def engine_names(device: str | None = None) -> list[str]:
-    """Return the names of the engines: all, or those of a device."""
-    return [e.name for e in ENGINES if device is None or device in e.devices]
+def engine_names() -> list[str]:
+    """Return the names of the engines."""
+    return [each.name for each in ENGINES]
 
 
 def engine(name: str) -> Engine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
@@ -14,8 +15,12 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
+from blnet.checks import positive
 from blnet.files import StrPath, files_below, written_aside
+from blnet.training.devices import add_device_flag
 from blnet.training.display import plain_console
+
+TOP = 5  # classes that are named of each file
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,18 @@ class Kind:
     plural: str
     endings: tuple[str, ...]
     advice: str
+
+    def add_flags(self, parser: argparse.ArgumentParser, classes: str, batch: int) -> None:
+        """Add the flags of a command that answers with classes, called so, in such batches."""
+        parser.add_argument("--top", type=positive, default=TOP, metavar="N",
+                            help=f"how many {classes} to name for each {self.singular} ({TOP})")  # fmt: skip # noqa: E501
+        parser.add_argument("--format", choices=tuple(FORMATS), default="table",
+                            help="how to print it (table)")  # fmt: skip
+        parser.add_argument("--output", metavar="FILE",
+                            help="write it to FILE instead of the standard output")  # fmt: skip
+        add_device_flag(parser)
+        parser.add_argument("--batch", type=positive, default=batch, metavar="N",
+                            help=f"{self.plural} taken at once ({batch})")  # fmt: skip
 
     def complain(self, file: str, what: str) -> None:
         """Say on standard error what is wrong with a file."""

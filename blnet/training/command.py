@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from blnet.environment import command_line
 from blnet.training.config import TrainingConfig
 from blnet.training.devices import make_accelerator, shared
+from blnet.training.networks import check_task
 from blnet.training.options import given, parse
 from blnet.training.run import default_folder, describe, report_stop, run
 from blnet.training.stopping import Interrupted
@@ -91,7 +92,7 @@ class TrainCommand(ABC):
             words,
         )
         note = ""
-        started = [name for name in ("start", "inherit") if getattr(config.model, name, None)]
+        started = _started(config)
         if started and config.baseline and BASELINE not in given(self.config, words):
             config = dataclasses.replace(config, baseline=False)
             note = (f"--model.{started[0]} takes a trained network, so that the plain one which "
@@ -106,6 +107,8 @@ class TrainCommand(ABC):
             The exit status: 0 when the run is finished, 130 or 143 when a signal stopped it.
         """
         config, recipe, note = self._parsed(words)
+        for flag, source in _sources(config).items():
+            check_task(source, self.kind, flag)
         accelerator = make_accelerator(config)
         if note and accelerator.is_main_process:
             print(f"{self.prog}: {note}", file=sys.stderr)
@@ -155,3 +158,15 @@ class TrainCommand(ABC):
             flags += ["--baseline=false", f"--output={place}"]
             runs.append((changed, place, f"{command_line()} {shlex.join(flags)}"))
         return runs
+
+
+def _started(config: Any) -> list[str]:
+    """Return the fields of `config.model` that name a trained network to begin with."""
+    return [name for name in ("start", "inherit") if getattr(config.model, name, None)]
+
+
+def _sources(config: Any) -> dict[str, str]:
+    """Return the trained networks that a configuration names, by their flags."""
+    found = {f"--model.{name}": getattr(config.model, name) for name in _started(config)}
+    teacher = config.distillation.teacher
+    return found if teacher is None else {**found, "--distillation.teacher": teacher}

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from blnet.checks import flag_of
+
 Precision = Literal["fp32", "bf16", "fp16"]
 
 # Fields that change where and how fast a run runs, not what it computes. Any other must be as it
@@ -189,9 +191,7 @@ class TrainingConfig:
                 continue
             # Written so that NaN fails as well.
             if not least <= value <= most:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must be from {least} to {most}, got {value}"
-                )
+                raise ValueError(f"{flag_of(name)} must be from {least} to {most}, got {value}")
         if self.schedule.warmup_epochs > self.epochs:
             raise ValueError(
                 f"--schedule.warmup-epochs {self.schedule.warmup_epochs:g} is longer than the run "
@@ -278,7 +278,7 @@ def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return which fields differ between two configurations, but for those that `FREE` names."""
     old, new = flat(before), flat(now)
     return [
-        f"--{name.replace('_', '-')} was {old.get(name)} and is {new.get(name)}"
+        f"{flag_of(name)} was {old.get(name)} and is {new.get(name)}"
         for name in sorted(old.keys() | new.keys())
         if name not in FREE and not _same(old.get(name), new.get(name))
     ]

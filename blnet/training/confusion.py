@@ -23,8 +23,8 @@ _NAME_SHOWN = 24  # characters of a class's name in the picture
 _DARK = 0.4  # share from which on a cell needs white numbers
 
 
-def wilson(successes: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Return Wilson's score interval of a share.
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """Return Wilson's 95 % score interval of a share.
 
     (E. B. Wilson, "Probable inference, the law of succession, and statistical inference", Journal
     of the American Statistical Association 22, 1927.)
@@ -32,11 +32,10 @@ def wilson(successes: int, trials: int, confidence: float = CONFIDENCE) -> tuple
     Args:
         successes: from 0 to trials.
         trials: at least 1.
-        confidence: share of the intervals that hold the true value, between 0 and 1.
     """
     from scipy.stats import binomtest  # half a second to import, and wanted once
 
-    found = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    found = binomtest(successes, trials).proportion_ci(CONFIDENCE, method="wilson")
     return float(found.low), float(found.high)
 
 

@@ -109,11 +109,6 @@ def clock(seconds: float) -> str:
     return f"{start}:{whole % 60:02d}"
 
 
-def counted(count: int, what: str) -> str:
-    """Return how many of something there are: "1 epoch", "2 epochs"."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
 def plain_console() -> Console:
     """Return a console that prints text as it is, in full width where it is no terminal."""
     width = None if sys.stdout.isatty() else PLAIN_WIDTH

@@ -75,6 +75,51 @@ def load_network(
     return checkpoint.load(path, twin, trust_source=bool(trust_source)), extra
 
 
+def needs_trust(name: StrPath) -> bool:
+    """Return whether a trained network is built again by code that its checkpoint names.
+
+    Args:
+        name: a checkpoint of ours or the folder of a run; see `load_network`.
+
+    Raises:
+        ValueError: if it is neither.
+        OSError: if the file cannot be read.
+    """
+    return registry.is_own_code(_builder_of(checkpoint.read_header(checkpoint_file(name))))
+
+
+def trained_task(name: StrPath) -> str | None:
+    """Return the task that a network was trained for; None where its checkpoint does not say.
+
+    Args:
+        name: see `load_network`.
+
+    Raises:
+        ValueError: if it is a folder without a network, or no whole checkpoint.
+        OSError: if the file cannot be read.
+    """
+    file = checkpoint_file(name)
+    header = checkpoint.read_header(file) if file.suffix == ".safetensors" else {}
+    extra = header.get("extra")
+    task = extra.get("task") if isinstance(extra, dict) else None
+    return task if isinstance(task, str) else None
+
+
+def check_task(name: StrPath, task: str, flag: str) -> None:
+    """Check that a network that a flag names was not trained for another task.
+
+    The networks of another task have no names here, so that they could not even be built.
+
+    Raises:
+        ValueError: if it was, or it is no network; see `trained_task`.
+        OSError: if its file cannot be read.
+    """
+    found = trained_task(name)
+    if found not in (None, task):
+        raise ValueError(f"{flag} {name} holds a {found} network where one for {task} is needed; "
+                         f"name a run of 'blnet train {task}'")  # fmt: skip
+
+
 def is_foreign(
     name: str, path: StrPath, trained_name: str | None, trained_path: StrPath | None
 ) -> bool:
@@ -123,16 +168,22 @@ def _check_trusted(path: Path, header: dict[str, Any], trust_source: bool | None
     Raises:
         ValueError: if neither.
     """
-    named = {"converted": ("plan", "source"), "weights": ("extra", "network", "name")}
-    found: Any = header
-    for key in named.get(header["kind"], ("",)):  # ours need their configuration alone
-        found = found.get(key) if isinstance(found, dict) else None
-    if not trust_source and isinstance(found, str) and registry.is_own_code(found):
+    found = _builder_of(header)
+    if not trust_source and registry.is_own_code(found):
         advice = f"add {TRUST_SOURCE} if you trust the file"
         raise ValueError(
             f"{path} holds a network that {found} made, and rebuilding it would import and call "
             f"that; {'choose another network' if trust_source is None else advice}"
         )
+
+
+def _builder_of(header: dict[str, Any]) -> str:
+    """Return the name of what builds a checkpoint's network again; "" where it needs none."""
+    named = {"converted": ("plan", "source"), "weights": ("extra", "network", "name")}
+    found: Any = header
+    for key in named.get(header["kind"], ("",)):  # ours need their configuration alone
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, str) else ""
 
 
 def _twin(extra: dict[str, Any]) -> nn.Module | None:

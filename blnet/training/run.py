@@ -20,12 +20,13 @@ from blnet.limits import out_of_memory
 from blnet.training.checkpoints import BEST, CheckpointFolder
 from blnet.training.config import TrainingConfig
 from blnet.training.devices import by_first, let_cudnn_search, make_accelerator
-from blnet.training.display import Display, clock, counted
+from blnet.training.display import Display, clock
 from blnet.training.journal import PLOT, Journal, plot, read_rows
 from blnet.training.loop import Trainer
 from blnet.training.reporting import Summary
 from blnet.training.stopping import Interrupted
 from blnet.training.task import Task
+from blnet.wording import counted
 
 LOCK = ".lock"  # in the folder of a run; whoever trains there holds it
 _LONGEST_NAME = 100  # bytes; file systems take some 255 in all

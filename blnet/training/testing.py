@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import multiprocessing
 import os
@@ -60,31 +61,25 @@ class TinyData(Dataset[tuple[Tensor, int]]):
 
 
 class TinyStream:
-    """The same blobs as a stream; each reader's share has no end, unless one is given.
+    """The same blobs as a stream; a reader's share has no end.
 
     Args:
         samples: samples in an epoch.
         corrupt: positions in a reader's share that cannot be read.
-        ends: items of a reader's share; None for no end.
     """
 
-    def __init__(
-        self, samples: int, corrupt: tuple[int, ...] = (), ends: int | None = None
-    ) -> None:
+    def __init__(self, samples: int, corrupt: tuple[int, ...] = ()) -> None:
         self.samples = samples
         self.data = TinyData(3 * samples)
         self.corrupt = corrupt
-        self.ends = ends
 
     def read(self, epoch: int, reader: int, readers: int, skip: int) -> Iterator[Any]:
         """Yield what this reader has after the items it gave earlier."""
-        position = skip
-        while self.ends is None or position < self.ends:
+        for position in itertools.count(skip):
             if position in self.corrupt:
                 yield CorruptSample(f"item-{reader}-{position}", "it was spoilt on purpose")
             else:
                 yield self.data[mixed_seed(epoch, reader, readers, position) % len(self.data)]
-            position += 1
 
 
 class TinyTask(Task):
