@@ -47,10 +47,12 @@ format: $(INSTALLED)  ## let ruff mend and format the code
 	$(BIN)/ruff format .
 
 # Type checkers cannot see through the folder-to-package mapping, so they get the installed layout.
-types: $(INSTALLED)  ## mypy over the layout as installed
+types: $(INSTALLED)  ## mypy over the layout as installed, and the tests' helpers
 	@rm -rf build/types && mkdir -p build/types/blnet
 	@ln -s $(CURDIR)/blnet/* $(foreach f,kernels vision speech bench,$(CURDIR)/$(f)) build/types/blnet/
-	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p blnet
+	@ln -s $(CURDIR)/tests/helpers build/types/
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
+	  -p blnet -p helpers
 
 unit: $(INSTALLED)  ## the tests that need no Triton interpreter
 	$(PYTEST) tests --ignore tests/interpreter $(ARGS)

@@ -249,7 +249,7 @@ def least_seconds(moved: int, flops: int, ceilings: Mapping[str, float]) -> floa
     Raises:
         KeyError: if there is no "copy_bandwidth".
     """
-    held = moved <= ceilings.get("cache_bytes", 0)
+    held = "cache_bytes" in ceilings and moved <= ceilings["cache_bytes"]
     seconds = moved / ceilings["cache_bandwidth" if held else "copy_bandwidth"]
     rate = ceilings.get("matmul_rate")
     return max(seconds, flops / rate) if rate else seconds

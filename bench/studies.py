@@ -293,8 +293,8 @@ def _trained(session: Session, kind: str, config: Any, folder: Path) -> dict[str
     """
     from rich.console import Console
 
+    from blnet.trained import load_network
     from blnet.training.devices import make_accelerator
-    from blnet.training.networks import load_network
     from blnet.training.run import run
 
     command = command_of(kind)

@@ -20,9 +20,9 @@ COMMANDS = {
         "blnet.bench.compare_command",
         "say what became slower or faster between two runs of blnet bench",
     ),
-    "convert": ("blnet.conversion.command", "turn a network or an official checkpoint into ours"),
-    "export": ("blnet.exporting.command", "write a network as ONNX, TorchScript or torch.export"),
-    "optimize": ("blnet.optimizing.command", "say what blnet.optimize makes of a network here"),
+    "convert": ("blnet.commands.convert", "turn a network or an official checkpoint into ours"),
+    "export": ("blnet.commands.export", "write a network as ONNX, TorchScript or torch.export"),
+    "optimize": ("blnet.commands.optimize", "say what blnet.optimize makes of a network here"),
     "table": ("blnet.vision.table", "print the paper's recognition table beside our recount"),
     "table --speech": ("blnet.speech.table", "the same of the paper's acoustic models"),
     "kernels": ("blnet.kernels.command", "list, check, compile, tune and time the kernels"),
@@ -35,7 +35,10 @@ COMMANDS = {
     "transcribe": ("blnet.speech.transcribe", "write down what recordings say"),
     "ngrams": ("blnet.speech.ngrams_command", "make a language model of transcripts or other text"),
     "align": ("blnet.speech.align", "make frame labels from transcripts with a CTC network"),
-    "doctor": ("blnet.doctor", "say what works on this machine and what to do about the rest"),
+    "doctor": (
+        "blnet.commands.doctor",
+        "say what works on this machine and what to do about the rest",
+    ),
 }
 # Two words -> the command they stand for. The kernels may not import the suites that time them.
 _ALIASES: dict[tuple[str, ...], list[str]] = {("kernels", "bench"): ["bench", "kernels"]}

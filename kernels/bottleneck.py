@@ -37,6 +37,7 @@ from typing import Any
 import torch
 
 from blnet.kernels import reference, testing
+from blnet.kernels.arguments import check_bottleneck, check_width
 from blnet.kernels.backend import choose_backend
 from blnet.kernels.bottleneck_close import (
     LARGEST_INNER,
@@ -48,7 +49,6 @@ from blnet.kernels.bottleneck_close import (
     close_launch,
     tuned_launch,
 )
-from blnet.kernels.checks import check_bottleneck, check_width
 from blnet.kernels.conv3x3 import convolve
 from blnet.kernels.expand_merge import forward
 from blnet.kernels.expand_merge_sizes import Problem

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 
 from blnet.kernels import reference
+from blnet.kernels.arguments import check_map
 from blnet.kernels.backend import KERNEL_DTYPES, choose_backend
-from blnet.kernels.checks import check_map
 from blnet.kernels.launch import (
     Launch,
     Specialization,

@@ -33,8 +33,8 @@ from typing import Any
 import torch
 
 from blnet.kernels import reference
+from blnet.kernels.arguments import check_expand_merge
 from blnet.kernels.backend import KERNEL_DTYPES, choose_backend
-from blnet.kernels.checks import check_expand_merge
 from blnet.kernels.expand_merge_backward import affine_gradients
 from blnet.kernels.expand_merge_sizes import (
     PROBLEMS,

@@ -42,9 +42,9 @@ from typing import Any
 import torch
 
 from blnet.kernels import reference
+from blnet.kernels.arguments import check_expand_merge
 from blnet.kernels.backend import choose_backend
 from blnet.kernels.center import row_count
-from blnet.kernels.checks import check_expand_merge
 from blnet.kernels.expand_merge import flops, forward
 from blnet.kernels.expand_merge_backward import reduced
 from blnet.kernels.expand_merge_between import between_op, second_op

@@ -34,8 +34,8 @@ from typing import Any
 import torch
 
 from blnet.kernels import reference
+from blnet.kernels.arguments import check_map, check_merge_sizes, check_same_kind
 from blnet.kernels.backend import KERNEL_DTYPES, choose_backend
-from blnet.kernels.checks import check_map, check_merge_sizes, check_same_kind
 from blnet.kernels.launch import (
     Launch,
     Specialization,

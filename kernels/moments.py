@@ -36,9 +36,9 @@ from typing import Any
 import torch
 
 from blnet.kernels import reference, testing
+from blnet.kernels.arguments import check_map, check_vector
 from blnet.kernels.backend import KERNEL_DTYPES, choose_backend
 from blnet.kernels.center import row_count
-from blnet.kernels.checks import check_map, check_vector
 from blnet.kernels.expand_merge_sizes import sites
 from blnet.kernels.launch import (
     Launch,

@@ -47,8 +47,8 @@ from typing import Any
 import torch
 
 from blnet.kernels import reference, testing
+from blnet.kernels.arguments import check_stem, check_width
 from blnet.kernels.backend import choose_backend
-from blnet.kernels.checks import check_stem, check_width
 from blnet.kernels.conv3x3 import convolve, strided_size
 from blnet.kernels.expand_merge import forward
 from blnet.kernels.launch import Specialization, memory_format_of, specialize

@@ -14,6 +14,8 @@ from rich.progress import track
 from torch import Tensor
 
 from blnet.checks import flag_of
+from blnet.commands.answers import shown
+from blnet.commands.device import add_device_flag, device_of
 from blnet.files import make_folder
 from blnet.speech.alignment import FrameLabels, align, expand, fill_blanks
 from blnet.speech.config import DataConfig
@@ -23,8 +25,6 @@ from blnet.speech.inference import Trained, configuration, load_trained
 from blnet.speech.measurement import check_corrupt, say, usable
 from blnet.speech.recordings import Recordings
 from blnet.speech.tasks import make_target
-from blnet.training.answers import shown
-from blnet.training.devices import add_device_flag, device_of
 
 PROG = "blnet align"
 SILENCE = 0.3  # seconds; longer stretches without a character keep some silence

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from blnet.checks import flag_of, positive
 from blnet.speech.config import DataConfig, DataName
 from blnet.speech.inference import Trained
-from blnet.training.networks import check_moved, is_foreign
+from blnet.trained import check_moved, is_foreign
 
 _FIELDS = ("path", "eval_path", "download", "limit", "holdout_speaker", "words", "subset",
            "max_seconds", "longer")  # fmt: skip

@@ -15,6 +15,16 @@ from rich import box
 from rich.table import Table
 
 from blnet.checks import positive
+from blnet.commands.answers import shown
+from blnet.commands.confusion import (
+    CONFUSION,
+    PER_CLASS,
+    PICTURE,
+    draw_confusion,
+    write_confusion,
+    write_per_class,
+)
+from blnet.commands.device import add_device_flag, device_of
 from blnet.environment import collect, command_line
 from blnet.files import make_folder, written_aside
 from blnet.profiling import Profile
@@ -25,16 +35,6 @@ from blnet.speech.inference import Trained, configuration, load_trained
 from blnet.speech.measurement import Line, Measurement, measure
 from blnet.speech.tasks import make_target, make_task
 from blnet.speech.transcribe import add_decoder_flags, check_no_decoder, decoder_of
-from blnet.training.answers import shown
-from blnet.training.confusion import (
-    CONFUSION,
-    PER_CLASS,
-    PICTURE,
-    draw_confusion,
-    write_confusion,
-    write_per_class,
-)
-from blnet.training.devices import add_device_flag, device_of
 from blnet.training.display import plain_console
 
 RESULTS, TRANSCRIPTS = "results.json", "transcripts.csv"

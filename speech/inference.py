@@ -22,7 +22,7 @@ from blnet.speech.features import LogMel
 from blnet.speech.network import SpeechNet
 from blnet.speech.task import describe
 from blnet.speech.text import Alphabet
-from blnet.training.networks import load_network, trained_task
+from blnet.trained import load_network, trained_task
 
 TASK = "speech"
 _MAKES_ONE = "'blnet train speech' makes one"

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from blnet.commands.confusion import Counts, wilson
 from blnet.speech.decode import Decoder, error_rates
 from blnet.speech.inference import Trained
 from blnet.speech.recordings import Recordings, Utterance
 from blnet.speech.task import SpeechTask
 from blnet.speech.task_spelling import SpellingTask
-from blnet.training.confusion import Counts, wilson
 from blnet.training.corrupt import MOST
 from blnet.training.loading import CorruptSample
 from blnet.training.task import to_device

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from blnet.checks import positive
+from blnet.commands.answers import shown
 from blnet.speech.config import DataConfig
 from blnet.speech.data import load_data
 from blnet.speech.data_flags import add_data_flags, data_settings, given_words
@@ -18,7 +19,6 @@ from blnet.speech.inference import Trained, load_trained
 from blnet.speech.measurement import say
 from blnet.speech.ngram_counts import count_ngrams
 from blnet.speech.text import Alphabet, named
-from blnet.training.answers import shown
 
 PROG = "blnet ngrams"
 ORDER = 3

@@ -8,10 +8,10 @@ from itertools import islice
 
 from torch import Tensor
 
+from blnet.commands.answers import TOP, Answer, Kind, Prediction, most_probable, shown
+from blnet.commands.device import device_of
 from blnet.speech.audio import AUDIO_ENDINGS, AudioError, audio_seconds, read_audio
 from blnet.speech.inference import Trained, load_trained
-from blnet.training.answers import TOP, Answer, Kind, Prediction, most_probable, shown
-from blnet.training.devices import device_of
 
 PROG = "blnet predict speech"
 RECORDINGS = Kind(PROG, "recording", "recordings", AUDIO_ENDINGS,

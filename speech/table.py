@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from blnet.checks import positive
+from blnet.commands.tables import add_flags, as_csv, put
 from blnet.profiling import profile
 from blnet.speech.models import bl_resnet22, resnet22
-from blnet.tables import add_flags, as_csv, put
 
 BINS, CHANNELS, FRAMES = 64, 3, 100
 SOURCE = (

@@ -24,8 +24,8 @@ from blnet.speech.masking import reduced
 from blnet.speech.network import SpeechNet
 from blnet.speech.recordings import Recordings, Utterance
 from blnet.speech.text import Alphabet
+from blnet.trained import load_network
 from blnet.training.loading import CorruptSample
-from blnet.training.networks import load_network
 from blnet.training.task import Batch, Task
 
 # Words and letters last longer than frame labels, which are as dense as the features.

@@ -18,6 +18,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from blnet.checks import finite, positive
+from blnet.commands.answers import shown
+from blnet.commands.device import add_device_flag, device_of
 from blnet.files import written_aside
 from blnet.speech.audio import AudioError, audio_seconds, stream_audio
 from blnet.speech.decode import Decoder, DecoderName, make_decoder
@@ -26,8 +28,6 @@ from blnet.speech.inference import Trained, load_trained
 from blnet.speech.predict import RECORDINGS as _RECORDINGS
 from blnet.speech.text import BLANK
 from blnet.speech.windows import WordStream, plan, windows
-from blnet.training.answers import shown
-from blnet.training.devices import add_device_flag, device_of
 
 PROG = "blnet transcribe"
 RECORDINGS = dataclasses.replace(_RECORDINGS, prog=PROG)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from helpers.processes import environment, free_port
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,7 +64,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[P
 def saved(tmp_path: Path) -> Callable[..., Path]:
     """Save networks for the digits: saved("name", model, **header changes) -> path."""
     import blnet
-    from blnet.vision.testing import header, network
+    from helpers.digits import header, network
 
     def save(name: str = "net", model: torch.nn.Module | None = None, **changes: Any) -> Path:
         path = tmp_path / f"{name}.safetensors"
@@ -100,11 +101,14 @@ def forkserver() -> Any:
     """Give processes that begin with the training loop imported and nothing computed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["blnet.training.testing", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+        ["helpers.blobs", "matplotlib.figure", "matplotlib.backends.backend_agg"]
     )
-    first = context.Process(target=time.sleep, args=(0,))  # waits for the imports
-    first.start()
-    first.join()
+    with pytest.MonkeyPatch.context() as patch:
+        # The server looks for what it imports on a path of its own, unlike the processes it starts.
+        patch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+        first = context.Process(target=time.sleep, args=(0,))  # waits for the imports
+        first.start()
+        first.join()
     return context
 
 
@@ -129,12 +133,10 @@ def launch(forkserver: Any) -> Iterator[Callable[..., Any]]:
 @pytest.fixture
 def launch_together(launch: Callable[..., Any]) -> Callable[..., list[Any]]:
     """Give a function that trains the small task in several processes, and returns those."""
-    from blnet.training.testing import train_together
+    from helpers.blobs import train_together
 
     def start(folder: Path, devices: int = 2, **changes: Any) -> list[Any]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         return [
             launch(train_together, rank, devices, port, str(folder), **changes)
             for rank in range(devices)

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from blnet.bench import report, testing
+from blnet.bench import report
 from blnet.bench.report import figures, layers, plots, series
 from blnet.bench.report.cells import FEW_ROUNDS, share_text
 from blnet.bench.report.page import html_page
 from blnet.bench.results import LEASHED, Layer, Measurement, Results
 from blnet.bench.summary import model_rows
-from blnet.bench.testing import BIG_LITTLE as BL
+from helpers import results as made_up
+from helpers.results import BIG_LITTLE as BL
 
 ROUNDS = 5
 PASSED = "the rates measured in this run are a lower estimate"
@@ -27,16 +28,16 @@ def model(family: str, rung: str, seconds: float | None, **more: Any) -> Measure
     """A rung at batch 8; without seconds it failed."""
     status = "error" if seconds is None else "ok"
     samples = [] if seconds is None else [seconds] * ROUNDS
-    return testing.model(family, 8, rung, samples, **{"status": status, **more})
+    return made_up.model(family, 8, rung, samples, **{"status": status, **more})
 
 
 def merge(name: str, seconds: float, baseline: bool) -> Measurement:
-    return testing.merge(name, [seconds] * ROUNDS, baseline)
+    return made_up.merge(name, [seconds] * ROUNDS, baseline)
 
 
 @pytest.fixture
 def results() -> Results:
-    return testing.report_of(
+    return made_up.report_of(
         [
             model("resnet50", "eager", 0.4),
             model("resnet50", "folded", 0.3),
@@ -257,7 +258,7 @@ def test_the_precision_of_an_op_is_its_own(results: Results) -> None:
 
 def test_a_batch_at_which_the_plain_network_has_no_time_is_told(results: Results) -> None:
     for family, seconds in (("resnet50", 0.1), (BL, 0.05)):
-        results.measurements.append(testing.model(family, 1, "eager", [seconds] * ROUNDS))
+        results.measurements.append(made_up.model(family, 1, "eager", [seconds] * ROUNDS))
     told = "Speed-ups are over the fastest rung of resnet50: eager at batch 1 and {} at batch 8"
     assert all(told.format("folded") in text for text in said_of(results))
     for m in results.measurements[:2]:

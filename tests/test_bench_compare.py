@@ -14,8 +14,8 @@ from blnet.bench.compare import ALPHA, compare, is_control
 from blnet.bench.intervals import median_ratio
 from blnet.bench.report.comparison import comparison_markdown
 from blnet.bench.results import Measurement, read_json, write_json
-from blnet.bench.testing import Array, drawn, run_of, steady
 from blnet.cli import main
+from helpers.results import Array, drawn, run_of, steady
 
 # ---------------------------------------------------------------------------- how often it errs
 

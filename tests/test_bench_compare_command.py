@@ -13,8 +13,8 @@ import pytest
 from blnet.bench.compare import Comparison, compare
 from blnet.bench.report.comparison import FEW, comparison_markdown, shown
 from blnet.bench.results import write_json
-from blnet.bench.testing import run_of, steady
 from blnet.cli import main
+from helpers.results import run_of, steady
 
 STUDY = {
     "network": "resnet18", "baseline": "resnet18", "alpha": None, "beta": None, "seed": 0,

@@ -15,8 +15,8 @@ from blnet.bench.accuracy import STUDIES
 from blnet.bench.results import Check, Results, read_json, write_json, write_text
 from blnet.bench.settings import Settings, resolve
 from blnet.bench.summary import model_rows
-from blnet.bench.testing import BIG_LITTLE, PLAIN, merge, model, report_of
 from blnet.cli import main
+from helpers.results import BIG_LITTLE, PLAIN, merge, model, report_of
 
 ROOT = Path(__file__).resolve().parents[1]
 

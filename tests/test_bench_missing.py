@@ -9,7 +9,7 @@ import pytest
 from blnet.bench.compare import compare, is_control
 from blnet.bench.report.comparison import FEW, comparison_markdown, conclusion, shown_missing
 from blnet.bench.results import LATE, LEASHED, REPLAYS, Results
-from blnet.bench.testing import run_of, steady
+from helpers.results import run_of, steady
 
 
 def lose(results: Results, status: Any, note: str) -> Results:

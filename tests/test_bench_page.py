@@ -23,8 +23,8 @@ from blnet.bench.report.elements import script_json
 from blnet.bench.report.page import LIMIT, html_page
 from blnet.bench.results import Check, Layer, Network, Results, read_json, write_json
 from blnet.bench.summary import NETWORK_SUITES, model_rows, share_rows
-from blnet.bench.testing import BIG_LITTLE as BL
-from blnet.bench.testing import merge, model, report_of, spread
+from helpers.results import BIG_LITTLE as BL
+from helpers.results import merge, model, report_of, spread
 
 KEPT = Path(__file__).resolve().parents[1] / "bench" / "results"
 EVIL = "</script><img src=x onerror=alert(1)>\"'&{{style}}"

@@ -13,8 +13,8 @@ import pytest
 from blnet.bench import report
 from blnet.bench.report import page as page_module
 from blnet.bench.results import Results, read_json, write_json
-from blnet.bench.testing import BIG_LITTLE, PLAIN, merge, model, report_of, spread
 from blnet.cli import main
+from helpers.results import BIG_LITTLE, PLAIN, merge, model, report_of, spread
 
 KEPT = Path(__file__).resolve().parents[1] / "bench" / "results"
 

@@ -21,8 +21,8 @@ from blnet.bench.results import (
     Results,
 )
 from blnet.bench.summary import ModelRow, model_rows, op_rows, op_suites, share_rows
-from blnet.bench.testing import BIG_LITTLE as BL
-from blnet.bench.testing import merge, model, report_of
+from helpers.results import BIG_LITTLE as BL
+from helpers.results import merge, model, report_of
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from blnet.bench import roofline
+from blnet.bench.layers import BETWEEN
 from blnet.bench.results import Layer
 from blnet.bench.roofline import (
     cache_bytes,
@@ -70,6 +71,19 @@ def test_rates_are_measured_again_at_the_end(
     assert session.results.layers["models, batch 8"]["resnet18"][0].bound == 10**9 / best
     said = [note for note in session.results.notes if note.startswith("copy bandwidth was 40 GB/s")]
     assert len(said) == noted
+
+
+def test_what_lies_between_layers_has_no_bound_where_caches_are_unknown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU: adding and the like counts no bytes."""
+    monkeypatch.setattr(roofline, "_copies", lambda session: {"copy_bandwidth": 40e9})
+    monkeypatch.setattr(roofline, "cpu_matmul_rate", lambda clock, dtype: 1e12)
+    session = Session(Settings(device="cpu"))
+    measure_ceilings(session)
+    session.results.layers = {"models, batch 8": {"resnet18": [BETWEEN]}}
+    measure_ceilings_again(session)
+    assert session.results.layers == {"models, batch 8": {"resnet18": [BETWEEN]}}
 
 
 @pytest.mark.parametrize(("after", "noted"), [(1.05e12, False), (1.11e12, True), (0.8e12, True)])

@@ -21,7 +21,7 @@ from blnet.bench.suites import test_speech_models as speed_suite
 from blnet.bench.summary import model_rows
 from blnet.cli import main
 from blnet.speech import bl_resnet22
-from blnet.speech.testing import WORDS, keyword, write
+from helpers.tones import WORDS, keyword, write
 
 TWO = (
     speed_suite.SpeechSpec("resnet22", None, None, "resnet22"),

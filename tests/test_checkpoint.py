@@ -12,7 +12,7 @@ from torch import nn
 import blnet
 from blnet import checkpoint, files
 from blnet.network import BigLittleConfig, BigLittleNet
-from blnet.testing import assert_same_state, small
+from helpers.networks import assert_same_state, small
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from torch import nn
 import blnet
 from blnet import checkpoint
 from blnet.network import BigLittleConfig, BigLittleNet
-from blnet.testing import SMALL, assert_same_state, small
+from helpers.networks import SMALL, assert_same_state, small
 
 
 @pytest.fixture

@@ -173,7 +173,7 @@ def loaded_weights(
         found.update(model.state_dict())
         raise ValueError("seen")
 
-    monkeypatch.setattr("blnet.conversion.command.convert", convert)
+    monkeypatch.setattr("blnet.commands.convert.convert", convert)
     words = ["convert", "torchvision:resnet18", "--inherit-weights", "--weights", str(path)]
     assert main(words) == 2
     return found

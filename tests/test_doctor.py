@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from blnet import doctor
 from blnet.cli import main
+from blnet.commands import doctor
 
 
 def test_it_says_what_works_and_what_to_do(capsys) -> None:

@@ -15,8 +15,13 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 
-def pooled(path: Path, size: tuple[int, ...]) -> onnxruntime.InferenceSession:
-    network = nn.Sequential(nn.AdaptiveAvgPool2d(size), nn.Flatten())
+AVERAGES, MAXIMA = nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d
+
+
+def pooled(
+    path: Path, size: tuple[int, ...], pool: type[nn.Module] = AVERAGES
+) -> onnxruntime.InferenceSession:
+    network = nn.Sequential(pool(size), nn.Flatten())
     done = blnet.export(network, path, example_input=torch.empty(1, 3, 12, 15))
     assert done.dynamic
     assert not done.least
@@ -24,12 +29,15 @@ def pooled(path: Path, size: tuple[int, ...]) -> onnxruntime.InferenceSession:
 
 
 # The example's sizes are multiples of the first two, which PyTorch's own translation keeps to.
-@pytest.mark.parametrize("size", [(6, 5), (12, 1), (7, 4), (1, 3), (20, 30)])
-def test_windows_are_those_of_any_size(tmp_path: Path, size: tuple[int, int]) -> None:
-    session = pooled(tmp_path / "n.onnx", size)
+@pytest.mark.parametrize("size", [(6, 5), (12, 1), (7, 4), (1, 3), (20, 30), (1, 1)])
+@pytest.mark.parametrize("pool", [AVERAGES, MAXIMA])
+def test_windows_are_those_of_any_size(
+    tmp_path: Path, pool: type[nn.Module], size: tuple[int, int]
+) -> None:
+    session = pooled(tmp_path / "n.onnx", size, pool)
     for height, width in ((12, 15), (13, 14), (1, 1), (3, 50), (97, 6), (24, 30)):
         x = torch.randn(2, 3, height, width)
-        wanted = nn.functional.adaptive_avg_pool2d(x, size).flatten(1)
+        wanted = pool(size)(x).flatten(1)
         (given,) = session.run(None, {"image": x.numpy()})
         torch.testing.assert_close(torch.from_numpy(given), wanted, rtol=1e-5, atol=1e-6)
 
@@ -41,3 +49,27 @@ def test_nan_stays_in_its_windows(tmp_path: Path) -> None:
     (given,) = session.run(None, {"image": x.numpy()})
     assert 0 < int(wanted.isfinite().sum()) < wanted.numel()
     torch.testing.assert_close(torch.from_numpy(given), wanted, equal_nan=True)
+
+
+def test_a_largest_value_may_be_below_zero(tmp_path: Path) -> None:
+    session, x = pooled(tmp_path / "n.onnx", (6, 4), MAXIMA), -1 - torch.rand(1, 3, 7, 9)
+    (given,) = session.run(None, {"image": x.numpy()})
+    assert torch.equal(torch.from_numpy(given), MAXIMA((6, 4))(x).flatten(1))
+
+
+@pytest.mark.parametrize("size", [(6, 5), (1, 1)])
+def test_largest_values_at_one_size(tmp_path: Path, size: tuple[int, int]) -> None:
+    network = nn.Sequential(MAXIMA(size), nn.Flatten())
+    x = torch.randn(1, 3, 13, 15)
+    assert not blnet.export(network, tmp_path / "n.onnx", example_input=x, dynamic=False).dynamic
+    (given,) = onnxruntime.InferenceSession(tmp_path / "n.onnx").run(None, {"image": x.numpy()})
+    assert torch.equal(torch.from_numpy(given), network(x))
+
+
+def test_where_the_largest_lie_is_not_translated(tmp_path: Path) -> None:
+    class Places(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.adaptive_max_pool2d(x, 2, return_indices=True)[1]
+
+    with pytest.raises(ValueError, match="largest values lie"):
+        blnet.export(Places(), tmp_path / "n.onnx", example_input=torch.rand(1, 3, 8, 8))

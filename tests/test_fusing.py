@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import blnet
 from blnet.fusing import Fused
-from blnet.testing import Block, holds, place_of
 from blnet.vision import bl_resnet18, bl_resnet50
+from helpers.blocks import Block, holds, place_of
 
 KERNELS_DOC = Path(__file__).parents[1] / "docs" / "kernels.md"
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import blnet
 from blnet.fusing import Fused
-from blnet.testing import Block, holds, place_of
+from helpers.blocks import Block, holds, place_of
 
 # Code that a graph cannot stand for ---------------------------------------------------------------
 

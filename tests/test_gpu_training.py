@@ -16,8 +16,8 @@ from blnet.training.progress import Sums
 from blnet.training.run import run
 from blnet.training.stopping import Interrupted
 from blnet.training.task import Batch
-from blnet.training.testing import TinyTask, tiny_config
 from blnet.vision.preprocessing import IMAGENET
+from helpers.blobs import TinyTask, tiny_config
 
 if not torch.cuda.is_available():
     pytest.skip("PyTorch sees no CUDA or ROCm device here", allow_module_level=True)

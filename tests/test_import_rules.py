@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import sys
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ FOLDERS = {
 PARTS = ("blnet.kernels", "blnet.vision", "blnet.speech", "blnet.bench")
 
 
+@cache
 def imported_modules(path: Path) -> set[str]:
     """Every module a file imports, at its top or inside a function."""
     found = set()
@@ -60,6 +63,48 @@ def test_folder_imports_only_what_it_may(folder: str) -> None:
         assert owners <= allowed, f"{path.relative_to(ROOT)} imports {owners - allowed}"
 
 
+def package_of(module: str) -> str:
+    """The package below blnet that a module is in; a file of blnet/ stands for itself."""
+    return ".".join(module.split(".")[:2])
+
+
+def package_imports() -> dict[str, set[str]]:
+    """Package -> those that it imports, in functions as well; without what knows all of them."""
+    found: dict[str, set[str]] = {}
+    for folder, (root, _) in FOLDERS.items():
+        for path in source_files(folder):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            name = package_of(".".join([root, *(part for part in parts if part != "__init__")]))
+            if name not in ("blnet", "blnet.cli"):
+                found.setdefault(name, set()).update(map(package_of, imported_modules(path)))
+    return {name: (others & found.keys()) - {name} for name, others in found.items()}
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    imports = package_imports()
+    assert "blnet.conversion" in imports["blnet.checkpoint"]  # imported in a function
+    TopologicalSorter(imports).prepare()  # a CycleError names the circle
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported"),
+    [
+        ("blnet.conversion", "blnet.checkpoint"),
+        ("blnet.exporting", "blnet.commands"),
+        ("blnet.exporting", "blnet.optimizing"),
+        ("blnet.optimizing", "blnet.training"),
+        ("blnet.trained", "blnet.training"),
+        ("blnet.training", "blnet.commands"),
+        ("blnet.kernels", "blnet.expand_merge"),
+    ],
+)
+def test_a_circle_of_imports_is_seen(importer: str, imported: str) -> None:
+    imports = package_imports()
+    imports[importer].add(imported)
+    with pytest.raises(CycleError, match=rf"'{importer}'.*'{imported}'|'{imported}'.*'{importer}'"):
+        TopologicalSorter(imports).prepare()
+
+
 def test_kernels_import_torch_and_triton_only() -> None:
     allowed = {"torch", "triton", "blnet", *sys.stdlib_module_names}
     for path in source_files("kernels"):
@@ -72,7 +117,8 @@ def test_kernels_import_torch_and_triton_only() -> None:
 def test_nobody_imports_the_tests() -> None:
     for folder in FOLDERS:
         for path in source_files(folder):
-            assert not any(m.split(".")[0] == "tests" for m in imported_modules(path)), path
+            roots = {module.split(".")[0] for module in imported_modules(path)}
+            assert not roots & {"tests", "helpers"}, path
 
 
 def test_the_command_line_imports_lazily() -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 import blnet
 from blnet.cli import main
-from blnet.training.networks import load_network
+from blnet.trained import load_network
 
 MODULE = """
 import torchvision

@@ -4,17 +4,12 @@ import sys
 import types
 
 import pytest
-import torch
 import torchvision
 from torch import nn
 
 import blnet.vision.models
 from blnet import registry
-
-
-def build_on_meta(name, **options):
-    with torch.device("meta"):
-        return registry.build(name, **options)
+from helpers.networks import on_meta
 
 
 def fails(error=None):
@@ -58,11 +53,11 @@ def test_names_split_into_big_little_and_plain():
 
 
 def test_options_reach_the_network():
-    model = build_on_meta("bl_resnet18", alpha=4, beta=2, num_classes=7, in_channels=1)
+    model = on_meta("bl_resnet18", alpha=4, beta=2, num_classes=7, in_channels=1)
     assert (model.config.alpha, model.config.beta) == (4, 2)
     assert model.fc.out_features == 7
     assert model.stem.conv1.in_channels == 1
-    assert type(build_on_meta("resnet18", num_classes=7)) is torchvision.models.ResNet
+    assert type(on_meta("resnet18", num_classes=7)) is torchvision.models.ResNet
 
 
 @pytest.mark.parametrize(
@@ -106,14 +101,14 @@ def test_name_is_registered_once(empty_slot):
 
 
 def test_torchvision():
-    model = build_on_meta("torchvision:resnet18", num_classes=7)
+    model = on_meta("torchvision:resnet18", num_classes=7)
     assert type(model) is torchvision.models.ResNet
     assert model.fc.out_features == 7
 
 
 def test_timm():
     timm = pytest.importorskip("timm")
-    model = build_on_meta("timm:resnet50d", num_classes=7)
+    model = on_meta("timm:resnet50d", num_classes=7)
     assert type(model) is timm.models.ResNet
     assert model.num_classes == 7
 

@@ -12,13 +12,14 @@ import torch
 
 from blnet.cli import main
 from blnet.speech import align
-from blnet.speech import testing as tones
 from blnet.speech.alignment import FrameLabels
 from blnet.speech.audio import read_audio
 from blnet.speech.features import LogMel
 from blnet.speech.recordings import Utterance
 from blnet.speech.task_frame import Labelling
 from blnet.speech.train import COMMAND
+from helpers import tones
+from helpers.recordings import bad_recordings
 
 COUNT = 12
 FEATURES = LogMel(tones.FEATURES, tones.RATE)
@@ -144,7 +145,7 @@ def test_what_does_not_fit_is_counted(net, tmp_path, capsys):
     assert str(short) not in labels
     # Where they are many, nothing is written, and what was there stays.
     before = (tmp_path / "labels" / "labels.safetensors").read_bytes()
-    *bad, _ = tones.bad_recordings(tmp_path)
+    *bad, _ = bad_recordings(tmp_path)
     (tmp_path / "list.tsv").write_text(text + "".join(f"{file}\tab\t\t\n" for file in bad))
     line = refused(capsys, *flags)
     assert line.startswith("9 of the 208 recordings cannot be used, more than 1%")

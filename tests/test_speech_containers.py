@@ -12,7 +12,7 @@ import soundfile
 
 from blnet.speech import audio
 from blnet.speech.audio import AudioError, audio_seconds, read_audio, stream_audio
-from blnet.speech.testing import without_length
+from helpers.recordings import without_length
 
 RATE = 16000
 TONE = (0.5 * np.sin(2 * np.pi * 440 * np.arange(10 * RATE) / RATE)).astype(np.float32)

@@ -11,7 +11,7 @@ import torch
 
 from blnet.speech.config import DataConfig
 from blnet.speech.data import load_data
-from blnet.speech.testing import recorded, zipped
+from helpers.recordings import recorded, zipped
 
 
 def length(one):

@@ -5,10 +5,10 @@ import dataclasses
 
 import pytest
 
-from blnet.speech import testing as tones
 from blnet.speech.config import DataConfig
 from blnet.speech.data_flags import add_data_flags, data_settings
 from blnet.speech.inference import load_trained
+from helpers import tones
 
 
 @pytest.fixture(scope="module")

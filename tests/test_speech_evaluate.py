@@ -14,11 +14,12 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from blnet.cli import main
-from blnet.speech import testing as tones
 from blnet.speech.audio import read_audio
 from blnet.speech.decode import Decoder, Hypothesis, Token, make_decoder
 from blnet.speech.evaluate import configure, evaluate
 from blnet.speech.inference import load_trained
+from helpers import tones
+from helpers.recordings import bad_recordings, odd_recordings
 
 COUNT = 17
 
@@ -277,7 +278,7 @@ def manifest(folder, files, text):
 def test_recordings_of_every_kind_say_the_same(nets, tmp_path):
     short = (np.zeros(1), np.zeros(tones.RATE))
     little = [tones.write(tmp_path / f"{n}.wav", one) for n, one in enumerate(short)]
-    files = tones.odd_recordings(tmp_path, tones.spoken("abc ba"))
+    files = odd_recordings(tmp_path, tones.spoken("abc ba"))
     found = measured(nets["ctc"], *on(manifest(tmp_path, [*files, *little], "b")))
     said = {line.name: line.hypothesis for line in found.measured.lines}
     assert [said[str(file)] for file in files] == ["abc ba"] * len(files)
@@ -299,7 +300,7 @@ def test_names_that_are_not_utf_8_are_written_as_far_as_they_go(nets, tmp_path):
 @pytest.mark.parametrize("place", range(8))
 def test_a_recording_in_a_hundred_may_be_spoilt(nets, tmp_path, capsys, place):
     good = tones.write(tmp_path / "good.wav", tones.spoken("ab"))
-    bad, said = list(tones.bad_recordings(tmp_path).items())[place]
+    bad, said = list(bad_recordings(tmp_path).items())[place]
     files = random.Random(place).sample([good] * 99 + [bad], 100)
     out = tmp_path / "out"
     assert run(nets["ctc"], *on(manifest(tmp_path, files, "ab")), "--output", out) == 0
@@ -319,7 +320,7 @@ def test_a_recording_in_a_hundred_may_be_spoilt(nets, tmp_path, capsys, place):
 
 
 def test_nothing_that_can_be_used(nets, tmp_path, capsys):
-    *bad, missing = tones.bad_recordings(tmp_path)
+    *bad, missing = bad_recordings(tmp_path)
     out = tmp_path / "out"
     line = refused(capsys, nets["ctc"], *on(manifest(tmp_path, bad, "ab")), "--output", out)
     assert line.startswith("8 of the 8 recordings cannot be used, more than 1%, ")

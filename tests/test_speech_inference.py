@@ -13,10 +13,10 @@ import blnet
 from blnet import registry
 from blnet.cli import main
 from blnet.network import BigLittleConfig, BigLittleNet
-from blnet.speech import testing as tones
 from blnet.speech.config import DataConfig, FeatureConfig
 from blnet.speech.features import LogMel
 from blnet.speech.inference import configuration, load_trained
+from helpers import tones
 
 COMMANDS = {
     "predict": ("predict", "speech", "{file}", "--checkpoint", "{net}"),

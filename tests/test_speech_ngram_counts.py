@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blnet.cli import main
-from blnet.speech import testing as tones
 from blnet.speech.ngram_counts import count_ngrams
 from blnet.speech.ngrams import END, START, UNKNOWN, LanguageModel
+from helpers import tones
 
 TEXTS = ("a b", "a a b", "", "b")
 

@@ -13,11 +13,12 @@ import torch
 
 from blnet.cli import main
 from blnet.speech import predict as predicting
-from blnet.speech import testing as tones
 from blnet.speech.audio import read_audio
 from blnet.speech.features import LogMel
 from blnet.speech.inference import load_trained
 from blnet.speech.predict import predict
+from helpers import tones
+from helpers.recordings import bad_recordings, odd_recordings
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_members_of_archives(net, folder, capsys):
 
 
 def test_recordings_of_every_kind_say_the_same(net, tmp_path, capsys):
-    files = tones.odd_recordings(tmp_path, tones.keyword("middle"))
+    files = odd_recordings(tmp_path, tones.keyword("middle"))
     assert run(net, *files, "--format", "json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["predictions"][0]["label"] for row in rows] == ["middle"] * len(files)
@@ -170,7 +171,7 @@ def test_real_recordings_of_an_archive(net, capsys, shared):
 
 
 def test_what_cannot_be_read_is_named(net, folder, tmp_path, capsys):
-    bad = tones.bad_recordings(tmp_path)
+    bad = bad_recordings(tmp_path)
     assert run(net, *bad, folder / "c.wav", "--format", "json") == 1
     found = capsys.readouterr()
     assert [row["file"] for row in json.loads(found.out)] == [str(folder / "c.wav")]
@@ -216,7 +217,7 @@ def test_a_folder_without_recordings_is_named(net, folder, tmp_path, capsys):
 def test_the_output_is_whole_or_untouched(net, folder, tmp_path, capsys):
     out = tmp_path / "out.csv"
     out.write_text("before")
-    (bad, *_) = tones.bad_recordings(tmp_path)
+    (bad, *_) = bad_recordings(tmp_path)
     refused(capsys, net, bad, "--output", out)
     assert out.read_text() == "before"
     assert run(net, folder, bad, "--output", out, "--format", "csv") == 1

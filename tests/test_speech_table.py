@@ -185,7 +185,7 @@ def test_without_speech_it_is_the_table_of_images(capsys: pytest.CaptureFixture[
     [
         (("--format", "xml"), "invalid choice: 'xml'"),
         (("--frames", "0"), "--frames"),
-        (("--time-reduction", "3"), "invalid choice: 3"),
+        (("--time-reduction", "3"), "(choose from 1, 2, 4)"),
         (("--output", "no/such/folder/table.txt"), "does not exist; create it first"),
         (("--output", "/"), "is a folder; give the name of a file to write"),
     ],

@@ -24,9 +24,9 @@ from blnet.speech.task import SpeechTask
 from blnet.speech.task_frame import FrameTask
 from blnet.speech.task_spelling import mean_inside
 from blnet.speech.tasks import TASKS, make_target, make_task
-from blnet.speech.testing_runs import FEATURES, MODEL, TEXTS, write_labelled
-from blnet.speech.testing_runs import labelled_config as config
 from blnet.training.task import Batch
+from helpers.tone_runs import FEATURES, MODEL, TEXTS, write_labelled
+from helpers.tone_runs import labelled_config as config
 
 NAMES: tuple[TaskName, ...] = ("keyword", "ctc", "frame")
 

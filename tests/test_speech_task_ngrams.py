@@ -11,8 +11,8 @@ import torch
 from blnet.speech.config import DataConfig, FeatureConfig, ModelConfig, SpeechConfig, TaskName
 from blnet.speech.task_spelling import SpellingTask
 from blnet.speech.tasks import make_task
-from blnet.speech.testing import RATE
-from blnet.speech.testing_runs import write_corpus
+from helpers.tone_runs import write_corpus
+from helpers.tones import RATE
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ from blnet.speech.features import LogMel
 from blnet.speech.recordings import Utterance
 from blnet.speech.task_ctc import Spelling
 from blnet.speech.tasks import make_task
-from blnet.speech.testing_runs import AB, MODEL, write_labelled
-from blnet.speech.testing_runs import labelled_config as config
 from blnet.speech.text import Alphabet, required_frames
 from blnet.training.loading import CorruptSample
+from helpers.tone_runs import AB, MODEL, write_labelled
+from helpers.tone_runs import labelled_config as config
 
 
 @pytest.fixture(scope="module")

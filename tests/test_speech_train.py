@@ -7,7 +7,6 @@ import functools
 import json
 import random
 import shutil
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,13 +25,14 @@ from blnet.speech.features import LogMel
 from blnet.speech.inference import load_trained
 from blnet.speech.network import SpeechNet
 from blnet.speech.tasks import make_task
-from blnet.speech.testing_runs import tiny_flags, train, train_together, write_corpus
 from blnet.speech.text import Alphabet
 from blnet.speech.train import COMMAND
-from blnet.training.checkpoints import EMA, MODEL, TRAINING, CheckpointFolder
+from blnet.trained import EMA, MODEL, load_network
+from blnet.training.checkpoints import TRAINING, CheckpointFolder
 from blnet.training.config import DistillationConfig
 from blnet.training.journal import read_rows
-from blnet.training.networks import load_network
+from helpers.processes import free_port
+from helpers.tone_runs import tiny_flags, train, train_together, write_corpus
 
 KILLS = 6
 AB = Alphabet("ab")
@@ -349,9 +349,7 @@ def test_two_processes_have_the_curve_of_one_that_accumulates(
     settings = ["--epochs=2", "--log-steps=1", "--schedule.warmup-epochs=0"]
     one, two = tmp_path / "one", tmp_path / "two"
     words = flags(corpus("ctc"), "ctc", *settings)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = [
         launch(train_together, rank, 2, port, [*words, f"--output={two}"]) for rank in range(2)
     ]

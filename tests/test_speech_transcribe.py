@@ -17,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blnet.cli import main
-from blnet.speech import testing as tones
 from blnet.speech import transcribe as transcribing
 from blnet.speech.audio import AudioError
 from blnet.speech.decode import make_decoder
 from blnet.speech.inference import load_trained
 from blnet.speech.transcribe import SearchStream, transcribe
+from helpers import tones
+from helpers.recordings import bad_recordings, odd_recordings
 
 TEXT = tones.random_text(7, 60)  # 40 seconds
 FRAME = 0.011  # seconds
@@ -354,7 +355,7 @@ def test_flags_that_make_no_sense(net, talk, capsys, flags, said):
 
 
 def test_recordings_of_every_kind_say_the_same(net, tmp_path, capsys):
-    files = tones.odd_recordings(tmp_path, tones.spoken("abc ba"))
+    files = odd_recordings(tmp_path, tones.spoken("abc ba"))
     assert run(net, *files) == 0
     assert capsys.readouterr().out == "".join(f"{file}: abc ba\n" for file in files)
 
@@ -372,7 +373,7 @@ def test_silence_and_a_single_sample(net, tmp_path, capsys, count, decoder, most
 
 def test_what_cannot_be_read_is_named(net, tmp_path, capsys):
     good = tones.write(tmp_path / "good.wav", tones.spoken("ab"))
-    bad = tones.bad_recordings(tmp_path)
+    bad = bad_recordings(tmp_path)
     assert run(net, *bad, good) == 1
     found = capsys.readouterr()
     assert found.out == f"{good}: ab\n"
@@ -397,7 +398,7 @@ def test_a_file_that_breaks_off_in_the_middle_gives_no_text(net, tmp_path, capsy
 def test_the_output_is_whole_or_untouched(net, talk, tmp_path, capsys):
     out = tmp_path / "out.json"
     out.write_text("before")
-    (bad, *_) = tones.bad_recordings(tmp_path)
+    (bad, *_) = bad_recordings(tmp_path)
     refused(capsys, net, bad, "--output", out)
     assert out.read_text() == "before"
     assert run(net, talk, bad, "--output", out, "--format", "json") == 1

@@ -11,7 +11,7 @@ import torch
 from blnet.training.config import TrainingConfig
 from blnet.training.devices import let_cudnn_search, make_accelerator
 from blnet.training.run import run
-from blnet.training.testing import TinyTask, tiny_config
+from helpers.blobs import TinyTask, tiny_config
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from blnet.training.checkpoints import MODEL, TRAINING, CheckpointFolder
+from blnet.trained import MODEL
+from blnet.training.checkpoints import TRAINING, CheckpointFolder
 from blnet.training.config import OptimizerConfig, ScheduleConfig
 from blnet.training.journal import read_rows
-from blnet.training.testing import train_tiny, train_together, weights
+from helpers.blobs import train_tiny, train_together, weights
+from helpers.processes import environment, free_port
 
 SECONDS = 60  # after which a process hangs
 Start = Callable[..., list[Any]]
@@ -196,8 +198,9 @@ def test_processes_that_find_different_checkpoints_say_so(
 ) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     train_tiny(str(here), accumulate=2, epochs=1)
+    port = free_port()
     processes = [
-        launch(train_together, rank, 2, 29_000 + os.getpid() % 1000, str(folder), epochs=2)
+        launch(train_together, rank, 2, port, str(folder), epochs=2)
         for rank, folder in enumerate((here, there))
     ]
     assert finish(processes) == [2, 2]
@@ -208,7 +211,7 @@ def test_processes_that_find_different_checkpoints_say_so(
 SCRIPT = """
 import sys
 from blnet.training.config import ScheduleConfig
-from blnet.training.testing import report_tiny
+from helpers.blobs import report_tiny
 report_tiny(sys.argv[1], epochs=100_000, log_steps=1, schedule=ScheduleConfig("constant"))
 """
 LAUNCHERS = {
@@ -224,12 +227,11 @@ LAUNCHERS = {
 def test_launchers_start_it_and_ctrl_c_stops_it(launcher: str, tmp_path: Path) -> None:
     script, folder = tmp_path / "script.py", tmp_path / "run"
     script.write_text(SCRIPT)
-    root = str(Path(__file__).parents[1])
     process = subprocess.Popen(
         [sys.executable, "-m", *LAUNCHERS[launcher], str(script), str(folder)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        env=environment(OMP_NUM_THREADS="1"),
         start_new_session=True,
     )
     try:

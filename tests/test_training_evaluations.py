@@ -14,7 +14,7 @@ from blnet.training.journal import plot, read_rows
 from blnet.training.reporting import Reporter
 from blnet.training.run import run
 from blnet.training.stopping import Interrupted
-from blnet.training.testing import TinyTask, check_same_weights, tiny_config
+from helpers.blobs import TinyTask, check_same_weights, tiny_config
 
 EPOCHS = 5
 KEPT: dict[str, Any] = {"keep": 9, "checkpoint_steps": 0}

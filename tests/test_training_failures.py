@@ -14,7 +14,7 @@ from blnet.training.journal import PLOT
 from blnet.training.run import report_stop, run
 from blnet.training.stopping import Interrupted
 from blnet.training.task import Batch
-from blnet.training.testing import TinyTask, check_same_weights, tiny_config, train_tiny
+from helpers.blobs import TinyTask, check_same_weights, tiny_config, train_tiny
 
 
 def test_a_batch_larger_than_the_data_says_so(tmp_path: Path) -> None:

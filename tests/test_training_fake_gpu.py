@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blnet.speech.config import AugmentConfig, TaskName
 from blnet.speech.tasks import make_task
-from blnet.speech.testing_runs import FEATURES, labelled_config, write_labelled
 from blnet.training.task import Batch, Task
 from blnet.vision.config import DataConfig, ModelConfig, VisionConfig
 from blnet.vision.task import ImageTask
+from helpers.tone_runs import FEATURES, labelled_config, write_labelled
 
 GPU = torch.device("cuda", 0)
 VARIED = AugmentConfig(noise=0.5, gain=3.0, freq_masks=2, time_masks=2)

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from blnet.training.checkpoints import BEST, CheckpointFolder, Saved
+from blnet.trained import BEST
+from blnet.training.checkpoints import CheckpointFolder, Saved
 from blnet.training.config import OptimizerConfig
 from blnet.training.journal import METRICS, read_rows
 from blnet.training.run import default_folder
-from blnet.training.testing import report_tiny, train_tiny, weights
+from helpers.blobs import report_tiny, train_tiny, weights
 
 Launch = Callable[..., Any]
 

@@ -27,7 +27,8 @@ from blnet.training.loading import (
     mixed_seed,
     shuffled_batches,
 )
-from blnet.training.testing import TinyData, TinyStream
+from helpers.blobs import TinyData, TinyStream
+from helpers.processes import environment
 
 
 def collate(samples: list[Any]) -> dict[str, Any]:
@@ -348,7 +349,7 @@ def test_a_loader_that_nobody_closes_ends_with_the_process(tmp_path: Path) -> No
     script = tmp_path / "script.py"
     script.write_text(
         "from blnet.training.loading import Loader\n"
-        "from blnet.training.testing import TinyData, TinyTask\n"
+        "from helpers.blobs import TinyData, TinyTask\n"
         "def begin():\n"
         "    loader = Loader(TinyData(40), TinyTask().collate, workers=2)\n"
         "    loader.me = loader  # for the garbage collector\n"
@@ -358,9 +359,8 @@ def test_a_loader_that_nobody_closes_ends_with_the_process(tmp_path: Path) -> No
         "batches = kept.batches([[0, 1]] * 9, 0, 0)\n"
         "next(batches)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, str(script)], timeout=60, capture_output=True, text=True, env=environment
+        [sys.executable, str(script)], timeout=60, capture_output=True, text=True, env=environment()
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

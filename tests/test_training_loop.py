@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from blnet.trained import BEST, EMA, MODEL
 from blnet.training import state as state_module
-from blnet.training.checkpoints import BEST, EMA, MODEL
 from blnet.training.config import (
     DistillationConfig,
     EmaConfig,
@@ -29,7 +29,7 @@ from blnet.training.optimization import make_schedule
 from blnet.training.run import run
 from blnet.training.state import INIT_SEED, STEP_SEED
 from blnet.training.task import Batch
-from blnet.training.testing import TinyTask, check_same_weights, tiny_config, train_tiny, weights
+from helpers.blobs import TinyTask, check_same_weights, tiny_config, train_tiny, weights
 
 # --- what it computes ---------------------------------------------------------------------------
 

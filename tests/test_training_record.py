@@ -18,7 +18,7 @@ from blnet.training.journal import METRICS, PLOT, RUN, read_rows
 from blnet.training.progress import RunProgress
 from blnet.training.run import describe, run
 from blnet.training.task import Batch
-from blnet.training.testing import TinyTask, tiny_config, train_tiny
+from helpers.blobs import TinyTask, tiny_config, train_tiny
 
 # --- the record ---------------------------------------------------------------------------------
 

@@ -16,11 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from blnet.trained import EMA, MODEL
 from blnet.training import loop
-from blnet.training.checkpoints import EMA, MODEL, TRAINING, CheckpointFolder
+from blnet.training.checkpoints import TRAINING, CheckpointFolder
 from blnet.training.config import EmaConfig, OptimizerConfig
 from blnet.training.journal import read_rows
-from blnet.training.testing import lead_group, report_eagerly, report_tiny, train_tiny
+from helpers.blobs import lead_group, report_eagerly, report_tiny, train_tiny
 
 KILLS = 20
 EPOCHS = 6

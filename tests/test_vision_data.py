@@ -18,7 +18,7 @@ from blnet.vision.config import AugmentConfig, DataConfig
 from blnet.vision.data import load_data
 from blnet.vision.preprocessing import IMAGENET
 from blnet.vision.sources import decode, read
-from blnet.vision.testing import archive_of, encoded, folder_of, red, small
+from helpers.pictures import archive_of, encoded, folder_of, red, small
 
 # Digits ----------------------------------------------------------------------------------------
 

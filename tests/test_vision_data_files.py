@@ -13,7 +13,7 @@ from blnet.vision.config import DataConfig
 from blnet.vision.data import class_names, load_data
 from blnet.vision.npz import Archive
 from blnet.vision.preprocessing import IMAGENET
-from blnet.vision.testing import archive_of, encoded, folder_of, red, small
+from helpers.pictures import archive_of, encoded, folder_of, red, small
 
 
 def numbers(dataset):

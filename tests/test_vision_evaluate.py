@@ -5,8 +5,6 @@ import csv
 import io
 import json
 import multiprocessing
-import os
-import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +18,7 @@ from torch import nn
 
 import blnet
 from blnet.cli import main
-from blnet.training.confusion import (
+from blnet.commands.confusion import (
     draw_confusion,
     wilson,
     write_confusion,
@@ -32,7 +30,9 @@ from blnet.vision.data import load_data
 from blnet.vision.evaluate import evaluation_data, measure
 from blnet.vision.inference import load_trained
 from blnet.vision.preprocessing import IMAGENET, Preprocessing
-from blnet.vision.testing import DIGITS, GREY, folder_of, header, network
+from helpers.digits import DIGITS, GREY, header, network
+from helpers.pictures import folder_of
+from helpers.processes import become, free_port
 
 
 def by_hand(model, data):
@@ -228,10 +228,7 @@ def test_several_networks_have_folders_of_their_own(saved, tmp_path):
 
 
 def one_process(rank, port, folder, words):
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
+    become(rank, 2, port)
     with (folder / f"{rank}.txt").open("w") as file, contextlib.redirect_stdout(file):
         status = run(*words)
     torch.distributed.destroy_process_group()
@@ -241,9 +238,7 @@ def one_process(rank, port, folder, words):
 def test_every_process_counts_its_share_and_the_first_one_reports(saved, tmp_path):
     path, out = saved(), tmp_path / "out"
     words = (path, "--device", "cpu", "--limit", "101", "--output", out)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     # Forked: a new process takes seconds to import PyTorch.
     context = multiprocessing.get_context("fork")
     processes = [

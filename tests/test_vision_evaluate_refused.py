@@ -7,10 +7,10 @@ from torch import nn
 from blnet import checkpoint
 from blnet.cli import main
 from blnet.network import BigLittleNet
-from blnet.training.checkpoints import BEST
+from blnet.trained import BEST
 from blnet.vision import evaluate, inference
 from blnet.vision.preprocessing import IMAGENET
-from blnet.vision.testing import DIGITS, network
+from helpers.digits import DIGITS, network
 
 
 def run(*words):

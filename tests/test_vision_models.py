@@ -19,6 +19,7 @@ from blnet.blocks import ResidualBlock
 from blnet.meta import run_on_meta
 from blnet.network import BigLittleNet
 from blnet.vision import models
+from helpers.networks import on_meta
 
 # Other tests may have registered the networks for speech.
 BUILDERS = [name for name in registry.names(big_little=True) if hasattr(blnet.vision, name)]
@@ -38,11 +39,6 @@ PAPER = {
     ("bl_seresnext50_32x4d", 2, 4): ("3.030", 28_767_120),
     ("bl_seresnext101_32x4d", 2, 4): ("4.08", 45_881_952),
 }
-
-
-def on_meta(name, **options):
-    with torch.device("meta"):
-        return registry.build(name, **options)
 
 
 def parameters(model):

@@ -16,9 +16,9 @@ from torch import nn
 
 import blnet
 from blnet.cli import main
+from blnet.commands.answers import Answer
 from blnet.network import BigLittleConfig, BigLittleNet
 from blnet.official import official_key
-from blnet.training.answers import Answer
 from blnet.vision import predict as predicting
 from blnet.vision.classes import imagenet_names
 from blnet.vision.inference import load_trained

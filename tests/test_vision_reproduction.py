@@ -11,7 +11,6 @@ from PIL import Image
 from rich.console import Console
 from torch.nn.functional import one_hot
 
-from blnet import registry
 from blnet.cli import main
 from blnet.network import BigLittleNet
 from blnet.official import official_key
@@ -20,11 +19,7 @@ from blnet.vision.config import DataConfig
 from blnet.vision.preprocessing import IMAGENET
 from blnet.vision.reproduction import Measured, as_table, matching, reproduce, strangers
 from blnet.vision.table import OFFICIAL, PAPER, PUBLISHED
-
-
-def on_meta(name, **options):
-    with torch.device("meta"):
-        return registry.build(name, **options)
+from helpers.networks import on_meta
 
 
 def places(model):

@@ -12,7 +12,7 @@ from blnet.training.loading import Loader, Stream, mixed_seed
 from blnet.vision.augment import training_transform
 from blnet.vision.config import AugmentConfig, DataConfig
 from blnet.vision.data import load_data
-from blnet.vision.testing_shards import (
+from helpers.shards import (
     CLASSES,
     SMALL,
     all_of,

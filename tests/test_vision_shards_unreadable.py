@@ -3,7 +3,7 @@
 import pytest
 
 from blnet.training.loading import CorruptSample, Loader
-from blnet.vision.testing_shards import (
+from helpers.shards import (
     all_of,
     collate,
     first,

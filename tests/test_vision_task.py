@@ -17,9 +17,9 @@ from torch.utils.data import Subset
 from blnet import checkpoint
 from blnet.checkpoint import read_header
 from blnet.cli import main
+from blnet.trained import load_network
 from blnet.training.config import DistillationConfig
 from blnet.training.journal import read_rows
-from blnet.training.networks import load_network
 from blnet.training.run import run as run_task
 from blnet.vision.config import AugmentConfig, DataConfig, ModelConfig, VisionConfig
 from blnet.vision.data import ImageData, load_data

@@ -12,12 +12,13 @@ from typing import Any, get_args
 from accelerate import Accelerator
 
 from blnet.checks import positive
+from blnet.commands.device import add_device_flag
 from blnet.environment import collect
 from blnet.files import make_folder, reason
+from blnet.trained import add_trust_flag, check_moved, is_foreign
 from blnet.training.config import Precision
-from blnet.training.devices import add_device_flag, by_first, make_accelerator
+from blnet.training.devices import by_first, make_accelerator
 from blnet.training.display import plain_console
-from blnet.training.networks import add_trust_flag, check_moved, is_foreign
 from blnet.vision import reproduction
 from blnet.vision.classes import check_same_names
 from blnet.vision.config import DataConfig, DataName, VisionConfig

@@ -15,7 +15,7 @@ from blnet.files import StrPath, reason
 from blnet.meta import meta_twin, run_on_meta
 from blnet.network import BigLittleNet
 from blnet.profiling import Profile, profile
-from blnet.training.networks import load_network, trained_task
+from blnet.trained import load_network, trained_task
 from blnet.vision.classes import IMAGENET_CLASSES, class_names_of, imagenet_names
 from blnet.vision.config import ModelConfig
 from blnet.vision.preprocessing import IMAGENET, Preprocessing

@@ -17,8 +17,8 @@ from torch import nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
+from blnet.commands.confusion import Counts, wilson
 from blnet.limits import out_of_memory
-from blnet.training.confusion import Counts, wilson
 from blnet.training.corrupt import CorruptLog
 from blnet.training.devices import choose_workers, let_cudnn_search, make_accelerator
 from blnet.training.evaluation import Findings, evaluate

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blnet.commands.answers import TOP, Answer, Kind, Prediction, most_probable, shown
+from blnet.commands.device import device_of
 from blnet.environment import core_count
 from blnet.files import StrPath, reason
 from blnet.limits import out_of_memory
-from blnet.training.answers import TOP, Answer, Kind, Prediction, most_probable, shown
-from blnet.training.devices import device_of
+from blnet.trained import add_trust_flag
 from blnet.training.loading import CorruptSample
-from blnet.training.networks import add_trust_flag
 from blnet.vision.classes import labels_of
 from blnet.vision.inference import check_finite, load_trained, preprocessing_of
 from blnet.vision.preprocessing import Preprocessing

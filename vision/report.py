@@ -13,9 +13,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from blnet.environment import collect, command_line
-from blnet.files import written_aside
-from blnet.training.confusion import (
+from blnet.commands.confusion import (
     CONFUSION,
     PER_CLASS,
     PICTURE,
@@ -23,6 +21,8 @@ from blnet.training.confusion import (
     write_confusion,
     write_per_class,
 )
+from blnet.environment import collect, command_line
+from blnet.files import written_aside
 from blnet.vision.config import DataConfig, VisionConfig
 from blnet.vision.data import ImageData
 from blnet.vision.inference import Trained, network_facts

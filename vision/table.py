@@ -18,8 +18,8 @@ import torch
 
 import blnet.vision.models  # noqa: F401  (registers the networks by name)
 from blnet import registry
+from blnet.commands.tables import add_flags, as_csv, put
 from blnet.profiling import profile
-from blnet.tables import add_flags, as_csv, put
 
 INPUT_SIZE = (1, 3, 224, 224)
 PAPER = "paper"

@@ -20,7 +20,7 @@ from blnet.conversion import convert
 from blnet.files import reason
 from blnet.meta import meta_twin
 from blnet.profiling import Profile, profile
-from blnet.training.networks import load_network
+from blnet.trained import load_network
 from blnet.training.task import Batch, Task
 from blnet.vision.augment import Mix
 from blnet.vision.classes import check_same_names, class_names_of

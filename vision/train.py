@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blnet.registry import is_big_little
+from blnet.trained import TRUST_SOURCE, needs_trust
 from blnet.training.command import TrainCommand
-from blnet.training.networks import TRUST_SOURCE, needs_trust
 from blnet.vision.config import ModelConfig, VisionConfig
 from blnet.vision.task import ImageTask, describe
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,12 +58,7 @@ def onnx_model(
         ImportError: if onnx or onnxscript is missing.
     """
     check_opset(opset)
-    given = (node.meta.get("val") for node in program.graph.output_node().args[0])
-    if any(isinstance(one, Tensor) and one.is_complex() for one in given):
-        raise ValueError(
-            "the network gives complex numbers, which ONNX files do not; have it return "
-            "torch.view_as_real of them, or use another --format"
-        )
+    _check_translatable(program)
     try:
         with tracing():
             model = _translated(form, program, opset)
@@ -76,6 +72,24 @@ def onnx_model(
     for key, value in (metadata or {}).items():
         model.metadata_props.add(key=key, value=value)
     return model
+
+
+def _check_translatable(program: ExportedProgram) -> None:
+    given = (node.meta.get("val") for node in program.graph.output_node().args[0])
+    if any(isinstance(one, Tensor) and one.is_complex() for one in given):
+        raise ValueError(
+            "the network gives complex numbers, which ONNX files do not; have it return "
+            "torch.view_as_real of them, or use another --format"
+        )
+    for node in program.graph.nodes:
+        parts = [
+            user.args[1] for user in node.users if user.target is operator.getitem and user.users
+        ]
+        if node.target is torch.ops.aten.adaptive_max_pool2d.default and 1 in parts:
+            raise ValueError(
+                "the network asks an adaptive maximum where its largest values lie "
+                "(return_indices), which is not translated to ONNX; use another --format"
+            )
 
 
 def check_opset(opset: int) -> None:

@@ -1,7 +1,8 @@
-"""Operations whose translation to ONNX by PyTorch is right for some sizes only."""
+"""Operations that PyTorch translates to ONNX for some sizes only, or not at all."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,10 @@ def translations(free: bool) -> dict[Any, Callable[..., Any]]:
         free: whether sizes are free; for fixed ones PyTorch's own averages are right, and faster.
     """
     aten = torch.ops.aten
-    table = {aten.upsample_nearest2d.default: _upsample()}
+    table = {
+        aten.upsample_nearest2d.default: _upsample(),
+        aten.adaptive_max_pool2d.default: _adaptive_maximum(),
+    }
     return table | {aten._adaptive_avg_pool2d.default: _adaptive_mean()} if free else table
 
 
@@ -59,33 +63,41 @@ def _upsample() -> Any:
     return upsample_nearest2d
 
 
+def _windows(op: Any, x: Any, axis: int, count: int, beyond: float) -> tuple[Any, Any]:
+    """Return the values of so many windows along a last axis or that before it, and which count.
+
+    Window i of k reaches from floor(i n / k) to ceil((i + 1) n / k) of n values
+    (ATen/native/AdaptivePooling.h); here all are as long as the longest, with `beyond` behind the
+    ends of the others.
+    """
+    numbers, behind = op.Constant(value_ints=[*range(count)]), op.Constant(value_ints=[1])
+    size = op.Shape(x, start=axis, end=axis + 1 or None)
+    starts = op.Unsqueeze(op.Div(op.Mul(numbers, size), count), behind)
+    ends = op.Div(op.Add(op.Mul(op.Add(numbers, 1), size), count - 1), count)
+    ends = op.Unsqueeze(ends, behind)
+    longest = op.ReduceMax(op.Sub(ends, starts), keepdims=0)
+    places = op.Add(starts, op.Range(0, longest, 1))
+    values = op.Gather(x, op.Min(places, op.Sub(size, 1)), axis=axis)
+    inside = op.Less(places, ends)
+    if axis == -2:
+        inside = op.Unsqueeze(inside, op.Constant(value_ints=[2]))
+    # What is beyond a window's end may be NaN, which no factor of 0 takes away.
+    return op.Where(inside, values, op.CastLike(beyond, values)), inside
+
+
 def _adaptive_mean() -> Any:
     """Return what translates an average over as many windows as there are results.
 
     PyTorch's own translation asks how long the windows are, and is right for the example's sizes
-    only. Window i of k reaches from floor(i n / k) to ceil((i + 1) n / k) of n values
-    (ATen/native/AdaptivePooling.h); here all are as long as the longest.
+    only.
     """
     from onnxscript import FLOAT, opset18
 
     op: Any = opset18
 
     def mean(x: Any, axis: int, count: int) -> Any:
-        numbers, along, behind = (
-            op.Constant(value_ints=value) for value in ([*range(count)], [axis], [1])
-        )
-        size = op.Shape(x, start=axis, end=axis + 1 or None)
-        starts = op.Unsqueeze(op.Div(op.Mul(numbers, size), count), behind)
-        ends = op.Div(op.Add(op.Mul(op.Add(numbers, 1), size), count - 1), count)
-        ends = op.Unsqueeze(ends, behind)
-        longest = op.ReduceMax(op.Sub(ends, starts), keepdims=0)
-        places = op.Add(starts, op.Range(0, longest, 1))
-        values = op.Gather(x, op.Min(places, op.Sub(size, 1)), axis=axis)
-        inside = op.Less(places, ends)
-        if axis == -2:
-            inside = op.Unsqueeze(inside, op.Constant(value_ints=[2]))
-        # What is beyond a window's end may be NaN, which no factor of 0 takes away.
-        values = op.Where(inside, values, op.CastLike(0.0, values))
+        values, inside = _windows(op, x, axis, count, 0.0)
+        along = op.Constant(value_ints=[axis])
         counted = op.ReduceSum(op.CastLike(inside, values), along, keepdims=0)
         return op.Div(op.ReduceSum(values, along, keepdims=0), counted)
 
@@ -99,3 +111,29 @@ def _adaptive_mean() -> Any:
         "return": FLOAT,
     }
     return adaptive_avg_pool2d
+
+
+def _adaptive_maximum() -> Any:
+    """Return what translates the largest of as many windows as there are results.
+
+    PyTorch has no translation. Where the largest lie (`return_indices`) is left out: the second
+    result, which nothing may use, is not that.
+    """
+    from onnxscript import FLOAT, INT64, opset18
+
+    op: Any = opset18
+
+    def largest(x: Any, axis: int, count: int) -> Any:
+        values, _ = _windows(op, x, axis, count, -math.inf)
+        return op.ReduceMax(values, op.Constant(value_ints=[axis]), keepdims=0)
+
+    def adaptive_max_pool2d(self: Any, output_size: Any) -> Any:
+        height, width = output_size
+        return largest(largest(self, -2, height), -1, width), op.Shape(self)
+
+    adaptive_max_pool2d.__annotations__ = {
+        "self": FLOAT,
+        "output_size": Sequence[int],
+        "return": tuple[FLOAT, INT64],
+    }
+    return adaptive_max_pool2d

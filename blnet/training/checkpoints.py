@@ -32,10 +32,8 @@ from torch.optim import Optimizer
 
 from blnet import checkpoint
 from blnet.files import StrPath, reason, written_aside
+from blnet.trained import BEST, EMA, MODEL
 
-BEST = "best.safetensors"
-MODEL = "model.safetensors"
-EMA = "ema.safetensors"
 TRAINING = "training.safetensors"
 VERSION = 1
 _FOLDER = "checkpoints"

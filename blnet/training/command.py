@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from blnet.environment import command_line
+from blnet.trained import check_task
 from blnet.training.config import TrainingConfig
 from blnet.training.devices import make_accelerator, shared
-from blnet.training.networks import check_task
 from blnet.training.options import given, parse
 from blnet.training.run import default_folder, describe, report_stop, run
 from blnet.training.stopping import Interrupted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 from collections.abc import Callable
@@ -59,22 +58,6 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             f"{accelerator.device.type}; start the run in processes of its own"
         )
     return accelerator
-
-
-def add_device_flag(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that says where a trained network runs, for `device_of`."""
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                        help="auto is a GPU if there is one")  # fmt: skip
-
-
-def device_of(args: argparse.Namespace) -> torch.device:
-    """Return the device that the flag names, this process's where several were started.
-
-    Raises:
-        ValueError: if it is not there.
-    """
-    device: torch.device = make_accelerator(TrainingConfig(device=args.device)).device
-    return device
 
 
 def let_cudnn_search(config: TrainingConfig, device: torch.device, one_shape: bool) -> None:

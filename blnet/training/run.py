@@ -17,7 +17,8 @@ from rich.console import Console
 from blnet.environment import collect, command_line
 from blnet.files import reason
 from blnet.limits import out_of_memory
-from blnet.training.checkpoints import BEST, CheckpointFolder
+from blnet.trained import BEST
+from blnet.training.checkpoints import CheckpointFolder
 from blnet.training.config import TrainingConfig
 from blnet.training.devices import by_first, let_cudnn_search, make_accelerator
 from blnet.training.display import Display, clock

@@ -13,9 +13,8 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from blnet.optimizing.training import OPS, optimize_training
+from blnet.trained import EMA, MODEL, load_network
 from blnet.training.checkpoints import (
-    EMA,
-    MODEL,
     CheckpointFolder,
     Saved,
     read_training,
@@ -25,7 +24,6 @@ from blnet.training.checkpoints import (
 from blnet.training.config import TrainingConfig, changed
 from blnet.training.devices import by_first, seed_all
 from blnet.training.loading import mixed_seed
-from blnet.training.networks import load_network
 from blnet.training.optimization import make_ema, make_optimizer, make_schedule
 from blnet.training.progress import RunProgress
 from blnet.training.task import Task

@@ -2,17 +2,17 @@
 
 import copy
 import importlib
-import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from blnet.kernels import bottleneck, check, launch, reference, testing, use_backend
 from blnet.kernels.catalogue import OPS
 from blnet.kernels.triton_shim import tl, triton
+from helpers.drawing import DTYPES, QUIET, fresh
 
 # "blnet.kernels.bottleneck" as an attribute is the function; these are the modules.
 op_module = importlib.import_module("blnet.kernels.bottleneck")
@@ -20,10 +20,8 @@ close_module = importlib.import_module("blnet.kernels.bottleneck_close")
 convolution_module = importlib.import_module("blnet.kernels.conv3x3")
 
 (OP,) = (op for op in OPS if op.name == "bottleneck")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-DEEP = int(os.environ.get("BLNET_DEEP", "0"))  # how many fresh examples to draw in all; 0 for few
 EXAMPLES = 70  # of each dtype, the same in every run
-FRESH = DEEP // len(DTYPES) or 3  # of each dtype, others in every run
+FRESH = fresh(3)  # of each dtype, others in every run
 
 SHAPES = testing.BOTTLENECK_SHAPES
 CHAINED, PROJECTED, ODD = SHAPES[:3]
@@ -169,11 +167,6 @@ DRAWN = {
     "relu": st.booleans(),
     "absent": st.sets(st.sampled_from([2, 4, 6, 9])),
     "number": st.integers(0, 2**16),
-}
-QUIET = {
-    "deadline": None,
-    "database": None,
-    "suppress_health_check": list(HealthCheck),
 }
 
 

@@ -1,11 +1,10 @@
 """expand_merge's kernels, forward and backward, in Triton's interpreter against float64."""
 
 import importlib
-import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, seed, settings
+from hypothesis import assume, given, seed, settings
 from hypothesis import strategies as st
 
 from blnet.kernels import (
@@ -17,7 +16,8 @@ from blnet.kernels import (
     testing,
 )
 from blnet.kernels.catalogue import OPS
-from blnet.kernels.testing_expand_merge import (
+from helpers.drawing import DTYPES, QUIET, fresh
+from helpers.expand_merge import (
     ALONE,
     DOUBLING,
     NAMES,
@@ -36,10 +36,8 @@ input_module = importlib.import_module("blnet.kernels.expand_merge_input")
 
 INFERENCE, TRAINING = OPS[2], OPS[3]
 FORMS = {op.name: op for op in (INFERENCE, TRAINING)}
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-DEEP = int(os.environ.get("BLNET_DEEP", "0"))  # how many fresh examples to draw in all; 0 for few
 EXAMPLES = 70  # of each dtype and op, the same in every run
-FRESH = DEEP // len(DTYPES) or 3  # of each dtype and op, others in every run
+FRESH = fresh(3)  # of each dtype and op, others in every run
 
 
 def hold(function, tensors, grad, dtype=torch.float32, **options):
@@ -166,11 +164,6 @@ DRAWN = {
     "layout": st.sampled_from(testing.LAYOUTS),
     "relu": st.booleans(),
     "number": st.integers(0, 2**16),
-}
-QUIET = {
-    "deadline": None,
-    "database": None,
-    "suppress_health_check": list(HealthCheck),
 }
 FEW = 16  # pixels: over fewer BN's gradients are what is left of numbers that cancel
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from blnet.kernels import expand_merge, expand_merge_train, reference, testing, use_backend
-from blnet.kernels.testing_expand_merge import (
+from helpers.expand_merge import (
     ALONE,
     DOUBLING,
     NAMES,

@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import os
 
 import pytest
 import torch
@@ -13,14 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blnet.kernels import launch, merge, reference, testing, use_backend
 from blnet.kernels.triton_shim import tl, triton
+from helpers.drawing import DTYPES, fresh
 
 # "blnet.kernels.merge" as an attribute is the function; this is the module.
 merge_module = importlib.import_module("blnet.kernels.merge")
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-DEEP = int(os.environ.get("BLNET_DEEP", "0"))  # how many fresh examples to draw in all; 0 for few
 EXAMPLES = 70  # of each dtype, the same in every run
-FRESH = DEEP // len(DTYPES) or 8  # of each dtype, others in every run
+FRESH = fresh(8)  # of each dtype, others in every run
 
 SMALL = testing.Shape(2, 5, 6, 7, 3, 4, "small, odd, several windows")
 

@@ -1,7 +1,6 @@
 """moments' kernels in Triton's interpreter against float64."""
 
 import importlib
-import os
 
 import pytest
 import torch
@@ -19,14 +18,13 @@ from blnet.kernels import (
     use_backend,
 )
 from blnet.kernels.triton_shim import tl, triton
+from helpers.drawing import DTYPES, fresh
 
 # "blnet.kernels.moments" as an attribute is the function; this is the module.
 moments_module = importlib.import_module("blnet.kernels.moments")
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-DEEP = int(os.environ.get("BLNET_DEEP", "0"))  # how many fresh examples to draw in all; 0 for few
 EXAMPLES = 60  # of each dtype, the same in every run
-FRESH = DEEP // len(DTYPES) or 8  # of each dtype, others in every run
+FRESH = fresh(8)  # of each dtype, others in every run
 
 
 def draw_map(shape, dtype, layout="channels_last", offset=30.0, number=0):

@@ -2,16 +2,16 @@
 
 import copy
 import importlib
-import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from blnet.kernels import check, launch, reference, stem, testing, use_backend
 from blnet.kernels.catalogue import OPS
+from helpers.drawing import DTYPES, QUIET, fresh
 
 # "blnet.kernels.stem" as an attribute is the function; these are the modules.
 op_module = importlib.import_module("blnet.kernels.stem")
@@ -19,10 +19,8 @@ close_module = importlib.import_module("blnet.kernels.stem_close")
 convolution_module = importlib.import_module("blnet.kernels.conv3x3")
 
 (OP,) = (op for op in OPS if op.name == "stem")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-DEEP = int(os.environ.get("BLNET_DEEP", "0"))  # how many fresh examples to draw in all; 0 for few
 EXAMPLES = 70  # of each dtype, the same in every run
-FRESH = DEEP // len(DTYPES) or 3  # of each dtype, others in every run
+FRESH = fresh(3)  # of each dtype, others in every run
 
 SHAPES = testing.STEM_SHAPES
 BOTH, NEITHER, OF_LITTLE, OF_BIG = SHAPES[:4]
@@ -143,11 +141,6 @@ DRAWN = {
     "layout": st.sampled_from(testing.LAYOUTS),
     "absent": st.sets(st.sampled_from(SHIFTS)),
     "number": st.integers(0, 2**16),
-}
-QUIET = {
-    "deadline": None,
-    "database": None,
-    "suppress_health_check": list(HealthCheck),
 }
 
 

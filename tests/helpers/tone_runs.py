@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +13,9 @@ import torch
 from blnet.cli import main
 from blnet.speech.alignment import FrameLabels
 from blnet.speech.config import DataConfig, FeatureConfig, ModelConfig, SpeechConfig, TaskName
-from blnet.speech.testing import RATE, spoken, write
 from blnet.speech.text import Alphabet
+from helpers.processes import become
+from helpers.tones import RATE, spoken, write
 
 TEXTS = ("a", "ab", "aab")
 AB = Alphabet("ab")
@@ -103,8 +103,5 @@ def train(words: Sequence[str]) -> None:
 
 def train_together(rank: int, devices: int, port: int, words: Sequence[str]) -> None:
     """Do as `train`, as one of several processes."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(devices),
-        LOCAL_WORLD_SIZE=str(devices), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+    become(rank, devices, port)
     train(words)

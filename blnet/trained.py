@@ -12,8 +12,12 @@ from torch import nn
 from blnet import checkpoint, registry
 from blnet.files import StrPath
 from blnet.official import load_official
-from blnet.training.checkpoints import BEST, EMA, MODEL
 
+# What training writes: the best network in a run's folder, the network and the average of its
+# weights in that of a checkpoint.
+BEST = "best.safetensors"
+MODEL = "model.safetensors"
+EMA = "ema.safetensors"
 TRUST_SOURCE = "--trust-source"
 
 

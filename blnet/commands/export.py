@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from blnet.checks import positive
+from blnet.commands.sources import add_source_flags, example_of, load_source
 from blnet.exporting.exporter import Exported, export
 from blnet.exporting.formats import FORMATS, OPSET
-from blnet.sources import add_source_flags, example_of, load_source
 
 _EXAMPLES = """examples:
   blnet export results/pets --output pets.onnx

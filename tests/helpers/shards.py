@@ -16,7 +16,7 @@ from torch import Tensor
 
 from blnet.vision.preprocessing import Preprocessing
 from blnet.vision.shards import ShardStream
-from blnet.vision.testing import encoded
+from helpers.pictures import encoded
 
 SMALL = Preprocessing(8, 1.0, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CLASSES = 7

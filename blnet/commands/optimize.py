@@ -9,10 +9,10 @@ from functools import partial
 import torch
 
 from blnet.checks import positive
+from blnet.commands.sources import add_source_flags, example_of, load_source
 from blnet.exporting.forms import usual_shape
 from blnet.optimizing.engines import engine_names, name_of
 from blnet.optimizing.optimize import PRECISIONS, SECONDS, optimize
-from blnet.sources import add_source_flags, example_of, load_source
 
 _EXAMPLES = """examples:
   blnet optimize bl_resnet50 --alpha 2 --beta 4 --size 224 --batch 8

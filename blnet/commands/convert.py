@@ -12,6 +12,7 @@ from torch import nn
 from blnet import registry
 from blnet.checkpoint import save
 from blnet.checks import flag_of
+from blnet.commands.sources import parse_classes, parse_size
 from blnet.conversion.converter import convert
 from blnet.conversion.plan import ConversionPlan
 from blnet.files import read_weights, reason
@@ -21,8 +22,6 @@ from blnet.profiling import Profile, profile
 
 # Flag -> its default and the largest value that means anything.
 _BRANCHING = {"alpha": (2, 65536), "beta": (4, 65536), "branches": (2, 16)}
-_MOST_CLASSES = 1_000_000
-_MOST_PIXELS = 65536  # channels, height or width of a sample input
 _EXAMPLES = """examples:
   blnet convert torchvision:resnet50 --alpha 2 --beta 4
   blnet convert timm:resnet50d --branches 3 --output bl_resnet50d.safetensors
@@ -81,41 +80,6 @@ def run(args: argparse.Namespace) -> int:
         save(model, output)
         print(f"wrote {output}")
     return 0
-
-
-def parse_size(text: str) -> tuple[int, int, int]:
-    """Return the sizes of text such as 3x224x224.
-
-    Raises:
-        argparse.ArgumentTypeError: if it is not three whole numbers of at least 1.
-    """
-    parts = text.lower().split("x")
-    sizes = [_whole(part) for part in parts]
-    if len(parts) != 3 or not all(0 < size <= _MOST_PIXELS for size in sizes):
-        raise argparse.ArgumentTypeError(
-            f"{text[:40]!r} is no size; write it as 3x224x224, each number at most {_MOST_PIXELS}"
-        )
-    channels, height, width = sizes
-    return channels, height, width
-
-
-def parse_classes(text: str) -> int:
-    """Return a number of classes.
-
-    Raises:
-        argparse.ArgumentTypeError: if it is no whole number from 1 to a million.
-    """
-    classes = _whole(text)
-    if not 1 <= classes <= _MOST_CLASSES:
-        raise argparse.ArgumentTypeError(
-            f"{text[:40]!r} is no number of classes; give a whole number from 1 to {_MOST_CLASSES}"
-        )
-    return classes
-
-
-def _whole(text: str) -> int:
-    """Return the number that a few digits are; -1 for any other text."""
-    return int(text) if text.isdecimal() and len(text) < 20 else -1
 
 
 def _check_official(args: argparse.Namespace) -> None:

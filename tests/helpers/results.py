@@ -1,4 +1,4 @@
-"""Runs of made-up times, to try comparisons and reports of runs on."""
+"""Results of made-up times, to try comparisons and reports of runs on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small task to try the loop on: points in 4 x 4 pixels, a network with all that has a state."""
+"""A small task to try the loop on: blobs in 4 x 4 pixels, a network with all that has a state."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ from torch.utils.data import Dataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from blnet.trained import MODEL
 from blnet.training import loop
-from blnet.training.checkpoints import MODEL, CheckpointFolder
+from blnet.training.checkpoints import CheckpointFolder
 from blnet.training.config import EmaConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 from blnet.training.loading import CorruptSample, mixed_seed
 from blnet.training.reporting import Summary
 from blnet.training.run import run
 from blnet.training.stopping import Interrupted
 from blnet.training.task import Batch, Task
+from helpers.processes import become
 
 CLASSES = 3
 _SIGNALS = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM, "kill": signal.SIGKILL}
@@ -61,7 +63,7 @@ class TinyData(Dataset[tuple[Tensor, int]]):
 
 
 class TinyStream:
-    """The same blobs as a stream; a reader's share has no end.
+    """The same blobs as a stream; a reader's share has no end, unless `ends` is a count of items.
 
     Args:
         samples: samples in an epoch.
@@ -72,10 +74,11 @@ class TinyStream:
         self.samples = samples
         self.data = TinyData(3 * samples)
         self.corrupt = corrupt
+        self.ends: int | None = None
 
     def read(self, epoch: int, reader: int, readers: int, skip: int) -> Iterator[Any]:
         """Yield what this reader has after the items it gave earlier."""
-        for position in itertools.count(skip):
+        for position in itertools.count(skip) if self.ends is None else range(skip, self.ends):
             if position in self.corrupt:
                 yield CorruptSample(f"item-{reader}-{position}", "it was spoilt on purpose")
             else:
@@ -246,10 +249,7 @@ def lead_group(*arguments: Any, **changes: Any) -> None:
 
 def train_together(rank: int, devices: int, port: int, *arguments: Any, **changes: Any) -> None:
     """Do as `report_tiny`, as one of several processes."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(devices),
-        LOCAL_WORLD_SIZE=str(devices), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+    become(rank, devices, port)
     report_tiny(*arguments, **changes)
 
 

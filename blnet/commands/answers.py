@@ -16,8 +16,8 @@ from rich.table import Table
 from torch import Tensor
 
 from blnet.checks import positive
+from blnet.commands.device import add_device_flag
 from blnet.files import StrPath, files_below, written_aside
-from blnet.training.devices import add_device_flag
 from blnet.training.display import plain_console
 
 TOP = 5  # classes that are named of each file

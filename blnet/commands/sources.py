@@ -12,10 +12,11 @@ from torch import nn
 from blnet import registry
 from blnet.checks import flag_of, positive
 from blnet.conversion import convert
-from blnet.conversion.command import parse_classes, parse_size
-from blnet.training.networks import add_trust_flag, load_network
+from blnet.trained import add_trust_flag, load_network
 
 _BRANCHING = ("alpha", "beta", "branches")
+_MOST_CLASSES = 1_000_000
+_MOST_PIXELS = 65536  # channels, height or width of a sample input
 _CARRIED = ("task", "network", "preprocessing", "features", "classes", "alphabet", "data")
 
 
@@ -40,6 +41,41 @@ def parse_input(text: str) -> tuple[int, ...]:
     if text.isdecimal():
         return parse_size(f"1x{text}x{text}")[1:]
     return parse_size(text)
+
+
+def parse_size(text: str) -> tuple[int, int, int]:
+    """Return the sizes of text such as 3x224x224.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is not three whole numbers of at least 1.
+    """
+    parts = text.lower().split("x")
+    sizes = [_whole(part) for part in parts]
+    if len(parts) != 3 or not all(0 < size <= _MOST_PIXELS for size in sizes):
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is no size; write it as 3x224x224, each number at most {_MOST_PIXELS}"
+        )
+    channels, height, width = sizes
+    return channels, height, width
+
+
+def parse_classes(text: str) -> int:
+    """Return a number of classes.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is no whole number from 1 to a million.
+    """
+    classes = _whole(text)
+    if not 1 <= classes <= _MOST_CLASSES:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is no number of classes; give a whole number from 1 to {_MOST_CLASSES}"
+        )
+    return classes
+
+
+def _whole(text: str) -> int:
+    """Return the number that a few digits are; -1 for any other text."""
+    return int(text) if text.isdecimal() and len(text) < 20 else -1
 
 
 def load_source(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
