@@ -25,6 +25,7 @@ from torch import Tensor
 
 from blnet.bench.results import LATE, LEASHED, Check, Measurement
 from blnet.limits import OutOfTime, UnavailableError, one_line, out_of_memory, time_limit
+from blnet.optimizing.choosing import with_rounding
 
 Call = Callable[[], Any]
 LEASH = 4.0  # times the fastest of the family
@@ -106,6 +107,8 @@ class Group:
         budget: of the builds; the groups of a suite share one.
         leash_seconds: what an implementation far slower than its family's fastest may cost.
         covered: whether a GPU is kept busy until a call is launched, see `covering`.
+        plain: family -> a call of PyTorch's own code in the precision of the run, where that has
+            16 bits: a result may be off by a multiple of its error, see `with_rounding`.
     """
 
     suite: str
@@ -120,6 +123,7 @@ class Group:
     budget: BuildBudget = field(default_factory=lambda: BuildBudget())
     leash_seconds: float = LEASH_SECONDS
     covered: bool = False
+    plain: dict[str, Call] = field(default_factory=dict)
 
 
 class Clock(Protocol):
@@ -208,7 +212,7 @@ def measure(
     """
     pairs = list(zip(group.implementations, measurements, strict=True))
     calls: list[tuple[Implementation, Measurement, Call]] = []
-    references: dict[str, Any] = {}
+    references: dict[str, tuple[Any, float]] = {}
     for implementation, measurement in pairs:
         watch(f"building {implementation.family}, {implementation.name}", 1.0)
         call = _prepare(group, implementation, measurement, references)
@@ -243,7 +247,7 @@ def _prepare(
     group: Group,
     implementation: Implementation,
     measurement: Measurement,
-    references: dict[str, Any],
+    references: dict[str, tuple[Any, float]],
 ) -> Call | None:
     """Build an implementation and check its result; return its call if it may be timed."""
     family = implementation.family
@@ -260,8 +264,9 @@ def _prepare(
                 group.budget.left -= measurement.build_seconds
         # After the build, which says best why a network does not work.
         if family not in references:
-            references[family] = group.references[family]()
-        error = relative_error(result, references[family])
+            references[family] = _reference(group, family)
+        reference, tolerance = references[family]
+        error = relative_error(result, reference)
     except OutOfTime:
         cut = " (what was left of the run's time to compile)" if limit < group.budget.each else ""
         if not cut:
@@ -274,16 +279,27 @@ def _prepare(
     except Exception as failure:
         _fail(group, measurement, failure)
         return None
-    measurement.check = Check(error, group.tolerance, group.reference_text)
+    measurement.check = Check(error, tolerance, group.reference_text)
     if not measurement.check.passed:
         _settle(
             measurement,
             "wrong",
-            f"relative error {error:.1e} is above {group.tolerance:.0e}, so it gets no time",
+            f"relative error {error:.1e} is above {tolerance:.0e}, so it gets no time",
         )
         return None
     measurement.status = "ok"
     return call
+
+
+def _reference(group: Group, family: str) -> tuple[Any, float]:
+    """Return the right result of a family, and how far another may be from it."""
+    reference = group.references[family]()
+    if family not in group.plain:
+        return reference, group.tolerance
+    if not isinstance(reference, Tensor):
+        reference = list(reference)  # which may be read once
+    own = relative_error(group.plain[family](), reference)
+    return reference, with_rounding(group.tolerance, own)
 
 
 def _warm_up(

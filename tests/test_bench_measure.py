@@ -94,6 +94,17 @@ def test_a_wrong_result_gets_no_time() -> None:
     assert len(found["right"].samples) == 4
 
 
+@pytest.mark.parametrize(("own", "off", "status"), [(0.1, 0.15, "ok"), (0.1, 0.25, "wrong"),
+                                                    (0.4, 0.45, "ok"), (0.4, 0.55, "wrong"),
+                                                    (math.nan, 0.1, "wrong")])  # fmt: skip
+def test_in_16_bits_pytorchs_own_error_counts(own: float, off: float, status: str) -> None:
+    plain = {"f": lambda: RIGHT * (1 + own)}
+    one = measured(implementation("one", lambda: RIGHT * (1 + off)), plain=plain)["one"]
+    assert one.status == status
+    assert one.check is not None
+    assert one.check.tolerance == (1e-6 if math.isnan(own) else pytest.approx(min(2 * own, 0.5)))
+
+
 def test_nan_is_wrong() -> None:
     broken = RIGHT.clone()
     broken[0] = math.nan

@@ -7,6 +7,7 @@ import torch
 
 from blnet.cli import main
 from blnet.kernels import aot, check, testing
+from blnet.kernels.backend import KERNEL_DTYPES
 from blnet.kernels.catalogue import OPS
 
 
@@ -21,13 +22,14 @@ def test_list(capsys):
 
 
 def test_check_on_the_cpu(capsys):
-    assert main(["kernels", "check", "--device", "cpu", "--dtype", "bfloat16"]) == 0
+    assert main(["kernels", "check", "--device", "cpu"]) == 0
     out = capsys.readouterr().out.splitlines()
-    rows = len(testing.LAYOUTS) * sum(len(op.shapes) for op in OPS)
+    dtypes = len(KERNEL_DTYPES)
+    rows = dtypes * len(testing.LAYOUTS) * sum(len(op.shapes) for op in OPS)
     assert out[0].startswith("checking backend 'torch' on device 'cpu'")
     assert "no kernel runs here; set TRITON_INTERPRET=1" in out[1]
     for op in OPS:
-        expected = len(testing.LAYOUTS) * len(op.shapes)
+        expected = dtypes * len(testing.LAYOUTS) * len(op.shapes)
         assert sum(line.startswith(f"{op.name} ") for line in out) == expected
     assert out[-1] == f"{rows} rows, 0 failed"
 

@@ -188,3 +188,78 @@ def test_pytorchs_newer_settings_are_taken_as_they_are(precision: str) -> None:
         fast = blnet.optimize(network.eval(), example_input=images, engine="pytorch")
         assert states() == before
     assert difference(fast(images), network(images).detach()) < 1e-5
+
+
+class Cancelling(nn.Module):
+    """Digits that 16 bits do not keep are all that is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.norm(self.conv(x)) + 40) - 40
+
+
+def test_an_engine_may_be_as_far_off_in_16_bits_as_pytorch(monkeypatch) -> None:
+    x, factor = torch.rand(2, 3, 9, 9), [1.0]
+
+    def build(network: nn.Module, inputs: Any) -> Any:
+        return lambda given: factor[0] * network(given)
+
+    fake = Engine("fake", "", build, dtypes=(torch.float32, torch.bfloat16))
+    monkeypatch.setattr(engines, "ENGINES", (fake,))
+    monkeypatch.setattr(choosing, "ENGINES", (fake,))
+    torch.manual_seed(0)
+    model = Cancelling().eval()
+    with torch.no_grad():
+        own = difference(copy.deepcopy(model).bfloat16()(x.bfloat16()), model(x))
+    assert TOLERANCES[torch.bfloat16] < own < 0.25
+    fast = blnet.optimize(model, example_input=x, precision="bfloat16")
+    assert fast.report.engine == "fake"
+    factor[0] = 3.0
+    with pytest.raises(ValueError, match="fake: dropped, its result is wrong"):
+        blnet.optimize(model, example_input=x, precision="bfloat16")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_in_16_bits_is_folded_in_float32(dtype: torch.dtype) -> None:
+    """Folded weights are rounded once, and only once."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+    with torch.no_grad():
+        model[1].running_var.uniform_(0.01, 2)
+        model[1].weight.uniform_(0.5, 2)
+    narrow = model.to(dtype)
+    x = torch.randn(2, 3, 9, 9)
+    ours = blnet.optimize(narrow, example_input=x.to(dtype), engine="pytorch")
+    wide = blnet.optimize(copy.deepcopy(narrow).float(), example_input=x, engine="pytorch")
+    folded, exact = (dict(net.network.named_parameters()) for net in (ours, wide))
+    assert folded.keys() == exact.keys()
+    assert all(torch.equal(folded[name], exact[name].to(dtype)) for name in exact)
+    assert not any("norm" in name or name.startswith("1.") for name in folded)
+
+
+def test_rounding_to_16_bits_takes_no_folding_back(monkeypatch) -> None:
+    monkeypatch.setitem(TOLERANCES, torch.bfloat16, 1e-6)  # as where many layers' rounding adds up
+    torch.manual_seed(0)
+    model = Cancelling().eval()
+    model.norm.running_var.uniform_(0.5, 2)
+    x = torch.rand(2, 3, 9, 9).bfloat16()
+    fast = blnet.optimize(model.bfloat16(), example_input=x, engine="pytorch")
+    assert [(change.layer, change.reason) for change in fast.report.changes] == [("norm", "")]
+
+
+def test_layers_in_float32_of_a_network_in_16_bits_stay_so() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3).bfloat16(), nn.BatchNorm2d(8).bfloat16()
+            self.gain = nn.Parameter(torch.ones(8, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.norm(self.conv(x)) * self.gain).bfloat16()
+
+    x = torch.randn(2, 3, 9, 9).bfloat16()
+    fast = blnet.optimize(Mixed().eval(), example_input=x, engine="pytorch")
+    assert fast.network.gain.dtype is torch.float32

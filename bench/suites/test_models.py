@@ -24,11 +24,12 @@ from blnet.bench.replay import replay, virtual_clock
 from blnet.bench.results import REPLAYS, Measurement
 from blnet.bench.session import Case, Session
 from blnet.bench.settings import Settings
+from blnet.optimizing.choosing import NARROW
 
 NAME = "models"
 # Largest relative error of the logits against float64 arithmetic on the same (rounded) weights and
 # images. float32 lands near 1e-6 and Winograd or packed weights cost a digit or two; bfloat16 has
-# 8 bits and the errors of 50 layers add up.
+# 8 bits and the errors of 50 layers add up, so that PyTorch's own error counts as well.
 TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 REFERENCE = "the same network in float64, eager"
 NOT_COMPILED = (
@@ -120,7 +121,18 @@ def group_of(
         rounds=settings.rounds(len(inputs)),
         max_warm_up=settings.warm_up_seconds,
         budget=session.budget(suite),
+        plain={
+            spec.label: partial(_plain, model, ready)
+            for spec, model in found.models.items()
+            if settings.torch_dtype in NARROW
+        },
     )
+
+
+def _plain(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = model(images)
+    return logits
 
 
 def _reference(model: nn.Module, images: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from blnet.bench.replay import replay, virtual_clock
 from blnet.bench.results import Measurement
 from blnet.bench.session import Case, Session
 from blnet.bench.settings import Settings
+from blnet.optimizing.choosing import NARROW
 from blnet.optimizing.engines import compiled
 from blnet.optimizing.training import OPS, optimize_training
 from blnet.wording import counted
@@ -139,6 +140,11 @@ def build(group: str, session: Session) -> Group:
         reference_text=REFERENCE,
         rounds=rounds(settings),
         budget=session.budget(NAME),
+        plain={
+            spec.label: partial(_plain, model, own, settings)
+            for spec, model in found.models.items()
+            if settings.torch_dtype in NARROW
+        },
     )
 
 
@@ -173,6 +179,13 @@ def _backward(logits: Tensor, model: nn.Module) -> Iterator[Tensor]:
 def _reference(model: nn.Module, images: Tensor) -> list[Tensor]:
     exact = copy.deepcopy(model).double().train()
     return list(_backward(exact(images.double()), exact))
+
+
+def _plain(model: nn.Module, images: Tensor, settings: Settings) -> list[Tensor]:
+    own = copy.deepcopy(model).train()
+    with torch.autocast(settings.device, settings.torch_dtype):
+        logits = own(images)
+    return list(_backward(logits.float(), own))
 
 
 def _check_batch(model: nn.Module, images: Tensor) -> None:

@@ -11,6 +11,7 @@ Example::
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Collection, Iterable, Sequence
@@ -26,6 +27,7 @@ from blnet.kernels.launch import device_guard
 from blnet.modes import autocast_switched, evaluating, exact_products
 from blnet.optimizing.choosing import (
     BASELINE,
+    NARROW,
     TOLERANCES,
     Choice,
     Say,
@@ -286,8 +288,15 @@ def _folded(
     """Return a copy with BN folded: all if the example bears it out, else what is sure.
 
     Folding changes nothing but rounding, so that it is held to what float32 keeps, wherever PyTorch
-    may round further. Where it does, the reference is computed once more.
+    may round further. Where it does, the reference is computed once more. A network in 16 bits is
+    folded in float32 and rounded once, where its code runs in that.
     """
+    if reference is not None and reference.dtype in NARROW and _is_all(model, reference.dtype):
+        with contextlib.suppress(Exception):  # code that names a precision itself
+            wide, widened = copy.deepcopy(model).float(), _cast(example, torch.float32)
+            found, changes = _folded(wide, widened, wide(*copies(widened)))
+            if found is not wide:
+                return found.to(reference.dtype), changes
     if reference is None or reference.dtype not in TOLERANCES:
         network = copy.deepcopy(model)
         return network, fold_batch_norms(network)
@@ -303,6 +312,11 @@ def _folded(
                 return network, changes
     reason = f"folding changed the result (error {error:.1e})"
     return model, [Change(c.layer, c.was, reason=c.reason or reason) for c in changes]
+
+
+def _is_all(model: nn.Module, dtype: torch.dtype) -> bool:
+    tensors = (*model.parameters(), *model.buffers())
+    return all(t.dtype is dtype for t in tensors if t.is_floating_point())
 
 
 def _fall_back(

@@ -72,6 +72,8 @@ class OnTheCpu(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Call a function of PyTorch's with another device."""
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
         given = {name: _placed(value) for name, value in (kwargs or {}).items()}
         return func(*map(_placed, args), **given)
 
@@ -107,6 +109,7 @@ _CUDA: dict[str, Any] = {
     "get_device_properties": lambda device=None: _PROPERTIES,
     "get_device_capability": lambda device=None: (9, 0),
     "is_bf16_supported": lambda: True,
+    "is_current_stream_capturing": lambda: False,
     "synchronize": lambda device=None: None,
     "empty_cache": lambda: None,
     "memory_allocated": lambda device=None: 0,
@@ -137,6 +140,9 @@ def pretended() -> Iterator[None]:
         for owner, name, value in (
             (torch, "Generator", Generator),
             (torch, "compile", _compiled),
+            (torch.accelerator, "current_device_index", lambda: 0),
+            (torch.accelerator, "set_device_index", lambda device: None),
+            (torch.Tensor, "pin_memory", lambda tensor, device=None: tensor),
             (torch._C._nn, "_parse_to", parse_to),
             (roofline, "copy_bandwidth", lambda clock: 4e12),
             (roofline, "matmul_rate", lambda clock, dtype: 7e14),

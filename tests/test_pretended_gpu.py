@@ -1,4 +1,4 @@
-"""Whole runs of the suites on a GPU that is none: their way to the report, not their times."""
+"""Whole commands on a GPU that is none: their way to the end, not their times."""
 
 from __future__ import annotations
 
@@ -14,13 +14,10 @@ from helpers.pretended_gpu import NAME
 from helpers.processes import environment
 
 
-def run(folder: Path, *words: str) -> dict[str, Any]:
-    """Return the results of a run that must end well."""
+def command(folder: Path, *words: str) -> str:
+    """Return what a command says that must end well."""
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "helpers.pretended_gpu", "--debug", "bench", *words),
-            *("--device", "cuda", "--repeat", "5", "--output", "out"),
-        ],
+        [sys.executable, "-m", "helpers.pretended_gpu", "--debug", *words, "--device", "cuda"],
         cwd=folder,
         env=environment(OMP_NUM_THREADS="1"),
         capture_output=True,
@@ -28,8 +25,15 @@ def run(folder: Path, *words: str) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found: dict[str, Any] = json.loads((folder / "out" / "results.json").read_text())
+    return done.stdout
+
+
+def run(folder: Path, *words: str) -> dict[str, Any]:
+    """Return the results of suites."""
+    said = command(folder, "bench", *words, "--repeat", "5", "--output", "out")
+    assert NAME in said
     assert NAME in (folder / "out" / "report.md").read_text()
+    found: dict[str, Any] = json.loads((folder / "out" / "results.json").read_text())
     return found
 
 
@@ -54,3 +58,9 @@ def test_networks(tmp_path: Path) -> None:
 def test_ops(tmp_path: Path, graphs: tuple[str, ...]) -> None:
     found = run(tmp_path, "moments", "stem", "--batch", "1", *graphs)
     assert {one["status"] for one in found["measurements"]} == {"ok"}
+
+
+def test_training(tmp_path: Path) -> None:
+    words = ("--epochs", "1", "--data.limit", "200", "--baseline", "false", "--output", "run")
+    assert NAME in command(tmp_path, "train", "vision", *words)
+    assert NAME in command(tmp_path, "evaluate", "vision", "run")
