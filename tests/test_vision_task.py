@@ -87,6 +87,11 @@ def test_a_network_of_ones_own_module_is_said_to_be_trusted(
     assert said == COMMAND.advice(config, tmp_path)
 
 
+def test_a_run_whose_network_was_moved_away_has_advice(tmp_path: Path) -> None:
+    said = f"try it: blnet predict vision FILE --checkpoint {tmp_path}"
+    assert said == COMMAND.advice(VisionConfig(), tmp_path)
+
+
 def test_a_plain_network_has_no_baseline(tmp_path: Path) -> None:
     assert train("--epochs=1", "--model.name=resnet18", f"--output={tmp_path / 'out'}") == 0
     assert (tmp_path / "out" / "best.safetensors").is_file()

@@ -45,7 +45,10 @@ class TrainVision(TrainCommand):
     def advice(self, config: VisionConfig, folder: Path) -> str:
         """Return what to do with the trained network."""
         # Code that the flag was given for may have been a teacher's alone.
-        flag = f" {TRUST_SOURCE}" if needs_trust(folder) else ""
+        try:
+            flag = f" {TRUST_SOURCE}" if needs_trust(folder) else ""
+        except (OSError, ValueError):  # of a run that ended before, moved away since
+            flag = ""
         return f"try it: blnet predict vision FILE --checkpoint {shlex.quote(str(folder))}{flag}"
 
 

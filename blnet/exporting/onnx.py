@@ -81,11 +81,13 @@ def _check_translatable(program: ExportedProgram) -> None:
             "the network gives complex numbers, which ONNX files do not; have it return "
             "torch.view_as_real of them, or use another --format"
         )
+    aten = torch.ops.aten
     for node in program.graph.nodes:
         parts = [
             user.args[1] for user in node.users if user.target is operator.getitem and user.users
         ]
-        if node.target is torch.ops.aten.adaptive_max_pool2d.default and 1 in parts:
+        pools = (aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default)
+        if node.target in pools and 1 in parts:
             raise ValueError(
                 "the network asks an adaptive maximum where its largest values lie "
                 "(return_indices), which is not translated to ONNX; use another --format"

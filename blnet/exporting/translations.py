@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-_INT64 = 7  # onnx.TensorProto.INT64
+_INT64, _BOOL = 7, 9  # as onnx.TensorProto has them
 
 
 def translations(free: bool) -> dict[Any, Callable[..., Any]]:
@@ -125,7 +125,11 @@ def _adaptive_maximum() -> Any:
 
     def largest(x: Any, axis: int, count: int) -> Any:
         values, _ = _windows(op, x, axis, count, -math.inf)
-        return op.ReduceMax(values, op.Constant(value_ints=[axis]), keepdims=0)
+        along = op.Constant(value_ints=[axis])
+        # ONNX Runtime's maximum leaves NaN out, PyTorch's is NaN.
+        missing = op.ReduceMax(op.Cast(op.IsNaN(values), to=_INT64), along, keepdims=0)
+        result = op.ReduceMax(values, along, keepdims=0)
+        return op.Where(op.Cast(missing, to=_BOOL), op.CastLike(math.nan, result), result)
 
     def adaptive_max_pool2d(self: Any, output_size: Any) -> Any:
         height, width = output_size

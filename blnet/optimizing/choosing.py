@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -260,7 +261,7 @@ def _allowed(network: nn.Module, inputs: Inputs, reference: Tensor, dtype: torch
 
 def with_rounding(allowed: float, own: float) -> float:
     """Return how far a result in 16 bits may be off where PyTorch's own is `own` off."""
-    return max(allowed, min(ROUNDING * own, MOST))
+    return max(allowed, min(ROUNDING * own, MOST)) if math.isfinite(own) else allowed
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:

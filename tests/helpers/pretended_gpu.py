@@ -74,6 +74,8 @@ class OnTheCpu(TorchFunctionMode):
         """Call a function of PyTorch's with another device."""
         if func is torch.device:
             return func(*args, **(kwargs or {}))
+        if func is torch.Tensor.cuda:
+            return args[0]
         given = {name: _placed(value) for name, value in (kwargs or {}).items()}
         return func(*map(_placed, args), **given)
 
