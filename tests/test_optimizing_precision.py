@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import blnet
 from blnet.modes import exact_products
 from blnet.optimizing import choosing, engines
-from blnet.optimizing.choosing import TOLERANCES, difference, tolerance
+from blnet.optimizing.choosing import TOLERANCES, difference, is_rounded, tolerance
 from blnet.optimizing.engines import Engine
 
 datasets = pytest.importorskip("sklearn.datasets")
@@ -105,6 +105,7 @@ def test_float32_is_held_to_what_its_products_keep(
 ) -> None:
     with multiplying(device, **precisions):
         assert tolerance(torch.float32, torch.device(device)) == TOLERANCES[as_in]
+        assert is_rounded(torch.float32, torch.device(device)) is (as_in is not torch.float32)
         for dtype in (torch.float64, torch.float16, torch.bfloat16):
             assert tolerance(dtype, torch.device(device)) == TOLERANCES[dtype]
 
