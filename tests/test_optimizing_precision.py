@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from blnet.modes import exact_products
 from blnet.optimizing import choosing, engines
 from blnet.optimizing.choosing import TOLERANCES, difference, is_rounded, tolerance
 from blnet.optimizing.engines import Engine
+from blnet.optimizing.report import Change
 
 datasets = pytest.importorskip("sklearn.datasets")
 PICTURES = 1000
@@ -249,6 +251,22 @@ def test_rounding_to_16_bits_takes_no_folding_back(monkeypatch) -> None:
     x = torch.rand(2, 3, 9, 9).bfloat16()
     fast = blnet.optimize(model.bfloat16(), example_input=x, engine="pytorch")
     assert [(change.layer, change.reason) for change in fast.report.changes] == [("norm", "")]
+
+
+def test_a_folding_that_is_a_little_wrong_is_taken_back_in_16_bits(monkeypatch) -> None:
+    def fold(network: nn.Module, checked: bool = True) -> list[Change]:
+        with torch.no_grad():
+            network[0].weight *= 1.01
+        return [Change("1", "BatchNorm2d", "0")]
+
+    module = importlib.import_module("blnet.optimizing.optimize")
+    monkeypatch.setattr(module, "fold_batch_norms", fold)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval().bfloat16()
+    x = torch.randn(2, 3, 9, 9).bfloat16()
+    fast = blnet.optimize(model, example_input=x, engine="pytorch")
+    (change,) = fast.report.changes
+    assert change.reason.startswith("folding changed the result")
+    assert torch.equal(fast.network[0].weight, model[0].weight)
 
 
 def test_layers_in_float32_of_a_network_in_16_bits_stay_so() -> None:
